@@ -1,0 +1,1 @@
+"""The phifleet agent: what runs on the device."""

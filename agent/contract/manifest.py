@@ -1,0 +1,181 @@
+"""The artifact manifest: what is signed, and so what a device may believe about a model.
+
+A manifest is a TUF target. It names every file, every chunk of every file by SHA-256, and what was measured
+when the artifact was built: size, loss, speed and memory.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from agent.contract.base import ArtifactId, Bytes, Digest, WireModel, canonical_json, sha256_hex
+
+#: AWS IoT Core's payload limit; no chunk and no metadata segment is larger.
+MAX_CHUNK_BYTES = 128 * 1024
+
+
+class Toolchain(StrEnum):
+    """Who made the artifact; each has a runtime of its own on the device."""
+
+    ONNX_GENAI = "onnx_genai"
+    OPENVINO = "openvino"
+    LLAMACPP = "llamacpp"
+    MLX = "mlx"
+
+
+class Precision(StrEnum):
+    """Of the weights."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Target(StrEnum):
+    """The device that the artifact was built for."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    DML = "dml"
+    WEBGPU = "webgpu"
+    QNN = "qnn"
+    GPU = "gpu"
+    NPU = "npu"
+    METAL = "metal"
+
+
+class ArtifactFile(WireModel):
+    """A file of the artifact. On the wire ``chunks`` is a list of ``[size, sha256]`` pairs, in order."""
+
+    path: Annotated[str, Field(description="relative, with forward slashes")]
+    size: Bytes
+    sha256: Digest
+    chunks: tuple[tuple[Annotated[int, Field(gt=0, le=MAX_CHUNK_BYTES)], Digest], ...]
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        parts = path.split("/")
+        if not path or "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
+            raise ValueError("must be a relative path with forward slashes, without '.' or '..'")
+        return path
+
+    @model_validator(mode="after")
+    def _chunks_cover_the_file(self) -> Self:
+        if sum(size for size, _ in self.chunks) != self.size:
+            raise ValueError(f"{self.path}: the chunks' sizes do not add up to {self.size} bytes")
+        return self
+
+
+class ModelFacts(WireModel):
+    """The checkpoint that was quantized."""
+
+    name: str
+    architecture: Annotated[str, Field(description="as config.json names it, e.g. Phi3ForCausalLM")]
+    parameters: Annotated[int, Field(gt=0, description="count of weights")]
+    source_digest: Digest
+    license: str = "unknown"
+    max_context: Annotated[int, Field(gt=0, description="tokens the checkpoint was made for")]
+
+
+class Quality(WireModel):
+    """Loss against the FP32 reference, teacher-forced, measured in the artifact's own runtime."""
+
+    kl_divergence: Annotated[float, Field(description="mean, nats per token")]
+    kl_divergence_se: float = 0.0
+    kl_divergence_p99: float
+    perplexity: float
+    perplexity_ratio: Annotated[float, Field(description="to the reference's perplexity")]
+    perplexity_ratio_se: float = 0.0
+    same_top_token: Annotated[float, Field(ge=0, le=1, description="share of tokens")]
+    same_top_token_se: float = 0.0
+    tokens: Annotated[int, Field(gt=0, description="tokens scored")]
+    evaluation: Annotated[str, Field(description="name and digest of the text scored")]
+
+
+class BuildSpeed(WireModel):
+    """Measured on the machine that built the artifact; a device measures its own."""
+
+    machine: str
+    ttft_ms: float
+    tpot_ms: float
+    peak_memory_bytes: Bytes
+
+
+class MemoryNeed(WireModel):
+    """What loading takes: ``weights + kv_bytes_per_token * context + overhead``, in bytes."""
+
+    weights_bytes: Bytes
+    kv_bytes_per_token: Bytes
+    overhead_bytes: Bytes
+
+    def at_context(self, tokens: int) -> int:
+        """Bytes needed with a context of ``tokens``."""
+        return self.weights_bytes + self.kv_bytes_per_token * tokens + self.overhead_bytes
+
+
+class Chat(WireModel):
+    """How messages become a prompt: a Jinja2 chat template, as the checkpoint's tokenizer has it."""
+
+    template: Annotated[str, Field(max_length=65536)]
+    bos_token: str = ""
+    eos_token: str = ""
+    stop: tuple[str, ...] = ()
+
+
+class Probe(WireModel):
+    """A signed prompt that the model must answer on the device before it may serve."""
+
+    prompt: Annotated[str, Field(min_length=1, description="the user's message, put through the chat template")]
+    max_tokens: Annotated[int, Field(gt=0, le=256)] = 24
+    expect: Annotated[tuple[str, ...], Field(description="the answer must hold one of these; empty: any text")] = ()
+
+
+class Manifest(WireModel):
+    """Everything about one artifact. ``digest`` is over the files alone, so measuring again does not change it."""
+
+    version: int = 1
+    id: ArtifactId
+    digest: Digest
+    size: Bytes
+    model: ModelFacts
+    toolchain: Toolchain
+    versions: Annotated[dict[str, str], Field(description="packages that built it")]
+    recipe: Annotated[dict[str, Any], Field(description="every option given to the toolchain")]
+    precision: Precision
+    target: Target
+    profile: str
+    context: Annotated[int, Field(gt=0, description="tokens to load it with")]
+    entry: Annotated[str, Field(description="what the runtime opens, relative to the artifact; '.' is the folder")]
+    memory: MemoryNeed
+    chat: Chat
+    probes: tuple[Probe, ...] = ()
+    quality: Quality | None = None
+    speed: BuildSpeed | None = None
+    files: Annotated[tuple[ArtifactFile, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _digest_and_size_are_of_the_files(self) -> Self:
+        paths = [file.path for file in self.files]
+        if len({path.casefold() for path in paths}) != len(paths):
+            raise ValueError("two files have the same path")
+        if self.digest != content_digest(self.files):
+            raise ValueError("digest is not the digest of the files listed")
+        if self.size != sum(file.size for file in self.files):
+            raise ValueError("size is not the sum of the files' sizes")
+        return self
+
+
+def content_digest(files: tuple[ArtifactFile, ...]) -> str:
+    """SHA-256 over the canonical list of ``[path, size, sha256]``, sorted by path."""
+    return sha256_hex(canonical_json(sorted([file.path, file.size, file.sha256] for file in files)))
+
+
+def manifest_target(digest: str) -> str:
+    """The TUF target path under which the manifest of an artifact is published."""
+    return f"artifacts/{digest}.json"

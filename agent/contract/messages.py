@@ -1,0 +1,256 @@
+"""The control messages, one class a topic (DESIGN.md section 3)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from agent.contract.base import ArtifactId, Bytes, DeviceId, Digest, Timestamp, WireModel
+from agent.contract.failures import FailureCode
+from agent.contract.profile import HealthLimits
+
+
+class State(StrEnum):
+    """Of a deployment on a device; the table is in agent/core/deployment.py."""
+
+    IDLE = "idle"
+    RESOLVING = "resolving"
+    TRANSFERRING = "transferring"
+    VERIFYING = "verifying"
+    PROVING = "proving"
+    ACTIVATING = "activating"
+    PROBATION = "probation"
+    COMMITTED = "committed"
+    ROLLED_BACK = "rolled_back"
+    FAILED = "failed"
+
+
+class Presence(WireModel):
+    """Retained; the broker publishes ``online: false`` as the agent's will."""
+
+    version: int = 1
+    device: DeviceId
+    online: bool
+    at: Timestamp | None = None
+    agent_version: str = ""
+
+
+class RuntimeFact(WireModel):
+    """A runtime found on the device, or why it is not usable."""
+
+    name: str
+    version: str = ""
+    devices: tuple[str, ...] = ()
+    usable: bool
+    reason: str = ""
+
+
+class Facts(WireModel):
+    """What the device is. Retained."""
+
+    version: int = 1
+    device: DeviceId
+    profile: str
+    agent_version: str
+    system: str
+    machine: str
+    cpu: str
+    cpu_count: int
+    memory_total_bytes: Bytes
+    memory_available_bytes: Bytes
+    disk_free_bytes: Bytes
+    runtimes: tuple[RuntimeFact, ...] = ()
+    at: Timestamp
+
+
+class ArtifactRef(WireModel):
+    """An artifact by its content; the manifest comes from TUF."""
+
+    id: ArtifactId
+    digest: Digest
+
+
+class TransferLimits(WireModel):
+    """How the bytes may come."""
+
+    window_bytes: Annotated[int, Field(gt=0, description="bytes wanted and not yet received")] = 4 * 1024 * 1024
+    stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the transfer fails")] = 900.0
+
+
+class Window(WireModel):
+    """When the device may change its model."""
+
+    not_before: Timestamp | None = None
+    not_after: Timestamp | None = None
+
+
+class Desired(WireModel):
+    """What one device should run: a director document in Uptane's sense. Travels signed (see ``SignedDesired``)."""
+
+    version: int = 1
+    device: DeviceId
+    sequence: Annotated[int, Field(gt=0, description="grows with every order to this device")]
+    deployment: Annotated[str, Field(min_length=1, max_length=64, description="in every log line of this deployment")]
+    issued_at: Timestamp
+    expires_at: Timestamp
+    artifacts: Annotated[tuple[ArtifactRef, ...], Field(min_length=1, description="variants, in order of preference")]
+    window: Window = Window()
+    limits: HealthLimits = HealthLimits()
+    transfer: TransferLimits = TransferLimits()
+    probation_s: Annotated[float, Field(ge=0, description="seconds of health before commit")] = 60.0
+    deadline_s: Annotated[float, Field(gt=0, description="seconds for the whole deployment")] = 6 * 3600.0
+
+    @model_validator(mode="after")
+    def _expires_later(self) -> Self:
+        if self.expires_at <= self.issued_at:
+            raise ValueError("expires_at is not after issued_at")
+        return self
+
+
+class Progress(WireModel):
+    """Of the transfer."""
+
+    chunks_total: int = 0
+    chunks_done: int = 0
+    bytes_total: Bytes = 0
+    bytes_done: Bytes = 0
+    bytes_received: Annotated[int, Field(ge=0, description="chunk bytes that came over the link, repeats included")] = 0
+    bytes_reused: Annotated[int, Field(ge=0, description="bytes found on the device already")] = 0
+    chunks_rejected: Annotated[int, Field(ge=0, description="chunks dropped for wrong bytes")] = 0
+    seconds: float = 0.0
+
+
+class Proof(WireModel):
+    """What the device measured when it proved the artifact."""
+
+    runtime: str
+    device: str = "CPU"
+    load_s: float
+    ttft_ms: float
+    tpot_ms: float
+    memory_bytes: Bytes = 0
+
+
+class Failure(WireModel):
+    """Why: a stable code for machines, a sentence for people."""
+
+    code: FailureCode
+    message: str
+
+
+class Reported(WireModel):
+    """Where a device's deployment stands. Retained. ``digest`` is what is loaded and served, or None."""
+
+    version: int = 1
+    device: DeviceId
+    sequence: Annotated[int, Field(ge=0)] = 0
+    deployment: str = ""
+    state: State
+    desired: ArtifactRef | None = None
+    digest: Digest | None = None
+    artifact: ArtifactId | None = None
+    runtime: str | None = None
+    endpoint: str | None = None
+    progress: Progress | None = None
+    proof: Proof | None = None
+    failure: Failure | None = None
+    malformed_messages: Annotated[int, Field(ge=0)] = 0
+    at: Timestamp
+
+
+class HealthReport(WireModel):
+    """How well inference runs, over the last window. Not retained."""
+
+    version: int = 1
+    device: DeviceId
+    at: Timestamp
+    window_s: float
+    digest: Digest | None = None
+    requests: int = 0
+    errors: int = 0
+    ttft_ms_p50: float | None = None
+    ttft_ms_p95: float | None = None
+    tpot_ms_p50: float | None = None
+    tpot_ms_p95: float | None = None
+    tokens_per_s: float | None = None
+    worker_memory_bytes: Bytes = 0
+    worker_restarts: int = 0
+    temperature_c: float | None = None
+    throttled: bool | None = None
+    verdict: str = "unknown"
+
+
+class ChunkRange(WireModel):
+    """Chunks ``first`` to ``last``, both included, counted over the artifact's files in manifest order."""
+
+    first: Annotated[int, Field(ge=0)]
+    last: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.last < self.first:
+            raise ValueError(f"last {self.last} is before first {self.first}")
+        return self
+
+
+class Want(WireModel):
+    """A device asks for chunks: at most ``credit`` of the ranges, in the order named, are sent now."""
+
+    version: int = 1
+    device: DeviceId
+    ranges: Annotated[tuple[ChunkRange, ...], Field(min_length=1, max_length=256)]
+    credit: Annotated[int, Field(gt=0, le=4096, description="chunks the device has room for")]
+    shared: Annotated[bool, Field(description="the device follows the shared topic; else send to its own")] = False
+
+
+class MetadataWant(WireModel):
+    """Asks for one segment of a metadata file. The answer is raw bytes; see ``MetadataAnswer`` for its properties."""
+
+    version: int = 1
+    device: DeviceId
+    name: Annotated[
+        str, Field(min_length=1, max_length=256, description="e.g. 3.root.json or targets/artifacts/x.json")
+    ]
+    offset: Annotated[int, Field(ge=0)] = 0
+
+
+class MetadataStatus(StrEnum):
+    """A definite answer: silence means the controller is not there, not that the file is not."""
+
+    OK = "ok"
+    NOT_FOUND = "not_found"
+
+
+class MetadataAnswer(WireModel):
+    """User properties of the answer to a ``MetadataWant``; its payload is at most 128 KiB from ``offset``."""
+
+    status: MetadataStatus
+    name: str
+    offset: Annotated[int, Field(ge=0)] = 0
+    total: Bytes = 0
+
+    def to_properties(self) -> dict[str, str]:
+        """As MQTT 5 user properties, which are strings."""
+        return {key: str(value) for key, value in self.model_dump(mode="json").items()}
+
+    @classmethod
+    def from_properties(cls, properties: dict[str, str]) -> Self:
+        """Back from user properties.
+
+        Raises:
+            pydantic.ValidationError: a property is missing or no number.
+        """
+        return cls.model_validate(properties)
+
+
+class SignedDesired(WireModel):
+    """A DSSE envelope (the field's standard for signed JSON) whose payload is a ``Desired``, base64."""
+
+    payload: str
+    payloadType: str  # noqa: N815 - DSSE's own spelling
+    signatures: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+DESIRED_PAYLOAD_TYPE = "application/vnd.phifleet.desired.v1+json"

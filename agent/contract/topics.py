@@ -1,0 +1,96 @@
+"""The topics of the wire, and how a device or chunk is read back out of one (DESIGN.md section 3)."""
+
+from __future__ import annotations
+
+import re
+
+PREFIX = "phifleet/v1"
+
+METADATA_WANT = f"{PREFIX}/metadata/want"
+#: Controllers share the load of metadata requests and of wants: MQTT 5 section 4.8.2, shared subscriptions.
+METADATA_WANT_SHARED = f"$share/fleet/{METADATA_WANT}"
+ARTIFACT_WANT_SHARED = f"$share/fleet/{PREFIX}/artifacts/+/want"
+
+ALL_PRESENCE = f"{PREFIX}/devices/+/presence"
+ALL_FACTS = f"{PREFIX}/devices/+/facts"
+ALL_REPORTED = f"{PREFIX}/devices/+/reported"
+ALL_HEALTH = f"{PREFIX}/devices/+/health"
+
+_DEVICE_TOPIC = re.compile(rf"^{PREFIX}/devices/(?P<device>[a-z0-9][a-z0-9-]{{0,62}})/(?P<leaf>[a-z]+)$")
+_CHUNK_TOPIC = re.compile(
+    rf"^{PREFIX}/(?:artifacts/(?P<shared>[0-9a-f]{{64}})/chunks|devices/[^/]+/chunks/(?P<own>[0-9a-f]{{64}}))/(?P<n>\d{{1,9}})$"
+)
+_WANT_TOPIC = re.compile(rf"^{PREFIX}/artifacts/(?P<digest>[0-9a-f]{{64}})/want$")
+
+
+def presence(device: str) -> str:
+    """Online or offline, retained; also the will."""
+    return f"{PREFIX}/devices/{device}/presence"
+
+
+def facts(device: str) -> str:
+    """What the device is and which runtimes it has proven, retained."""
+    return f"{PREFIX}/devices/{device}/facts"
+
+
+def desired(device: str) -> str:
+    """The signed order for one device, retained."""
+    return f"{PREFIX}/devices/{device}/desired"
+
+
+def reported(device: str) -> str:
+    """The state of the device's deployment, retained."""
+    return f"{PREFIX}/devices/{device}/reported"
+
+
+def health(device: str) -> str:
+    """How well inference runs."""
+    return f"{PREFIX}/devices/{device}/health"
+
+
+def metadata(device: str) -> str:
+    """The response topic of one device's metadata requests."""
+    return f"{PREFIX}/devices/{device}/metadata"
+
+
+def want(digest: str) -> str:
+    """Where a device asks for chunks of an artifact."""
+    return f"{PREFIX}/artifacts/{digest}/want"
+
+
+def shared_chunk(digest: str, index: int) -> str:
+    """A chunk for every device that follows this artifact."""
+    return f"{PREFIX}/artifacts/{digest}/chunks/{index}"
+
+
+def shared_chunks(digest: str) -> str:
+    """The filter of all shared chunks of an artifact."""
+    return f"{PREFIX}/artifacts/{digest}/chunks/+"
+
+
+def own_chunk(device: str, digest: str, index: int) -> str:
+    """A chunk for one device alone."""
+    return f"{PREFIX}/devices/{device}/chunks/{digest}/{index}"
+
+
+def own_chunks(device: str, digest: str) -> str:
+    """The filter of one device's own chunks of an artifact."""
+    return f"{PREFIX}/devices/{device}/chunks/{digest}/+"
+
+
+def parse_device(topic: str) -> tuple[str, str] | None:
+    """``(device, leaf)`` of a device topic such as ``.../devices/pi-1/health``, or None."""
+    match = _DEVICE_TOPIC.match(topic)
+    return (match["device"], match["leaf"]) if match else None
+
+
+def parse_chunk(topic: str) -> tuple[str, int] | None:
+    """``(digest, index)`` of a chunk topic, shared or own, or None."""
+    match = _CHUNK_TOPIC.match(topic)
+    return (match["shared"] or match["own"], int(match["n"])) if match else None
+
+
+def parse_want(topic: str) -> str | None:
+    """The digest of a want topic, or None."""
+    match = _WANT_TOPIC.match(topic)
+    return match["digest"] if match else None

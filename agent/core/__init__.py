@@ -1,0 +1,1 @@
+"""Decisions without IO: the clock, randomness and every effect are passed in or returned."""

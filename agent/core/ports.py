@@ -1,0 +1,215 @@
+"""What the parts of the agent need of one another, as Protocols. Simulators in tests implement them too."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from agent.contract.manifest import Manifest
+from agent.contract.messages import ArtifactRef, Desired, Progress, Proof, RuntimeFact
+from agent.core.inference import GenerationEvent, GenerationRequest, ModelInfo
+
+
+class Clock(Protocol):
+    """Time, passed in."""
+
+    def now(self) -> datetime:
+        """Wall clock, aware, UTC; never before the newest time that was verified."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds, never going back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One MQTT publication."""
+
+    topic: str
+    payload: bytes
+    retained: bool = False
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+
+Handler = Callable[[Message], None]
+"""Called for each message. Control handlers run on the event loop; bulk handlers on the link's own thread."""
+
+
+class Link(Protocol):
+    """An MQTT 5 connection that comes back by itself. Subscriptions and retained publications survive a reconnect."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker answers now."""
+        ...
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        response_topic: str | None = None,
+        correlation: bytes | None = None,
+        properties: Mapping[str, str] | None = None,
+    ) -> None:
+        """Hand over to the broker; waits for its acknowledgement at QoS 1.
+
+        Raises:
+            agent.errors.LinkError: not connected, or refused, naming the broker and its reason code.
+        """
+        ...
+
+    async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
+        """From now on, and after every reconnect. ``bulk``: the handler runs on the link's thread, and must be quick."""
+        ...
+
+    async def unsubscribe(self, topic: str) -> None:
+        """No longer."""
+        ...
+
+
+class Trust(Protocol):
+    """Nothing is believed before it went through here."""
+
+    def verify_desired(self, payload: bytes, newest_sequence: int) -> Desired:
+        """The order in a ``SignedDesired`` payload. Offline and without IO beyond the trust store.
+
+        Raises:
+            agent.errors.TrustError: signature, expiry, replay, another device, or malformed.
+        """
+        ...
+
+    async def refresh(self) -> None:
+        """Bring TUF metadata up to date over the link.
+
+        Raises:
+            agent.errors.TrustError: code says which attack or fault.
+        """
+        ...
+
+    async def manifest(self, ref: ArtifactRef) -> Manifest:
+        """The verified manifest of an artifact; refreshes metadata first.
+
+        Raises:
+            agent.errors.TrustError: not found, not signed, or not the digest that was asked for.
+        """
+        ...
+
+
+class ArtifactStore(Protocol):
+    """Artifacts on disk, content-addressed."""
+
+    def path(self, digest: str) -> Path | None:
+        """Folder of a complete, verified artifact, or None."""
+        ...
+
+    def manifest(self, digest: str) -> Manifest | None:
+        """Of a complete artifact."""
+        ...
+
+    def verify(self, digest: str) -> None:
+        """Read every file again and compare with the manifest; blocking.
+
+        Raises:
+            agent.errors.StoreError: a file is missing or has other bytes (STORE_CORRUPT).
+        """
+        ...
+
+    def collect(self, keep: Sequence[str]) -> int:
+        """Delete what is neither in ``keep`` nor being transferred; returns bytes freed."""
+        ...
+
+
+ProgressHandler = Callable[[Progress], None]
+
+
+class Transfer(Protocol):
+    """Brings an artifact's bytes onto the disk."""
+
+    async def fetch(
+        self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
+    ) -> Progress:
+        """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
+
+        Raises:
+            agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.
+            agent.errors.TransferError: no chunk for ``stall_s`` seconds.
+        """
+        ...
+
+
+class ModelHost(Protocol):
+    """Runs models in worker processes and gives the active one to the endpoint."""
+
+    async def runtimes(self) -> Sequence[RuntimeFact]:
+        """Each runtime known, usable or not and why."""
+        ...
+
+    async def prove(self, manifest: Manifest, folder: Path) -> Proof:
+        """Load in a fresh worker, answer the signed probes, measure. The proven worker is kept for ``activate``.
+
+        Raises:
+            agent.errors.RuntimeLoadError: no runtime, no memory, or it does not load.
+            agent.errors.ProbeError: it loads and does not answer as signed.
+        """
+        ...
+
+    async def activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
+        """Move new requests to this artifact, drain the old one, unload it."""
+        ...
+
+    async def retire(self) -> None:
+        """Serve nothing; used when the last good artifact is gone."""
+        ...
+
+    def active(self) -> ModelInfo | None:
+        """What serves now."""
+        ...
+
+
+class Inference(Protocol):
+    """What the endpoint sees of the model host."""
+
+    def active(self) -> ModelInfo | None:
+        """What serves now, or None."""
+        ...
+
+    def active_manifest(self) -> Manifest | None:
+        """The signed facts of what serves now."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+        """Events of one request, ending with a ``DoneEvent``. Closing the iterator cancels the generation.
+
+        Raises:
+            agent.core.inference.InferenceError: it cannot be served.
+        """
+        ...
+
+    def count_tokens(self, text: str) -> Awaitable[int]:
+        """Tokens of ``text`` for the active model."""
+        ...
+
+
+class Journal(Protocol):
+    """Crash-safe memory of the deployment: one small document, replaced atomically."""
+
+    def load(self) -> bytes | None:
+        """What was saved last, or None. A damaged file is set aside and counts as None."""
+        ...
+
+    def save(self, document: bytes) -> None:
+        """Durable when this returns.
+
+        Raises:
+            agent.errors.StoreError: the disk refuses.
+        """
+        ...

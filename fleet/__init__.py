@@ -1,0 +1,1 @@
+"""The phifleet controller: what runs on the operator's machine."""
