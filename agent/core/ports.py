@@ -68,7 +68,7 @@ class Link(Protocol):
         ...
 
     async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
-        """From now on, and after every reconnect. ``bulk``: the handler runs on the link's thread, and must be quick."""
+        """From now on, also after a reconnect. ``bulk``: the handler runs on the link's thread; it must be quick."""
         ...
 
     async def unsubscribe(self, topic: str) -> None:
