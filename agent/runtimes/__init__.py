@@ -1,0 +1,1 @@
+"""Runtimes: a registry, the worker process, and one file a runtime."""

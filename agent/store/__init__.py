@@ -1,0 +1,1 @@
+"""Artifacts on disk, content-addressed, and the crash-safe journal."""

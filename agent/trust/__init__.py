@@ -1,0 +1,1 @@
+"""The TUF client, director documents and the device identity."""

@@ -1,0 +1,1 @@
+"""Decisions of the controller without IO."""

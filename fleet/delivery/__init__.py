@@ -1,0 +1,1 @@
+"""Chunking, and the chunk and metadata servers."""

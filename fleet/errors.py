@@ -1,0 +1,53 @@
+"""The controller's errors: one tree. The CLI prints the message after ``error:`` and exits with ``exit_code``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FleetError(Exception):
+    """Base. The message says what was wrong, where, and what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(FleetError):
+    """A flag, an id or a file that the operator gave cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(FleetError):
+    """A checkpoint is missing, damaged, or no Phi."""
+
+    exit_code = 3
+
+
+class ProfileError(FleetError):
+    """A device profile is wrong, or no toolchain can give what it asks for."""
+
+    exit_code = 4
+
+
+class BuildError(FleetError):
+    """A toolchain is missing, failed or was killed; the message ends with the tail of its log."""
+
+    exit_code = 5
+
+
+class RepositoryError(FleetError):
+    """The TUF repository, its keys or the device CA cannot be used."""
+
+    exit_code = 6
+
+
+class BrokerError(FleetError):
+    """The broker cannot be reached or refuses."""
+
+    exit_code = 7
+
+
+class RegistryError(FleetError):
+    """The database of devices and deployments cannot be used."""
+
+    exit_code = 8

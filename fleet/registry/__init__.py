@@ -1,0 +1,1 @@
+"""What the controller remembers: devices, artifacts, deployments, audit."""

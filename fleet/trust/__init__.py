@@ -1,0 +1,1 @@
+"""The TUF repository, signers, director documents and the device CA."""
