@@ -1,0 +1,159 @@
+"""How well inference runs, and the verdict on it: a window of samples, percentiles, and hysteresis. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agent.contract.failures import FailureCode
+from agent.contract.messages import Failure
+from agent.contract.profile import HealthLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One finished request. ``at`` in monotonic seconds, times in milliseconds."""
+
+    at: float
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0
+    tokens: int = 0
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """The figures of one window; None where no request says anything."""
+
+    requests: int
+    errors: int
+    ttft_ms_p50: float | None
+    ttft_ms_p95: float | None
+    tpot_ms_p50: float | None
+    tpot_ms_p95: float | None
+    tokens_per_s: float | None
+    restarts: int
+    memory_bytes: int
+
+
+class Verdict(StrEnum):
+    """On a window."""
+
+    UNKNOWN = "unknown"
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"
+    UNHEALTHY = "unhealthy"
+
+
+class HealthWindow:
+    """The samples of the last ``seconds``, at most ``most`` of them."""
+
+    def __init__(self, seconds: float = 300.0, most: int = 4096) -> None:
+        self.seconds = seconds
+        self._samples: deque[Sample] = deque(maxlen=most)
+        self._restarts: deque[float] = deque(maxlen=most)
+
+    def add(self, sample: Sample) -> None:
+        """Take in a finished request."""
+        self._samples.append(sample)
+
+    def restarted(self, at: float) -> None:
+        """Take in a death of the worker."""
+        self._restarts.append(at)
+
+    def clear(self) -> None:
+        """Forget everything: another model serves."""
+        self._samples.clear()
+        self._restarts.clear()
+
+    def vitals(self, now: float, memory_bytes: int = 0) -> Vitals:
+        """The figures as of ``now``; older samples are dropped."""
+        oldest = now - self.seconds
+        while self._samples and self._samples[0].at < oldest:
+            self._samples.popleft()
+        while self._restarts and self._restarts[0] < oldest:
+            self._restarts.popleft()
+        good = [sample for sample in self._samples if not sample.failed]
+        tpots = [sample.tpot_ms for sample in good if sample.tpot_ms > 0]
+        tpot_p50 = percentile(tpots, 50)
+        return Vitals(
+            requests=len(self._samples),
+            errors=len(self._samples) - len(good),
+            ttft_ms_p50=percentile((sample.ttft_ms for sample in good), 50),
+            ttft_ms_p95=percentile((sample.ttft_ms for sample in good), 95),
+            tpot_ms_p50=tpot_p50,
+            tpot_ms_p95=percentile(tpots, 95),
+            tokens_per_s=1000.0 / tpot_p50 if tpot_p50 else None,
+            restarts=len(self._restarts),
+            memory_bytes=memory_bytes,
+        )
+
+
+def percentile(values: Iterable[float], share: float) -> float | None:
+    """The nearest-rank percentile (``share`` in 0..100) of ``values``, or None of none."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    rank = max(1, -(-len(ordered) * share // 100))
+    return ordered[int(rank) - 1]
+
+
+def breach(vitals: Vitals, limits: HealthLimits, min_requests: int = 3) -> Failure | None:
+    """The first limit that the figures are outside of, as a failure with both numbers; None when inside all.
+
+    Speed and error share say nothing below ``min_requests`` requests; restarts and memory always count.
+    """
+    if vitals.restarts > limits.worker_restarts_max:
+        return _outside(FailureCode.HEALTH_RESTARTS, "worker restarts", vitals.restarts, limits.worker_restarts_max)
+    if limits.memory_bytes_max is not None and vitals.memory_bytes > limits.memory_bytes_max:
+        return _outside(FailureCode.HEALTH_MEMORY, "worker bytes", vitals.memory_bytes, limits.memory_bytes_max)
+    if vitals.requests < min_requests:
+        return None
+    rate = vitals.errors / vitals.requests
+    if rate > limits.error_rate_max:
+        return _outside(FailureCode.HEALTH_ERRORS, "error share", round(rate, 4), limits.error_rate_max)
+    slow = vitals.ttft_ms_p95
+    if limits.ttft_ms_p95 is not None and slow is not None and slow > limits.ttft_ms_p95:
+        return _outside(FailureCode.HEALTH_TTFT, "TTFT p95 in ms", round(slow, 1), limits.ttft_ms_p95)
+    speed, floor = vitals.tokens_per_s, limits.tokens_per_s_min
+    if floor is not None and speed is not None and speed < floor:
+        text = f"tokens/s {speed:.2f} is below the limit of {floor}"
+        return Failure(code=FailureCode.HEALTH_SPEED, message=text)
+    return None
+
+
+def _outside(code: FailureCode, what: str, found: float, limit: float) -> Failure:
+    return Failure(code=code, message=f"{what} {found} is above the limit of {limit}")
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Hysteresis: ``bad_to_fail`` breaches in a row condemn, ``good_to_heal`` clean windows acquit."""
+
+    bad_to_fail: int = 3
+    good_to_heal: int = 2
+    bad: int = 0
+    good: int = 0
+    verdict: Verdict = Verdict.UNKNOWN
+    failure: Failure | None = None
+
+    def judge(self, vitals: Vitals, limits: HealthLimits) -> Judge:
+        """The judge after one more window."""
+        found = breach(vitals, limits)
+        if found is None:
+            return self._acquit(vitals)
+        bad = self.bad + 1
+        condemned = bad >= self.bad_to_fail or self.verdict is Verdict.UNHEALTHY
+        verdict = Verdict.UNHEALTHY if condemned else Verdict.SUSPECT
+        return Judge(self.bad_to_fail, self.good_to_heal, bad, 0, verdict, found)
+
+    def _acquit(self, vitals: Vitals) -> Judge:
+        good = self.good + 1
+        if self.verdict in (Verdict.UNHEALTHY, Verdict.SUSPECT) and good < self.good_to_heal:
+            return Judge(self.bad_to_fail, self.good_to_heal, self.bad, good, self.verdict, self.failure)
+        verdict = Verdict.HEALTHY if vitals.requests else self.verdict
+        if verdict in (Verdict.SUSPECT, Verdict.UNHEALTHY):
+            verdict = Verdict.UNKNOWN
+        return Judge(self.bad_to_fail, self.good_to_heal, 0, good, verdict, None)
