@@ -1,0 +1,64 @@
+"""`phifleet profiles`: the device classes that artifacts are built for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from agent.contract.profile import DeviceProfile
+from fleet.profiles_loader import list_profiles, load_profile, profile_paths, read_profile
+
+
+@click.group()
+def profiles() -> None:
+    """Device profiles: what a class of devices is, may hold and must reach."""
+
+
+@profiles.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
+def list_command(as_json: bool) -> None:
+    """List the profiles that come with phifleet."""
+    found = list_profiles()
+    if as_json:
+        click.echo(json.dumps([profile.model_dump(mode="json") for profile in found]))
+        return
+    table = Table("name", "description", "class", "memory", "context", "recipes, in order of preference", box=None)
+    for profile in found:
+        table.add_row(
+            profile.name,
+            profile.description,
+            profile.device_class,
+            f"{profile.memory_bytes / 2**30:.1f} GiB",
+            str(profile.context),
+            recipe_names(profile),
+        )
+    Console().print(table)
+
+
+@profiles.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of the file with its reasons.")
+def show_command(name: str, as_json: bool) -> None:
+    """Print a profile, with the reason for each field."""
+    profile = load_profile(name)
+    if as_json:
+        click.echo(profile.model_dump_json(indent=2))
+        return
+    click.echo(profile_paths().get(name, Path(name)).read_text(encoding="utf-8"), nl=False)
+
+
+@profiles.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+def check_command(file: Path) -> None:
+    """Say whether FILE is a profile, and if not which field is wrong and what is allowed."""
+    profile = read_profile(file)
+    click.echo(f"{file}: profile {profile.name} is valid: {recipe_names(profile)}")
+
+
+def recipe_names(profile: DeviceProfile) -> str:
+    """The profile's recipes in a line, such as ``llamacpp int4 cpu, mlx int8 metal``."""
+    return ", ".join(f"{recipe.toolchain} {recipe.precision} {recipe.target}" for recipe in profile.recipes)
