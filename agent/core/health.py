@@ -109,8 +109,10 @@ def breach(vitals: Vitals, limits: HealthLimits, min_requests: int = 3) -> Failu
         return _outside(FailureCode.HEALTH_RESTARTS, "worker restarts", vitals.restarts, limits.worker_restarts_max)
     if limits.memory_bytes_max is not None and vitals.memory_bytes > limits.memory_bytes_max:
         return _outside(FailureCode.HEALTH_MEMORY, "worker bytes", vitals.memory_bytes, limits.memory_bytes_max)
-    if vitals.requests < min_requests:
-        return None
+    return None if vitals.requests < min_requests else _request_breach(vitals, limits)
+
+
+def _request_breach(vitals: Vitals, limits: HealthLimits) -> Failure | None:
     rate = vitals.errors / vitals.requests
     if rate > limits.error_rate_max:
         return _outside(FailureCode.HEALTH_ERRORS, "error share", round(rate, 4), limits.error_rate_max)
@@ -119,8 +121,7 @@ def breach(vitals: Vitals, limits: HealthLimits, min_requests: int = 3) -> Failu
         return _outside(FailureCode.HEALTH_TTFT, "TTFT p95 in ms", round(slow, 1), limits.ttft_ms_p95)
     speed, floor = vitals.tokens_per_s, limits.tokens_per_s_min
     if floor is not None and speed is not None and speed < floor:
-        text = f"tokens/s {speed:.2f} is below the limit of {floor}"
-        return Failure(code=FailureCode.HEALTH_SPEED, message=text)
+        return Failure(code=FailureCode.HEALTH_SPEED, message=f"tokens/s {speed:.2f} is below the limit of {floor}")
     return None
 
 

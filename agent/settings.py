@@ -1,0 +1,100 @@
+"""The agent's settings: a TOML file, then ``PHIFLEET_AGENT_*`` in the environment, then flags.
+
+Each field's unit is in its name or its description; ``--show-config`` prints each value and where it came from.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from agent.contract.base import explain
+from agent.errors import ConfigError
+
+ENV_PREFIX = "PHIFLEET_AGENT_"
+
+
+def _default_state() -> Path:
+    return Path(platformdirs.user_state_dir("phifleet-agent", appauthor=False))
+
+
+class AgentSettings(BaseSettings):
+    """Everything the agent can be told."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    state_dir: Annotated[Path, Field(description="folder of artifacts, journal, trust and identity")] = Field(
+        default_factory=_default_state
+    )
+    broker: Annotated[str | None, Field(description="mqtt://host:port or mqtts://host:port; else the bundle's")] = None
+    host: Annotated[str, Field(description="address the endpoint listens on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the endpoint; 0 takes a free one")] = 8600
+    unix_socket: Annotated[Path | None, Field(description="listen on this Unix socket instead of TCP")] = None
+    api_keys: Annotated[tuple[SecretStr, ...], Field(description="bearer keys; empty: no key is asked for")] = ()
+    cors_origins: Annotated[
+        tuple[str, ...], Field(description="origins that browsers may call from; none by default")
+    ] = ()
+    tls_cert: Annotated[Path | None, Field(description="PEM; needed when the endpoint is not on loopback")] = None
+    tls_key: Annotated[Path | None, Field(description="PEM")] = None
+    allow_plain_http: Annotated[bool, Field(description="serve off loopback without TLS, knowingly")] = False
+    queue_limit: Annotated[int, Field(gt=0, description="requests waiting, at most")] = 64
+    request_timeout_s: Annotated[float, Field(gt=0, description="seconds for one request")] = 600.0
+    threads: Annotated[int | None, Field(gt=0, description="threads of the runtime; none: the runtime's choice")] = None
+    memory_limit_bytes: Annotated[int | None, Field(gt=0, description="resident bytes of the worker, at most")] = None
+    load_timeout_s: Annotated[float, Field(gt=0, description="seconds for loading a model")] = 600.0
+    hang_timeout_s: Annotated[float, Field(gt=0, description="seconds without a token while one is due")] = 60.0
+    health_interval_s: Annotated[float, Field(gt=0, description="seconds between two health reports")] = 10.0
+    canary_interval_s: Annotated[float, Field(ge=0, description="seconds between two canaries; 0: none")] = 300.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="lowest level logged")] = (
+        "info"
+    )
+    log_format: Annotated[Literal["auto", "json", "console"], Field(description="auto: readable on a terminal")] = (
+        "auto"
+    )
+
+
+def load(flags: dict[str, Any], file: Path | None) -> tuple[AgentSettings, dict[str, str]]:
+    """The settings, and where each value came from; flags that are None count as not given.
+
+    Raises:
+        ConfigError: a value is wrong; the message names it and its source.
+    """
+    layers = {
+        str(file): read_file(file),
+        f"{ENV_PREFIX}* in the environment": EnvSettingsSource(AgentSettings)(),
+        "flag": {name: value for name, value in flags.items() if value is not None},
+    }
+    values = {name: value for layer in layers.values() for name, value in layer.items()}
+    source = {name: origin for origin, layer in layers.items() for name in layer}
+    try:
+        return AgentSettings(**values), source
+    except ValidationError as error:
+        wrong = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
+        origins = ", ".join(sorted({source.get(name, "default") for name in wrong})) or "settings"
+        raise ConfigError(f"{origins}: {explain(error)}") from None
+
+
+def read_file(file: Path | None) -> dict[str, Any]:
+    """The values of a TOML file; none of no file.
+
+    Raises:
+        ConfigError: missing, or no TOML.
+    """
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"configuration file {file}: {error}") from None
+
+
+def provenance(settings: AgentSettings, source: dict[str, str]) -> list[tuple[str, str, str]]:
+    """``(name, value, source)`` of every setting; secrets mask themselves."""
+    return [(name, str(getattr(settings, name)), source.get(name, "default")) for name in type(settings).model_fields]
