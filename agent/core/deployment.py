@@ -306,9 +306,11 @@ def _restart(deployment: Deployment, now: datetime) -> tuple[Deployment, tuple[E
 
 
 def _lose(deployment: Deployment, failure: Failure) -> tuple[Deployment, tuple[Effect, ...]]:
-    if deployment.underway:
-        return _fail(deployment, failure)
+    if deployment.underway and deployment.touched:
+        return _fail(deployment, failure)  # it is the new artifact that serves
     back = deployment.previous
+    if deployment.underway:  # the old one is lost; the new one is on its way, and goes on
+        return deployment.model_copy(update={"committed": back, "previous": None}), (Serve(),)
     lost = deployment.model_copy(
         update={
             "state": S.ROLLED_BACK if back else S.FAILED,

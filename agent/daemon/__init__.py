@@ -1,0 +1,1 @@
+"""Performs the effects that ``agent.core.deployment`` decides, and feeds the results back as events."""

@@ -1,0 +1,183 @@
+"""Runs the state machine: one event after the other, saved before it is performed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from agent.contract.base import MalformedMessageError
+from agent.contract.failures import FailureCode
+from agent.contract.messages import Desired, Failure
+from agent.core import deployment as core
+from agent.core.ports import ArtifactStore, Clock, Journal, Trust
+from agent.daemon.works import RETRY_S, Works
+from agent.errors import AgentError, TrustError
+
+log = structlog.get_logger()
+
+Listener = Callable[[core.Deployment], None]
+
+
+class Deployer:
+    """Owns the deployment. ``run`` takes events until it is cancelled; everything else only posts to it."""
+
+    def __init__(
+        self, works: Works, trust: Trust, store: ArtifactStore, journal: Journal, clock: Clock, on_change: Listener
+    ) -> None:
+        self._works = works
+        self._trust = trust
+        self._store = store
+        self._journal = journal
+        self._clock = clock
+        self._on_change = on_change
+        self._events: asyncio.Queue[tuple[int, core.Event]] = asyncio.Queue()
+        self._epoch = 0
+        self._task: asyncio.Task[None] | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._order: asyncio.Task[None] | None = None
+        self.deployment = self._remembered()
+        #: Why the last order was not accepted; None when it was.
+        self.rejected: Failure | None = None
+
+    def _remembered(self) -> core.Deployment:
+        document = self._journal.load()
+        if document is None:
+            return core.Deployment()
+        try:
+            return core.Deployment.from_json(document)
+        except MalformedMessageError as error:
+            log.error("journal is of no use, starting afresh", error=str(error))
+            return core.Deployment()
+
+    def post(self, event: core.Event) -> None:
+        """Hand in an event that is not the result of the present work."""
+        self._events.put_nowait((-1, event))
+
+    def order(self, payload: bytes) -> None:
+        """A ``SignedDesired`` arrived; the newest one replaces one that is still being checked."""
+        if self._order is not None:
+            self._order.cancel()
+        self._order = asyncio.create_task(self._take(payload))
+
+    async def run(self) -> None:
+        """Pick up what the journal says, then live."""
+        self.post(core.Restarted())
+        try:
+            while True:
+                epoch, event = await self._events.get()
+                if epoch in (-1, self._epoch):
+                    await self._handle(event)
+        finally:
+            tasks = [task for task in (self._task, self._serving, self._order) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _handle(self, event: core.Event) -> None:
+        before = self.deployment
+        try:
+            after, effects = core.decide(before, event, self._clock.now())
+        except core.IllegalTransitionError as error:
+            log.warning("event ignored", error=str(error))
+            return
+        if after != before:
+            await asyncio.to_thread(self._journal.save, after.to_json())
+        self.deployment = after
+        if after.state is not before.state or after.deployment_id != before.deployment_id:
+            self._tell(before, after)
+        for effect in effects:
+            self._perform(effect)
+
+    def _tell(self, before: core.Deployment, after: core.Deployment) -> None:
+        words = {"deployment": after.deployment_id, "was": before.state.value, "state": after.state.value}
+        if after.failure is not None:
+            log.error("deployment", **words, code=after.failure.code.value, reason=after.failure.message)
+        else:
+            log.info("deployment", **words)
+
+    def _perform(self, effect: core.Effect) -> None:
+        match effect:
+            case core.Begin(work, deadline_s):
+                self._halt()
+                self._task = asyncio.create_task(self._work(self._epoch, work, deadline_s))
+            case core.Halt():
+                self._halt()
+            case core.Serve():
+                self._serving = asyncio.create_task(self._serve(self._serving))
+            case core.Report():
+                self._on_change(self.deployment)
+            case core.Collect():
+                freed = self._store.collect(self.deployment.keep())
+                log.info("old artifacts collected", bytes=freed, kept=len(self.deployment.keep()))
+
+    def _halt(self) -> None:
+        self._epoch += 1
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _work(self, epoch: int, work: core.Work, deadline_s: float) -> None:
+        structlog.contextvars.bind_contextvars(deployment=self.deployment.deployment_id)
+        event: core.Event
+        try:
+            async with asyncio.timeout(deadline_s):
+                event = await self._works.perform(work, self.deployment)
+        except TimeoutError:
+            event = core.DeadlinePassed(deadline_s)
+        except AgentError as error:
+            event = core.Failed(Failure(code=error.code, message=str(error)))
+        except Exception as error:  # the boundary: a fault of ours must end as a reported failure
+            log.exception("work broke", work=work.value)
+            event = core.Failed(Failure(code=FailureCode.INTERNAL, message=f"{type(error).__name__}: {error}"))
+        self._events.put_nowait((epoch, event))
+
+    async def _serve(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.gather(before, return_exceptions=True)
+        try:
+            await self._works.serve(self.deployment.committed)
+        except AgentError as error:
+            self.post(core.Unhealthy(Failure(code=error.code, message=str(error))))
+        else:
+            self._on_change(self.deployment)
+
+    async def _take(self, payload: bytes) -> None:
+        """Check an order; keep asking for the keys to check it with while the controller is away."""
+        attempt = 0
+        while True:
+            try:
+                desired = await self._checked(payload)
+            except TrustError as error:
+                if error.code is not FailureCode.TRUST_UNREACHABLE:
+                    self._reject(error)
+                    return
+                wait = RETRY_S[min(attempt, len(RETRY_S) - 1)]
+                log.warning("order not checked yet", error=str(error), retry_in_s=wait)
+                await asyncio.sleep(wait)
+                attempt += 1
+            else:
+                self.rejected = None
+                self.post(core.Ordered(desired))
+                return
+
+    async def _checked(self, payload: bytes) -> Desired:
+        # The retained order comes again at every reconnect: the newest accepted is no replay.
+        newest = self.deployment.newest_sequence - 1
+        try:
+            return await asyncio.to_thread(self._trust.verify_desired, payload, newest)
+        except TrustError as error:
+            if error.code not in (
+                FailureCode.TRUST_SIGNATURE,
+                FailureCode.TRUST_UNREACHABLE,
+                FailureCode.TRUST_NOT_FOUND,
+            ):
+                raise
+        await self._trust.refresh()  # the director's keys may be new to this device
+        return await asyncio.to_thread(self._trust.verify_desired, payload, newest)
+
+    def _reject(self, error: TrustError) -> None:
+        log.error("order rejected", code=error.code.value, error=str(error))
+        self.rejected = Failure(code=error.code, message=str(error))
+        self._on_change(self.deployment)

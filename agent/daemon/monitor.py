@@ -1,0 +1,132 @@
+"""Watches what serves: samples of every request, canaries when nobody asks, and a verdict against the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+import structlog
+
+from agent.contract.manifest import Manifest, Probe
+from agent.contract.messages import Failure
+from agent.contract.profile import HealthLimits
+from agent.core.health import HealthWindow, Judge, Sample, Verdict, Vitals, breach
+from agent.core.inference import DoneEvent, FinishReason, GenerationRequest, InferenceError, Sampling
+from agent.core.ports import Clock, Inference
+from agent.errors import HealthError
+
+log = structlog.get_logger()
+
+CANARY_PRIORITY = 10
+_LOOK_EVERY_S = 0.5
+
+
+class Monitor:
+    """Health of the active model."""
+
+    def __init__(
+        self,
+        inference: Inference,
+        clock: Clock,
+        render: Callable[[Manifest, str], str],
+        worker_memory: Callable[[], int],
+        window_s: float = 300.0,
+    ) -> None:
+        self._inference = inference
+        self._clock = clock
+        self._render = render
+        self._worker_memory = worker_memory
+        self._window = HealthWindow(window_s)
+        self._judge = Judge()
+        self._ids = itertools.count(1)
+        self.limits = HealthLimits()
+
+    @property
+    def window_s(self) -> float:
+        """Seconds that the figures cover."""
+        return self._window.seconds
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the last look."""
+        return self._judge.verdict
+
+    def reset(self, manifest: Manifest) -> None:
+        """Another model serves: what the old one did says nothing about it."""
+        log.debug("health window cleared", artifact=manifest.id)
+        self._window.clear()
+        self._judge = Judge()
+
+    def finished(self, ttft_ms: float, tpot_ms: float, tokens: int, failed: bool) -> None:
+        """A request ended; ``failed`` when it was the model's or the worker's fault."""
+        self._window.add(Sample(self._clock.monotonic(), ttft_ms, tpot_ms, tokens, failed))
+
+    def worker_died(self) -> None:
+        """The worker crashed, hung or was killed."""
+        self._window.restarted(self._clock.monotonic())
+
+    def vitals(self) -> Vitals:
+        """The figures now."""
+        return self._window.vitals(self._clock.monotonic(), self._worker_memory())
+
+    def look(self) -> Failure | None:
+        """Judge the figures once more; the failure when they condemn what serves."""
+        self._judge = self._judge.judge(self.vitals(), self.limits)
+        return self._judge.failure if self._judge.verdict is Verdict.UNHEALTHY else None
+
+    async def canary(self) -> None:
+        """Ask each signed probe prompt, behind people's requests, and take the result in as a sample."""
+        manifest = self._inference.active_manifest()
+        for probe in manifest.probes if manifest else ():
+            if manifest is not None:
+                await self._ask(manifest, probe)
+
+    async def _ask(self, manifest: Manifest, probe: Probe) -> None:
+        request = GenerationRequest(
+            id=f"canary-{next(self._ids)}",
+            prompt=self._render(manifest, probe.prompt),
+            sampling=Sampling(max_tokens=probe.max_tokens, temperature=0.0, stop=manifest.chat.stop),
+            priority=CANARY_PRIORITY,
+        )
+        text, done = "", None
+        try:
+            async for event in self._inference.generate(request):
+                if isinstance(event, DoneEvent):
+                    done = event
+                else:
+                    text += event.text
+        except InferenceError as error:
+            if error.kind not in ("busy", "unavailable"):  # people come first: no place for a canary is no fault
+                log.warning("canary failed", kind=error.kind, error=str(error))
+                self.finished(0, 0, 0, failed=True)
+            return
+        wrong = bool(probe.expect) and not any(word in text for word in probe.expect)
+        if wrong:
+            log.warning("canary answered wrongly", prompt=probe.prompt, answer=text[:200])
+        if done is not None:
+            failed = wrong or done.reason is FinishReason.ERROR
+            self.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, failed)
+
+    async def probation(self, limits: HealthLimits, seconds: float) -> str:
+        """Watch for so long; returns the digest that serves at the end.
+
+        Raises:
+            HealthError: a limit was broken, or nothing served.
+        """
+        self.limits = limits
+        end = self._clock.monotonic() + seconds
+        pause = max(_LOOK_EVERY_S, seconds / 10)
+        while True:
+            await self.canary()
+            found = breach(self.vitals(), limits, min_requests=1)
+            if found is not None and self.look() is not None:
+                raise HealthError(found.message, found.code)
+            left = end - self._clock.monotonic()
+            if left <= 0 and found is None:
+                break
+            await asyncio.sleep(min(pause, left) if left > 0 else _LOOK_EVERY_S)
+        active = self._inference.active()
+        if active is None or self.vitals().requests == 0:
+            raise HealthError("nothing was served during probation")
+        return active.digest

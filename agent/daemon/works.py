@@ -1,0 +1,201 @@
+"""The works of a deployment: each a coroutine that ends with the event of its success, or raises an ``AgentError``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest
+from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
+from agent.core import deployment as core
+from agent.core.ports import ArtifactStore, Clock, ModelHost, Transfer, Trust
+from agent.daemon.monitor import Monitor
+from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
+
+log = structlog.get_logger()
+
+#: Waits between attempts to reach the controller; the last one repeats until the state's deadline.
+RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the works need; each a Protocol of ``core.ports``."""
+
+    trust: Trust
+    store: ArtifactStore
+    transfer: Transfer
+    host: ModelHost
+    monitor: Monitor
+    clock: Clock
+
+
+class Works:
+    """Performs one work at a time for the deployment that it is given."""
+
+    def __init__(self, parts: Parts, on_progress: Callable[[Progress], None]) -> None:
+        self._parts = parts
+        self._on_progress = on_progress
+        self._manifests: dict[str, Manifest] = {}
+        #: One model is loaded, proven or swapped at a time: memory is planned for that.
+        self.host_lock = asyncio.Lock()
+
+    async def perform(self, work: core.Work, deployment: core.Deployment) -> core.Event:
+        """Do it.
+
+        Raises:
+            AgentError: it failed, and its code says how.
+        """
+        desired = deployment.desired
+        if desired is None:
+            raise AgentError(f"there is no order to {work.value}")
+        match work:
+            case core.Work.RESOLVE:
+                return await self._resolve(desired)
+            case core.Work.TRANSFER:
+                return await self._transfer(deployment.candidates, desired)
+            case core.Work.VERIFY:
+                return await self._verify(deployment.candidates)
+            case core.Work.PROVE:
+                return await self._prove(deployment.candidates)
+            case core.Work.ACTIVATE:
+                return await self._activate(deployment.chosen, desired)
+            case core.Work.WATCH:
+                return await self._watch(deployment.chosen, desired)
+
+    async def serve(self, ref: ArtifactRef | None) -> None:
+        """Serve the committed artifact again, or nothing; every byte is checked before it is loaded.
+
+        Raises:
+            AgentError: it is gone, damaged, or does not load.
+        """
+        async with self.host_lock:
+            if ref is None:
+                await self._parts.host.retire()
+                return
+            active = self._parts.host.active()
+            if active is not None and active.digest == ref.digest:
+                return
+            folder = self._parts.store.path(ref.digest)
+            manifest = self._parts.store.manifest(ref.digest)
+            if folder is None or manifest is None:
+                raise StoreError(f"the committed artifact {ref.id} is not on disk", FailureCode.STORE_CORRUPT)
+            await asyncio.to_thread(self._parts.store.verify, ref.digest)
+            info = await self._parts.host.activate(manifest, folder)
+            self._parts.monitor.reset(manifest)
+            log.info("serving", artifact=ref.id, runtime=info.runtime, load_s=round(info.load_s, 2))
+
+    async def _resolve(self, desired: Desired) -> core.Resolved:
+        fit, reasons = [], []
+        usable = {fact.name: fact for fact in await self._parts.host.runtimes()}
+        for ref in desired.artifacts:
+            manifest = await self._manifest(ref)
+            runtime = usable.get(manifest.toolchain.value)
+            if runtime is not None and runtime.usable:
+                fit.append(ref)
+            else:
+                why = runtime.reason if runtime else "this agent does not know it"
+                reasons.append(f"{ref.id} needs the runtime {manifest.toolchain.value}: {why}")
+        if not fit:
+            raise RuntimeLoadError("; ".join(reasons), FailureCode.RUNTIME_MISSING)
+        return core.Resolved(tuple(fit))
+
+    async def _manifest(self, ref: ArtifactRef) -> Manifest:
+        """From memory, from the store (verified when it came), or from TUF, for as long as it takes to be reached."""
+        known = self._manifests.get(ref.digest) or self._parts.store.manifest(ref.digest)
+        attempt = 0
+        while known is None:
+            try:
+                known = await self._parts.trust.manifest(ref)
+            except TrustError as error:
+                if error.code is not FailureCode.TRUST_UNREACHABLE:
+                    raise
+                wait = RETRY_S[min(attempt, len(RETRY_S) - 1)]
+                log.warning("controller unreachable", artifact=ref.id, error=str(error), retry_in_s=wait)
+                await asyncio.sleep(wait)
+                attempt += 1
+        self._manifests = {**self._manifests, ref.digest: known}
+        return known
+
+    async def _transfer(self, candidates: tuple[ArtifactRef, ...], desired: Desired) -> core.Transferred:
+        here, last = [], None
+        for ref in candidates:
+            manifest = await self._manifest(ref)
+            try:
+                progress = await self._parts.transfer.fetch(
+                    manifest,
+                    window_bytes=desired.transfer.window_bytes,
+                    stall_s=desired.transfer.stall_s,
+                    on_progress=self._on_progress,
+                )
+            except AgentError as error:
+                log.warning("variant not transferred", artifact=ref.id, code=error.code.value, error=str(error))
+                last = error
+                continue
+            self._on_progress(progress)
+            here.append(ref)
+        if not here:
+            raise last or StoreError("the order names no artifact")
+        return core.Transferred(tuple(here))
+
+    async def _verify(self, candidates: tuple[ArtifactRef, ...]) -> core.Verified:
+        for ref in candidates:
+            await asyncio.to_thread(self._parts.store.verify, ref.digest)
+        return core.Verified()
+
+    async def _prove(self, candidates: tuple[ArtifactRef, ...]) -> core.Proved:
+        """The fastest of those that pass; a single failure is no failure while another variant passes."""
+        passed: list[tuple[ArtifactRef, Proof]] = []
+        last: AgentError | None = None
+        for ref in candidates:
+            try:
+                passed.append((ref, await self._prove_one(ref)))
+            except AgentError as error:
+                log.warning("variant not proven", artifact=ref.id, code=error.code.value, error=str(error))
+                last = error
+        if not passed:
+            raise last or RuntimeLoadError("the order names no artifact")
+        chosen, proof = min(passed, key=lambda pair: pair[1].tpot_ms)
+        return core.Proved(chosen, proof)
+
+    async def _prove_one(self, ref: ArtifactRef) -> Proof:
+        manifest = await self._manifest(ref)
+        async with self.host_lock:
+            proof = await self._parts.host.prove(manifest, self._folder(ref))
+        log.info("proven", artifact=ref.id, **proof.model_dump())
+        return proof
+
+    async def _activate(self, ref: ArtifactRef | None, desired: Desired) -> core.Activated:
+        if ref is None:
+            raise AgentError("nothing was chosen to activate")
+        await self._wait_for_window(desired)
+        manifest = await self._manifest(ref)
+        async with self.host_lock:
+            info = await self._parts.host.activate(manifest, self._folder(ref))
+        self._parts.monitor.reset(manifest)
+        return core.Activated(info.digest)
+
+    async def _wait_for_window(self, desired: Desired) -> None:
+        begin, end = desired.window.not_before, desired.window.not_after
+        now = self._parts.clock.now()
+        if begin is not None and now < begin:
+            log.info("waiting for the window", not_before=begin.isoformat())
+            await asyncio.sleep((begin - now).total_seconds())
+        if end is not None and self._parts.clock.now() > end:
+            raise AgentError(f"the window to change the model closed at {end.isoformat()}", FailureCode.DEADLINE)
+
+    async def _watch(self, ref: ArtifactRef | None, desired: Desired) -> core.Healthy:
+        if ref is None:
+            raise AgentError("nothing was chosen to watch")
+        return core.Healthy(await self._parts.monitor.probation(desired.limits, desired.probation_s))
+
+    def _folder(self, ref: ArtifactRef) -> Path:
+        folder = self._parts.store.path(ref.digest)
+        if folder is None:
+            raise StoreError(f"{ref.id} is not complete on disk", FailureCode.STORE_CORRUPT)
+        return folder
