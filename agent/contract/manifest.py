@@ -89,7 +89,9 @@ class Quality(WireModel):
     kl_divergence: Annotated[float, Field(description="mean, nats per token")]
     kl_divergence_se: float = 0.0
     kl_divergence_p99: float
+    kl_divergence_p99_se: float = 0.0
     perplexity: float
+    perplexity_se: float = 0.0
     perplexity_ratio: Annotated[float, Field(description="to the reference's perplexity")]
     perplexity_ratio_se: float = 0.0
     same_top_token: Annotated[float, Field(ge=0, le=1, description="share of tokens")]

@@ -92,6 +92,6 @@ class DeviceProfile(_Strict):
         for recipe in self.recipes:
             if recipe.target is not Target.CPU and recipe.target not in self.accelerators:
                 raise ValueError(
-                    f"recipe target {recipe.target} is not among the accelerators {list(self.accelerators)}"
+                    f"recipe target {recipe.target} is not among the accelerators ({', '.join(self.accelerators) or 'none'})"
                 )
         return self
