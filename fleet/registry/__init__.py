@@ -1,1 +1,16 @@
-"""What the controller remembers: devices, artifacts, deployments, audit."""
+"""Devices, artifacts, deployments, audit: SQLAlchemy, SQLite by default, PostgreSQL by URL."""
+
+from fleet.registry.database import Database
+from fleet.registry.recorder import Heard, Recorder
+from fleet.registry.registry import Actor, Registry
+
+__all__ = ["Actor", "Database", "Heard", "Recorder", "Registry", "open_registry"]
+
+
+def open_registry(url: str) -> Registry:
+    """The registry behind a database URL; its tables are made when the database is new.
+
+    Raises:
+        fleet.errors.RegistryError: it cannot be opened, or has another schema version.
+    """
+    return Registry(Database(url))

@@ -1,0 +1,76 @@
+"""Whether an artifact fits a device: its profile, and the facts that the device has told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent.contract.manifest import Manifest, Target
+from agent.contract.messages import Facts
+from agent.contract.profile import DeviceProfile
+
+MIB = 1024 * 1024
+
+_ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+
+
+def misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts | None) -> tuple[str, ...]:
+    """Each reason why the artifact should not go to such a device; none: it fits. Without facts the profile decides."""
+    reasons = [*_profile_misfits(manifest, profile)]
+    if facts is not None:
+        reasons += _fact_misfits(manifest, profile, facts)
+    return tuple(reasons)
+
+
+def gate_misfits(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
+    """Where the measured loss is past the profile's quality gate, or a gate is set and nothing was measured."""
+    gate, quality = profile.quality, manifest.quality
+    limits = (
+        ("KL divergence", gate.kl_divergence_max, quality.kl_divergence if quality else None),
+        ("perplexity ratio", gate.perplexity_ratio_max, quality.perplexity_ratio if quality else None),
+    )
+    reasons = []
+    for name, limit, found in limits:
+        if limit is None:
+            continue
+        if found is None:
+            reasons.append(f"profile {profile.name} limits {name} to {limit:g}, and the artifact's was not measured")
+        elif found > limit:
+            reasons.append(f"its {name} of {found:.4g} is past the {limit:g} that profile {profile.name} allows")
+    return tuple(reasons)
+
+
+def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
+    if manifest.target is not Target.CPU and manifest.target not in profile.accelerators:
+        there = ", ".join(["cpu", *profile.accelerators])
+        yield f"it was built for {manifest.target}, and profile {profile.name} has {there}"
+    recipes = [(recipe.toolchain, recipe.precision, recipe.target) for recipe in profile.recipes]
+    if (manifest.toolchain, manifest.precision, manifest.target) not in recipes:
+        listed = ", ".join(sorted({"/".join(recipe) for recipe in recipes}))
+        made = f"{manifest.toolchain}/{manifest.precision}/{manifest.target}"
+        yield f"it is {made}, and the recipes of profile {profile.name} are {listed}"
+    need = manifest.memory.at_context(manifest.context)
+    if need > profile.memory_bytes:
+        yield (
+            f"it takes {need / MIB:.0f} MiB of memory at a context of {manifest.context} tokens, "
+            f"and profile {profile.name} allows {profile.memory_bytes / MIB:.0f} MiB"
+        )
+    if manifest.size > profile.disk_bytes:
+        yield (
+            f"it takes {manifest.size / MIB:.0f} MiB of disk, "
+            f"and profile {profile.name} allows {profile.disk_bytes / MIB:.0f} MiB"
+        )
+
+
+def _fact_misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts) -> Iterator[str]:
+    machine = _ARCHITECTURES.get(facts.machine.lower(), facts.machine.lower())
+    if profile.arch not in ("any", machine):
+        yield f"the device is {facts.machine}, and profile {profile.name} is for {profile.arch}"
+    need = manifest.memory.at_context(manifest.context)
+    if need > facts.memory_total_bytes:
+        yield f"it takes {need / MIB:.0f} MiB of memory, and the device has {facts.memory_total_bytes / MIB:.0f} MiB"
+    if manifest.size > facts.disk_free_bytes:
+        yield f"it takes {manifest.size / MIB:.0f} MiB, and the device has {facts.disk_free_bytes / MIB:.0f} MiB free"
+    runtimes = [runtime for runtime in facts.runtimes if runtime.name.startswith(manifest.toolchain.value)]
+    if facts.runtimes and not any(runtime.usable for runtime in runtimes):
+        reason = next((f": {runtime.reason}" for runtime in runtimes if runtime.reason), "")
+        yield f"no runtime for {manifest.toolchain} is usable on the device{reason}"

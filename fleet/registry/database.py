@@ -1,0 +1,141 @@
+"""Opens the database: SQLite for one controller, PostgreSQL by URL. Two processes at once are the normal case."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from fleet.errors import RegistryError
+from fleet.registry.models import SCHEMA_VERSION, Base, SchemaRow
+
+#: How long a process waits for another's transaction before it gives up.
+BUSY_TIMEOUT_S = 10.0
+#: Of the advisory lock under which PostgreSQL's tables are made: two controllers may start at once.
+_LOCK = 0x7068_6966
+
+
+class Database:
+    """An engine whose schema was checked, and its two kinds of transaction."""
+
+    def __init__(self, url: str) -> None:
+        self.url = _parse(url)
+        self._engine = _engine(self.url)
+        # SQLite takes the write lock at BEGIN, not at the first write: a transaction that read first and was
+        # overtaken by another process could otherwise not be retried.
+        self._writer = self._engine.execution_options(phifleet_write=True)
+        self._where = self.url.render_as_string(hide_password=True)
+        with self._explained():
+            _prepare(self._writer, self._where)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A snapshot; nothing is written.
+
+        Raises:
+            RegistryError: the database cannot be used.
+        """
+        with self._explained(), Session(self._engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """One transaction, committed at the end or not at all; one writer at a time.
+
+        Raises:
+            RegistryError: the database cannot be used.
+        """
+        with self._explained(), Session(self._writer, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise RegistryError(f"database {self._where}: {_advice(error)}") from error
+        except SQLAlchemyError as error:
+            raise RegistryError(f"database {self._where}: {error}") from error
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise RegistryError(
+            f"{url!r} is no database URL; write sqlite:////path/to/fleet.db or postgresql://user@host/name"
+        ) from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise RegistryError(f"{parsed.drivername} is not supported; use sqlite or postgresql")
+    return parsed
+
+
+def _engine(url: URL) -> Engine:
+    try:
+        if url.get_backend_name() != "sqlite":
+            return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": int(BUSY_TIMEOUT_S)})
+        if url.database and url.database != ":memory:":
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    except (ModuleNotFoundError, NoSuchModuleError) as error:
+        reason = f"the driver of {url.drivername} is missing ({error}); install phifleet[postgres]"
+        raise RegistryError(reason) from None
+    except OSError as error:
+        raise RegistryError(f"{url.database}: cannot be made: {error.strerror or error}") from None
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    # The driver's own BEGIN comes too late for BEGIN IMMEDIATE; _begin_sqlite says it instead.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=NORMAL"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    write = connection.get_execution_options().get("phifleet_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _prepare(engine: Engine, where: str) -> None:
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        if not inspect(connection).has_table(SchemaRow.__tablename__):
+            Base.metadata.create_all(connection)
+            connection.execute(insert(SchemaRow).values(version=SCHEMA_VERSION))
+        found = connection.execute(select(SchemaRow.version)).scalar_one_or_none()
+    if found == SCHEMA_VERSION:
+        return
+    newer = found is not None and found > SCHEMA_VERSION
+    advice = "upgrade phifleet" if newer else "move it aside, or use the phifleet that made it"
+    raise RegistryError(
+        f"database {where} has schema version {found}, and this phifleet works with {SCHEMA_VERSION}: {advice}"
+    )
+
+
+def _advice(error: DBAPIError) -> str:
+    reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
+    hints = {
+        "database is locked": f"another process kept it for more than {BUSY_TIMEOUT_S:.0f} s",
+        "unable to open database file": "is the folder there, and may this user write in it?",
+        "file is not a database": "the file is something else, or damaged; move it aside or restore a backup",
+        "disk is full": "make room on the disk",
+        "readonly database": "this user may not write it",
+    }
+    hint = next((text for key, text in hints.items() if key in reason), "")
+    return f"{reason} ({hint})" if hint else reason

@@ -1,0 +1,168 @@
+"""The tables: devices, artifacts published, deployments, what was done by whom, and recent health."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import DDL, JSON, ForeignKey, Index, String, Text, UniqueConstraint, event
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import DateTime, TypeDecorator
+
+#: Grows with every change of the tables; a database of another version is refused, never guessed at.
+SCHEMA_VERSION = 1
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware in, aware out: SQLite keeps no offset, so UTC is what is stored."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To UTC.
+
+        Raises:
+            ValueError: the datetime is naive.
+        """
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a datetime without an offset")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Back, with the offset."""
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    """Of all tables."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: UtcDateTime, dict[str, Any]: JSON(none_as_null=True)}
+
+
+class SchemaRow(Base):
+    """One row: which version of the tables this database has."""
+
+    __tablename__ = "phifleet_schema"
+
+    version: Mapped[int] = mapped_column(primary_key=True)
+
+
+class DeviceRow(Base):
+    """A device that was added. One that is removed keeps its row, so that its sequence numbers go on growing."""
+
+    __tablename__ = "devices"
+
+    id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    profile: Mapped[str] = mapped_column(String(63))
+    #: The whole profile, when it came from a file and not with phifleet.
+    profile_document: Mapped[dict[str, Any] | None]
+    added_at: Mapped[datetime]
+    removed_at: Mapped[datetime | None]
+    #: The controller has cleared the removed device's retained messages.
+    cleared: Mapped[bool] = mapped_column(default=False)
+    sequence: Mapped[int] = mapped_column(default=0)
+    online: Mapped[bool] = mapped_column(default=False)
+    presence_at: Mapped[datetime | None]
+    agent_version: Mapped[str] = mapped_column(default="")
+    facts: Mapped[dict[str, Any] | None]
+    reported: Mapped[dict[str, Any] | None]
+    health: Mapped[dict[str, Any] | None]
+    last_seen: Mapped[datetime | None]
+    malformed: Mapped[int] = mapped_column(default=0)
+
+
+class ArtifactRow(Base):
+    """An artifact whose manifest is a TUF target."""
+
+    __tablename__ = "artifacts"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[str] = mapped_column(String(128), index=True)
+    model: Mapped[str]
+    toolchain: Mapped[str]
+    precision: Mapped[str]
+    target: Mapped[str]
+    profile: Mapped[str]
+    size: Mapped[int]
+    published_at: Mapped[datetime]
+
+
+class DeploymentRow(Base):
+    """One order to one device, signed, and what came of it."""
+
+    __tablename__ = "deployments"
+    __table_args__ = (UniqueConstraint("device", "sequence"), Index("deployments_by_stage", "stage"))
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device: Mapped[str] = mapped_column(ForeignKey("devices.id"), index=True)
+    artifact: Mapped[str] = mapped_column(String(128))
+    digest: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"))
+    sequence: Mapped[int]
+    envelope: Mapped[bytes]
+    stage: Mapped[str] = mapped_column(String(16))
+    presumed: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    deadline_s: Mapped[float]
+    probation_s: Mapped[float]
+    published_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    reported_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    progress: Mapped[dict[str, Any] | None]
+    proof: Mapped[dict[str, Any] | None]
+    runtime: Mapped[str | None]
+    endpoint: Mapped[str | None]
+    served_digest: Mapped[str | None] = mapped_column(String(64))
+    failure_code: Mapped[str | None] = mapped_column(String(64))
+    failure_message: Mapped[str | None] = mapped_column(Text)
+
+
+class AuditRow(Base):
+    """Who did what, and when. Rows are only ever added: the database itself refuses to change or delete one."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    at: Mapped[datetime]
+    who: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    details: Mapped[dict[str, Any] | None]
+
+
+class HealthRow(Base):
+    """A health report. Only the newest of each device are kept."""
+
+    __tablename__ = "health"
+    __table_args__ = (Index("health_by_device", "device", "id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    device: Mapped[str] = mapped_column(ForeignKey("devices.id"))
+    at: Mapped[datetime]
+    report: Mapped[dict[str, Any]]
+
+
+_SQLITE_APPEND_ONLY = """
+CREATE TRIGGER audit_no_{verb} BEFORE {verb} ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit is append only'); END
+"""
+_POSTGRESQL_APPEND_ONLY = """
+CREATE FUNCTION phifleet_audit_append_only() RETURNS trigger LANGUAGE plpgsql
+AS $$ BEGIN RAISE EXCEPTION 'the audit is append only'; END $$;
+CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE ON audit
+FOR EACH ROW EXECUTE FUNCTION phifleet_audit_append_only()
+"""
+_ddl: Callable[[str], DDL] = DDL  # SQLAlchemy leaves its constructor untyped
+for _verb in ("update", "delete"):
+    event.listen(
+        AuditRow.__table__,
+        "after_create",
+        _ddl(_SQLITE_APPEND_ONLY.format(verb=_verb)).execute_if(dialect="sqlite"),
+    )
+event.listen(AuditRow.__table__, "after_create", _ddl(_POSTGRESQL_APPEND_ONLY).execute_if(dialect="postgresql"))
