@@ -10,7 +10,7 @@ import structlog
 
 from agent.contract import topics
 from agent.contract.base import WireModel
-from agent.contract.messages import ArtifactRef, Facts, HealthReport, Presence, Progress, Reported, RuntimeFact
+from agent.contract.messages import ArtifactRef, Facts, Failure, HealthReport, Presence, Progress, Reported, RuntimeFact
 from agent.core.deployment import Deployment
 from agent.core.inference import ModelInfo
 from agent.core.ports import Clock, Link
@@ -53,7 +53,7 @@ class Reporter:
         self._progress: Progress | None = None
         self._progress_told = 0.0
         self._deployment = Deployment()
-        self.rejected: Callable[[], object] = lambda: None
+        self.rejected: Callable[[], Failure | None] = lambda: None
         self.endpoint: str | None = None
         self.malformed = 0
 
