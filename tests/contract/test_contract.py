@@ -1,0 +1,187 @@
+"""The contract: golden files per version, tolerance of the unknown, and errors that name the field."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from agent.contract import topics
+from agent.contract.base import MalformedMessageError, WireModel, canonical_json, sha256_hex
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import (
+    ArtifactFile,
+    Chat,
+    Manifest,
+    MemoryNeed,
+    ModelFacts,
+    Precision,
+    Probe,
+    Target,
+    Toolchain,
+    content_digest,
+)
+from agent.contract.messages import (
+    ArtifactRef,
+    ChunkRange,
+    Desired,
+    Facts,
+    Failure,
+    HealthReport,
+    MetadataAnswer,
+    MetadataStatus,
+    MetadataWant,
+    Presence,
+    Progress,
+    Proof,
+    Reported,
+    RuntimeFact,
+    State,
+    Want,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+AT = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
+LATER = datetime(2026, 11, 24, 2, 0, tzinfo=UTC)
+REF = ArtifactRef(id="phi-onnx_genai-int4-cpu-0123456789ab", digest="ab" * 32)
+FILES = (
+    ArtifactFile(path="genai_config.json", size=2, sha256=sha256_hex(b"{}"), chunks=((2, sha256_hex(b"{}")),)),
+    ArtifactFile(path="sub/empty", size=0, sha256=sha256_hex(b""), chunks=()),
+)
+MANIFEST = Manifest(
+    id=REF.id,
+    digest=content_digest(FILES),
+    size=2,
+    model=ModelFacts(name="phi", architecture="Phi3ForCausalLM", parameters=9, source_digest="cd" * 32, max_context=64),
+    toolchain=Toolchain.ONNX_GENAI,
+    versions={"onnxruntime-genai": "0.18.0"},
+    recipe={"block_size": 32},
+    precision=Precision.INT4,
+    target=Target.CPU,
+    profile="iot-x86",
+    context=64,
+    entry=".",
+    memory=MemoryNeed(weights_bytes=2, kv_bytes_per_token=4, overhead_bytes=8),
+    chat=Chat(template="{{ messages }}"),
+    probes=(Probe(prompt="What is the capital of France?", expect=("Paris",)),),
+    files=FILES,
+)
+EXAMPLES: dict[str, WireModel] = {
+    "presence": Presence(device="pi-1", online=True, at=AT, agent_version="0.1.0"),
+    "facts": Facts(
+        device="pi-1", profile="iot-x86", agent_version="0.1.0", system="Linux 6.1", machine="x86_64", cpu="a cpu",
+        cpu_count=2, memory_total_bytes=8, memory_available_bytes=4, disk_free_bytes=2, at=AT,
+        runtimes=(RuntimeFact(name="mlx", usable=False, reason="not installed"),),
+    ),
+    "desired": Desired(device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,)),
+    "reported": Reported(
+        device="pi-1", sequence=7, deployment="d7", state=State.FAILED, desired=REF, at=AT,
+        progress=Progress(chunks_total=4, chunks_done=1, bytes_total=99, bytes_done=3),
+        proof=Proof(runtime="onnx_genai", load_s=0.5, ttft_ms=26, tpot_ms=16),
+        failure=Failure(code=FailureCode.STORE_DISK_FULL, message="needs 9 bytes, 3 are free"),
+    ),
+    "health": HealthReport(device="pi-1", at=AT, window_s=300, requests=3, ttft_ms_p50=26.5),
+    "want": Want(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
+    "metadata_want": MetadataWant(device="pi-1", name="3.targets.json", offset=131072),
+    "manifest": MANIFEST,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_bytes_on_the_wire_are_those_of_version_1(name: str):
+    golden = GOLDEN / f"{name}.v1.json"
+    message = EXAMPLES[name]
+    assert message.to_json() == golden.read_bytes().rstrip(b"\n"), (
+        f"{golden.name}: a change here breaks fleets in the field"
+    )
+    assert type(message).from_json(golden.read_bytes()) == message
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_later_versions_fields_are_ignored(name: str):
+    message = EXAMPLES[name]
+    extended = message.to_json()[:-1] + b',"from_the_future":{"a":1}}'
+    assert type(message).from_json(extended) == message
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@given(data=st.data())
+def test_damaged_payloads_are_refused_with_a_sentence(name: str, data: st.DataObject):
+    payload = EXAMPLES[name].to_json()
+    cut = data.draw(st.integers(0, len(payload) - 1))
+    with pytest.raises(MalformedMessageError, match=type(EXAMPLES[name]).__name__):
+        type(EXAMPLES[name]).from_json(payload[:cut])
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_never_more_than_a_malformed_message(payload: bytes):
+    for message in EXAMPLES.values():
+        try:
+            type(message).from_json(payload)
+        except MalformedMessageError as error:
+            assert "\n" not in str(error)
+
+
+def test_an_error_names_the_field_and_what_stood_there():
+    with pytest.raises(MalformedMessageError, match=r"credit: .*greater than 0.*found 0"):
+        Want.from_json(b'{"device":"pi-1","ranges":[{"first":0,"last":1}],"credit":0}')
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "a/./b", "", "C:\\x", "c:x", "a\\b"])
+def test_no_file_of_a_manifest_can_leave_its_folder(path: str):
+    with pytest.raises(ValidationError, match="relative path"):
+        ArtifactFile(path=path, size=0, sha256=sha256_hex(b""), chunks=())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"digest": "00" * 32}, "not the digest of the files"),
+        ({"size": 3}, "not the sum"),
+        ({"files": (*FILES, ArtifactFile(path="SUB/EMPTY", size=0, sha256=sha256_hex(b""), chunks=()))}, "same path"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(change: dict[str, object], words: str):
+    with pytest.raises(ValidationError, match=words):
+        Manifest.model_validate(MANIFEST.model_dump() | change)
+
+
+def test_the_digest_is_of_the_files_alone():
+    slower = MANIFEST.model_copy(update={"probes": (), "profile": "other"})
+    assert content_digest(slower.files) == MANIFEST.digest
+    assert content_digest(tuple(reversed(FILES))) == MANIFEST.digest
+
+
+def test_canonical_json_is_one_spelling():
+    assert canonical_json({"b": 1, "a": "ü"}) == '{"a":"ü","b":1}'.encode()
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(float("nan"))
+
+
+@given(
+    st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True),
+    st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+    st.integers(0, 10**9 - 1),
+)
+def test_topics_are_read_back_as_they_were_written(device: str, digest: str, index: int):
+    for build in (topics.presence, topics.facts, topics.desired, topics.reported, topics.health, topics.metadata):
+        assert topics.parse_device(build(device)) == (device, build.__name__)
+    assert topics.parse_want(topics.want(digest)) == digest
+    assert topics.parse_chunk(topics.shared_chunk(digest, index)) == (digest, index)
+    assert topics.parse_chunk(topics.own_chunk(device, digest, index)) == (digest, index)
+
+
+@given(st.text())
+def test_other_topics_are_nobodys(topic: str):
+    assert topics.parse_chunk(topic) is None
+    assert topics.parse_want(topic) is None
+    assert topics.parse_device(topic) is None
+
+
+def test_the_properties_of_a_metadata_answer_are_strings_and_come_back():
+    answer = MetadataAnswer(status=MetadataStatus.OK, name="1.root.json", offset=0, total=4711)
+    assert MetadataAnswer.from_properties(answer.to_properties()) == answer
