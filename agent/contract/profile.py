@@ -91,7 +91,6 @@ class DeviceProfile(_Strict):
     def _targets_are_there(self) -> Self:
         for recipe in self.recipes:
             if recipe.target is not Target.CPU and recipe.target not in self.accelerators:
-                raise ValueError(
-                    f"recipe target {recipe.target} is not among the accelerators ({', '.join(self.accelerators) or 'none'})"
-                )
+                there = ", ".join(self.accelerators) or "none"
+                raise ValueError(f"recipe target {recipe.target} is not among the accelerators ({there})")
         return self
