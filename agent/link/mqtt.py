@@ -1,0 +1,254 @@
+"""MQTT 5 for asyncio: control messages on the event loop, bulk straight on the link's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import structlog
+from paho.mqtt.matcher import MQTTMatcher
+
+from agent.core.ports import Handler, Message
+from agent.errors import LinkError
+from agent.link.network import BulkSource, Listener, Network
+from agent.link.packets import Publication
+from agent.link.settings import LinkSettings
+
+#: Control messages waiting for the event loop; what comes past that is dropped and counted.
+MAX_WAITING = 10_000
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subscription:
+    handler: Handler
+    qos: int
+    bulk: bool
+
+
+class MqttLink:
+    """Implements ``agent.core.ports.Link``: comes back by itself, with subscriptions and retained publications.
+
+    Made anywhere, started on the event loop that its control handlers are to run on.
+
+    Raises:
+        agent.errors.LinkError: the URL or a certificate in ``settings`` cannot be used.
+    """
+
+    def __init__(self, settings: LinkSettings) -> None:
+        self._network = Network(settings, Listener(self._connected, self._disconnected, self._received))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._subscriptions: dict[str, _Subscription] = {}
+        self._matcher = MQTTMatcher()  # type: ignore[no-untyped-call] # paho types it in part
+        self._retained: dict[str, tuple[bytes, int]] = {}
+        self._waiting: deque[tuple[Handler, Message]] = deque()
+        self._on_connected: list[Callable[[], None]] = []
+        self._up = asyncio.Event()
+        self.dropped = 0
+        self.reconnects = -1
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker answers now."""
+        return self._network.up
+
+    @property
+    def address(self) -> str:
+        """The broker's URL without a password."""
+        return str(self._network.address)
+
+    @property
+    def reason(self) -> str:
+        """Why it is not connected; empty when it is."""
+        return self._network.reason
+
+    async def start(self) -> None:
+        """Begin to connect; returns at once, for an agent must work without a broker too."""
+        self._loop = asyncio.get_running_loop()
+        self._network.start()
+
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Until the broker has accepted us.
+
+        Raises:
+            agent.errors.LinkError: it has not within ``timeout_s``; the text says why.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
+        except TimeoutError:
+            raise LinkError(f"broker {self.address}: {self.reason} (waited {timeout_s:g} s)") from None
+
+    async def close(self) -> None:
+        """Disconnect in good order: the broker then publishes no will."""
+        await asyncio.to_thread(self._network.stop)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def on_connected(self, callback: Callable[[], None]) -> None:
+        """Run ``callback`` on the event loop after each connect, when subscriptions and state are on their way."""
+        self._on_connected.append(callback)
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        response_topic: str | None = None,
+        correlation: bytes | None = None,
+        properties: Mapping[str, str] | None = None,
+    ) -> None:
+        """Hand over to the broker; waits for its acknowledgement at QoS 1.
+
+        A retained publication is remembered also when this raises, and sent at each connect: it is state.
+
+        Raises:
+            agent.errors.LinkError: not connected, or refused, naming the broker and its reason.
+        """
+        if retain:
+            self._retained[topic] = (payload, qos)
+        outcome: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        done = self._resolver(outcome)
+        self._network.publish(
+            Publication(topic, payload, done, qos, retain, response_topic, correlation, properties or {})
+        )
+        error = await outcome
+        if error is not None:
+            raise LinkError(f"broker {self.address}: {topic}: {error}")
+
+    async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
+        """From now on, also after a reconnect. Without a connection, from the next one on.
+
+        Raises:
+            agent.errors.LinkError: the broker refuses this filter.
+        """
+        subscription = _Subscription(handler, qos, bulk)
+        self._subscriptions = {**self._subscriptions, topic: subscription}
+        self._rebuild_matcher()
+        outcome: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
+        self._network.subscribe([(topic, qos)], self._resolver(outcome))
+        refused = [reason for reason in await outcome if reason.is_failure]
+        if refused:
+            self._forget(topic)
+            raise LinkError(f"broker {self.address}: refuses the subscription to {topic}: {refused[0]}")
+
+    async def unsubscribe(self, topic: str) -> None:
+        """No longer."""
+        self._forget(topic)
+        self._network.unsubscribe(topic)
+
+    def serve_bulk(self, source: BulkSource, *, window: int = 32) -> None:
+        """Publish what ``source`` gives at QoS 1, at most ``window`` unacknowledged; it runs on the link's thread.
+
+        Pulled, so that a slow broker slows the source instead of filling memory. While disconnected it is not asked,
+        and what was under way is lost.
+        """
+        self._network.serve_bulk(source, window)
+
+    def wake_bulk(self) -> None:
+        """The source of ``serve_bulk`` has something again."""
+        self._network.wake_bulk()
+
+    def _forget(self, topic: str) -> None:
+        self._subscriptions = {key: value for key, value in self._subscriptions.items() if key != topic}
+        self._rebuild_matcher()
+
+    def _rebuild_matcher(self) -> None:
+        # Replaced as a whole: the link's thread reads it at any moment.
+        matcher = MQTTMatcher()  # type: ignore[no-untyped-call] # paho types it in part
+        for topic, subscription in self._subscriptions.items():
+            matcher[_inner_filter(topic)] = subscription
+        self._matcher = matcher
+
+    def _resolver(self, future: asyncio.Future[Any]) -> Callable[[Any], None]:
+        loop = asyncio.get_running_loop()
+        return lambda value: _on_loop(loop, _set_unless_done, future, value)
+
+    # What follows runs on the link's thread.
+
+    def _connected(self) -> None:
+        self.reconnects += 1
+        subscriptions = [(topic, subscription.qos) for topic, subscription in self._subscriptions.items()]
+        if subscriptions:
+            self._network.subscribe(subscriptions, lambda reasons: self._log_refused(subscriptions, reasons))
+        for topic, (payload, qos) in list(self._retained.items()):
+            self._network.publish(Publication(topic, payload, lambda error: None, qos, retain=True))
+        _log.info("broker_connected", broker=self.address, reconnects=self.reconnects)
+        if self._loop is not None:
+            _on_loop(self._loop, self._tell_connected)
+
+    def _disconnected(self, reason: str) -> None:
+        _log.warning("broker_not_connected", broker=self.address, reason=reason)
+        if self._loop is not None:
+            _on_loop(self._loop, self._up.clear)
+
+    def _received(self, message: Message) -> None:
+        for subscription in self._matcher.iter_match(message.topic):  # type: ignore[no-untyped-call] # paho types it in part
+            if subscription.bulk:
+                _guard(subscription.handler, message)
+            else:
+                self._queue(subscription.handler, message)
+
+    def _queue(self, handler: Handler, message: Message) -> None:
+        if len(self._waiting) >= MAX_WAITING:
+            self.dropped += 1
+            return
+        self._waiting.append((handler, message))
+        if self._loop is not None:
+            _on_loop(self._loop, self._deliver)
+
+    def _log_refused(self, filters: Sequence[tuple[str, int]], reasons: Sequence[Any]) -> None:
+        for (topic, _), reason in zip(filters, reasons, strict=False):
+            if reason.is_failure:
+                _log.error("subscription_refused", broker=self.address, topic=topic, reason=str(reason))
+
+    # And this on the event loop again.
+
+    def _deliver(self) -> None:
+        handler, message = self._waiting.popleft()
+        _guard(handler, message)
+
+    def _tell_connected(self) -> None:
+        if not self.connected:
+            return
+        self._up.set()
+        for callback in self._on_connected:
+            callback()
+
+
+def _inner_filter(topic: str) -> str:
+    """The filter that publications match: a shared subscription's comes after ``$share/<group>/``."""
+    return topic.split("/", 2)[2] if topic.startswith("$share/") else topic
+
+
+def _guard(handler: Handler, message: Message) -> None:
+    # One handler's defect must cost neither the connection nor the other handlers.
+    try:
+        handler(message)
+    except Exception:
+        _log.exception("message_handler_failed", topic=message.topic)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        loop.call_soon_threadsafe(call, *arguments)
+
+
+def _set_unless_done(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)

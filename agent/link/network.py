@@ -1,0 +1,348 @@
+"""The link's own thread, and the paho client that no other thread touches.
+
+paho's loop waits with ``select``, which fails for good once a process holds more than 1024 descriptors, as an
+endpoint with many clients does; and its thread-safe calls give a message id only after the acknowledgement may have
+come. So this thread waits with the selector of the platform, and others hand it work instead of calling paho.
+"""
+
+from __future__ import annotations
+
+import random
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from agent.core.backoff import Backoff
+from agent.core.ports import Message
+from agent.link.packets import Done, Publication, make_client, publish_properties, to_message
+from agent.link.settings import LinkSettings, parse_url
+
+#: How many QoS 1 publications of ours may be unacknowledged, unless the broker wants fewer.
+MAX_IN_FLIGHT = 64
+#: Left free of bulk, so that control never waits for a window of chunks to be acknowledged.
+CONTROL_SLOTS = 4
+
+BulkSource = Callable[[], "tuple[str, bytes] | None"]
+"""The next bulk publication as ``(topic, payload)``, or None when there is none now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Called on the link's thread: the broker accepted us; connection or attempt ended, and why; a publication."""
+
+    connected: Callable[[], None]
+    disconnected: Callable[[str], None]
+    received: Callable[[Message], None]
+
+
+class Network:
+    """Connects, reconnects with back-off, publishes within the broker's receive maximum.
+
+    Every method may be called from any thread.
+
+    Raises:
+        agent.errors.LinkError: the URL or a certificate cannot be used (from the constructor).
+    """
+
+    def __init__(self, settings: LinkSettings, listener: Listener) -> None:
+        self._settings = settings
+        self._listener = listener
+        self.address = parse_url(settings.url)
+        self._client = make_client(settings, self.address)
+        self._client.on_connect, self._client.on_disconnect = self._on_connect, self._on_disconnect
+        self._client.on_publish, self._client.on_subscribe = self._on_publish, self._on_subscribe
+        self._client.on_message = self._on_message
+        self._reason = "not started"
+        self._up = False
+        self._stopping = threading.Event()
+        self._work: deque[Callable[[], None]] = deque()
+        self._backlog: deque[Publication] = deque()
+        self._unacknowledged: dict[int, Done] = {}
+        self._subscribing: dict[int, Callable[[Sequence[ReasonCode]], None]] = {}
+        self._bulk: BulkSource | None = None
+        self._bulk_window = 0
+        self._bulk_in_flight = 0
+        self._max_in_flight = MAX_IN_FLIGHT
+        self._max_packet_bytes: int | None = None
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._main, name=f"link-{settings.client_id}", daemon=True)
+
+    @property
+    def up(self) -> bool:
+        """Whether the broker has accepted us."""
+        return self._up
+
+    @property
+    def reason(self) -> str:
+        """Why it is not up."""
+        return self._reason
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        self._reason = "still connecting"
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye and end the thread; blocks for a second or so."""
+        self._stopping.set()
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join(self._settings.connect_timeout_s + 2)
+
+    def publish(self, publication: Publication) -> None:
+        """Send as soon as the broker's window has room; ``done`` tells the outcome."""
+        self._do(lambda: self._accept(publication))
+
+    def subscribe(self, filters: Sequence[tuple[str, int]], done: Callable[[Sequence[ReasonCode]], None]) -> None:
+        """Subscribe to ``(filter, qos)``; ``done`` gets one reason code a filter, or none if we are not connected."""
+        self._do(lambda: self._subscribe(filters, done))
+
+    def unsubscribe(self, topic: str) -> None:
+        """Best effort: the session forgets subscriptions anyhow when it ends."""
+        self._do(lambda: self._unsubscribe(topic))
+
+    def serve_bulk(self, source: BulkSource, window: int) -> None:
+        """Take publications from ``source``, on the link's thread, keeping at most ``window`` unacknowledged."""
+        self._bulk, self._bulk_window = source, window
+        self._wake()
+
+    def wake_bulk(self) -> None:
+        """``source`` has something again. Needless on the link's own thread."""
+        if threading.current_thread() is not self._thread:
+            self._wake()
+
+    # Everything below runs on the link's thread.
+
+    def _do(self, work: Callable[[], None]) -> None:
+        self._work.append(work)
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._wake_out.send(b"\0")
+        except OSError:
+            return  # full means that a wake-up is under way; closed means that nobody waits
+
+    def _main(self) -> None:
+        backoff = Backoff()
+        try:
+            while not self._stopping.is_set():
+                if self._connect():
+                    backoff = self._converse(backoff)
+                backoff = backoff.lost(time.monotonic(), self._settings.backoff)
+                self._ended()
+                self._wait(backoff.delay_s(self._settings.backoff, random.random()))  # noqa: S311 - jitter, not a secret
+        finally:
+            self._fail_all("the link was closed")
+            self._wake_in.close()
+            self._wake_out.close()
+
+    def _wait(self, seconds: float) -> None:
+        # In slices, so that work handed over meanwhile fails at once instead of after the back-off.
+        end = time.monotonic() + seconds
+        while not self._stopping.is_set() and (left := end - time.monotonic()) > 0:
+            self._stopping.wait(min(left, 0.1))
+            self._run_work()
+
+    def _connect(self) -> bool:
+        self._reason = "the broker does not answer"
+        try:
+            self._client.reconnect()
+        except ssl.SSLError as error:
+            self._reason = f"TLS fails: {error.reason or error}"
+        except OSError as error:
+            self._reason = f"{error.strerror or error}"
+        else:
+            return True
+        return False
+
+    def _converse(self, backoff: Backoff) -> Backoff:
+        """Until the connection ends."""
+        sock = self._client.socket()
+        if sock is None:
+            return backoff
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ)
+            selector.register(self._wake_in, selectors.EVENT_READ)
+            interest = selectors.EVENT_READ
+            while self._client.socket() is sock and not self._stopping.is_set():
+                if self._up and backoff.up_since is None:
+                    backoff = backoff.connected(time.monotonic())
+                self._turn(sock, selector)
+                if self._client.socket() is not sock:
+                    break
+                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+                if wanted != interest:
+                    selector.modify(sock, wanted)
+                    interest = wanted
+        self._goodbye()
+        return backoff
+
+    def _turn(self, sock: Any, selector: selectors.BaseSelector) -> None:
+        client = self._client
+        pending = getattr(sock, "pending", None)
+        ready = selector.select(0.0 if pending is not None and pending() else 1.0)
+        if pending is not None and pending():
+            client.loop_read()
+        for key, events in ready:
+            if key.fileobj is self._wake_in:
+                self._drain_wake()
+            elif events & selectors.EVENT_READ:
+                client.loop_read()
+        self._run_work()
+        self._send_backlog()
+        self._send_bulk()
+        if client.want_write():
+            client.loop_write()
+        client.loop_misc()
+
+    def _drain_wake(self) -> None:
+        try:
+            self._wake_in.recv(4096)
+        except BlockingIOError:
+            return
+
+    def _run_work(self) -> None:
+        while self._work:
+            self._work.popleft()()
+
+    def _goodbye(self) -> None:
+        """Flush what is queued and a DISCONNECT after it, unless the connection has ended by itself."""
+        if self._up:
+            self._client.disconnect()
+        end = time.monotonic() + 1.0
+        while self._client.socket() is not None and time.monotonic() < end:
+            if not self._client.want_write():
+                break
+            self._client.loop_write()
+        if (sock := self._client.socket()) is not None:
+            sock.close()
+
+    def _accept(self, publication: Publication) -> None:
+        limit = self._max_packet_bytes
+        size = len(publication.payload) + len(publication.topic) + 256
+        if not self._up:
+            publication.done(f"not connected: {self._reason}")
+        elif limit is not None and size > limit:
+            publication.done(
+                f"payload too large: {len(publication.payload)} bytes, and the broker takes packets of {limit}"
+            )
+        else:
+            self._backlog.append(publication)
+
+    def _send_backlog(self) -> None:
+        while self._backlog and self._up and len(self._unacknowledged) < self._max_in_flight:
+            self._send(self._backlog.popleft())
+
+    def _send(self, publication: Publication) -> None:
+        properties = publish_properties(publication)
+        try:
+            info = self._client.publish(
+                publication.topic, publication.payload, publication.qos, publication.retain, properties
+            )
+        except ValueError as error:  # a wildcard in the topic, or 256 MiB of payload
+            publication.done(f"cannot be published: {error}")
+            return
+        if publication.qos == 0:
+            publication.done(None)
+        else:
+            self._unacknowledged[info.mid] = publication.done
+
+    def _send_bulk(self) -> None:
+        window = min(self._bulk_window, self._max_in_flight - CONTROL_SLOTS) or 1
+        while self._bulk is not None and self._up and self._bulk_in_flight < window:
+            item = self._bulk()
+            if item is None:
+                return
+            self._bulk_in_flight += 1
+            info = self._client.publish(item[0], item[1], 1)
+            self._unacknowledged[info.mid] = self._bulk_done
+
+    def _bulk_done(self, _error: str | None) -> None:
+        self._bulk_in_flight -= 1
+
+    def _subscribe(self, filters: Sequence[tuple[str, int]], done: Callable[[Sequence[ReasonCode]], None]) -> None:
+        if not self._up:
+            done([])
+            return
+        _, mid = self._client.subscribe([(topic, SubscribeOptions(qos=qos)) for topic, qos in filters])
+        if mid is None:
+            done([])
+        else:
+            self._subscribing[mid] = done
+
+    def _unsubscribe(self, topic: str) -> None:
+        if self._up:
+            self._client.unsubscribe(topic)
+
+    def _ended(self) -> None:
+        self._up = False
+        # What was not acknowledged is the caller's to repeat: a queue that outlives the connection would grow
+        # without bound, and send what nobody wants any more.
+        self._client.drop_out_messages()
+        self._fail_all(f"connection lost: {self._reason}")
+        self._listener.disconnected(self._reason)
+
+    def _fail_all(self, reason: str) -> None:
+        waiting = list(self._unacknowledged.values()) + [publication.done for publication in self._backlog]
+        subscribing = list(self._subscribing.values())
+        self._unacknowledged.clear()
+        self._backlog.clear()
+        self._subscribing.clear()
+        for done in waiting:
+            done(reason)
+        for answer in subscribing:
+            answer([])
+        self._run_work()
+
+    # paho's callbacks.
+
+    def _on_connect(self, _client: Client, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
+        """CONNACK."""
+        if reason.is_failure:
+            self._reason = f"the broker refuses: {reason}"
+            return
+        self._max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", 65535))
+        self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
+        self._reason, self._up = "", True
+        self._listener.connected()
+
+    def _on_disconnect(self, _client: Client, _data: Any, flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        """The broker's DISCONNECT, or a socket that ended."""
+        if flags.is_disconnect_packet_from_server:
+            self._reason = f"the broker disconnected us: {reason}"
+        elif self._up:
+            self._reason = f"the connection ended: {reason}"
+        self._up = False
+
+    def _on_publish(self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
+        """PUBACK."""
+        done = self._unacknowledged.pop(mid, None)
+        if done is not None:
+            done(f"the broker refuses: {reason}" if reason.is_failure else None)
+
+    def _on_subscribe(self, _client: Client, _data: Any, mid: int, reasons: list[ReasonCode], _properties: Any) -> None:
+        """SUBACK."""
+        done = self._subscribing.pop(mid, None)
+        if done is not None:
+            done(reasons)
+
+    def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
+        """PUBLISH."""
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return
+        self._listener.received(to_message(topic, message))

@@ -1,0 +1,103 @@
+"""paho's vocabulary, in and out of ours. No paho type leaves this package."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from agent.core.ports import Message
+from agent.link.settings import Address, LinkSettings, tls_context
+
+Done = Callable[[str | None], None]
+"""Called once on the link's thread: None, or why it failed."""
+
+
+@dataclass(slots=True)
+class Publication:
+    """Handed to the link's thread; ``done`` is called when the broker has it."""
+
+    topic: str
+    payload: bytes
+    done: Done
+    qos: int = 1
+    retain: bool = False
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_client(settings: LinkSettings, address: Address) -> Client:
+    """A client that knows where to connect, and has not yet.
+
+    Raises:
+        agent.errors.LinkError: a certificate cannot be used.
+    """
+    client = Client(CallbackAPIVersion.VERSION2, settings.client_id, protocol=MQTTProtocolVersion.MQTTv5)
+    client.connect_timeout = settings.connect_timeout_s
+    client.max_inflight_messages = 0  # counted here: paho does not know the broker's receive maximum
+    client.suppress_exceptions = True
+    username = settings.username or address.username
+    if username is not None:
+        client.username_pw_set(username, settings.password or address.password)
+    if address.tls:
+        client.tls_set_context(tls_context(settings))
+    if settings.will is not None:
+        client.will_set(settings.will.topic, settings.will.payload, qos=1, retain=True)
+    client.on_socket_open = _no_delay
+    # Its presence tells paho that another loop writes; ours asks want_write() in each turn.
+    client.on_socket_register_write = lambda *_: None
+    client.connect_async(
+        address.host,
+        address.port,
+        settings.keepalive_s,
+        clean_start=settings.session_expiry_s == 0,
+        properties=_connect_properties(settings),
+    )
+    return client
+
+
+def _connect_properties(settings: LinkSettings) -> Properties:
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho types it in part
+    properties.SessionExpiryInterval = settings.session_expiry_s
+    properties.ReceiveMaximum = settings.receive_maximum
+    properties.MaximumPacketSize = settings.max_packet_bytes
+    return properties
+
+
+def _no_delay(_client: Client, _data: Any, sock: Any) -> None:
+    # paho leaves Nagle on, which holds small packets back for up to 40 ms.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def publish_properties(publication: Publication) -> Properties | None:
+    """Of a PUBLISH packet, or None when it needs none."""
+    if publication.response_topic is None and publication.correlation is None and not publication.properties:
+        return None
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call] # paho types it in part
+    if publication.response_topic is not None:
+        properties.ResponseTopic = publication.response_topic
+    if publication.correlation is not None:
+        properties.CorrelationData = publication.correlation
+    if publication.properties:
+        properties.UserProperty = list(publication.properties.items())
+    return properties
+
+
+def to_message(topic: str, message: MQTTMessage) -> Message:
+    """What the rest of the program sees of a publication."""
+    properties = message.properties
+    return Message(
+        topic=topic,
+        payload=bytes(message.payload),
+        retained=message.retain,
+        response_topic=getattr(properties, "ResponseTopic", None),
+        correlation=getattr(properties, "CorrelationData", None),
+        properties=dict(getattr(properties, "UserProperty", ())),
+    )
