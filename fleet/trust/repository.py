@@ -1,0 +1,337 @@
+"""The TUF repository of the fleet: artifact manifests and the director's keys are its targets.
+
+Every write happens under a lock and ends with the replacement of one file: ``timestamp.json``, or a new root.
+Whatever is written before has a new name (consistent snapshots) and is referred to by nothing, so a process
+that dies in the middle leaves the repository as it was.
+
+Source: The Update Framework specification 1.0, sections 4 to 6; Uptane standard 2.1 for the director.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import Key
+from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
+
+from agent.contract.base import canonical_json
+from agent.contract.director import DIRECTOR_TARGET, DirectorKeys
+from agent.contract.manifest import Manifest, manifest_target
+from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired
+from fleet.errors import RepositoryError
+from fleet.home import Home
+from fleet.trust.files import sync_folder
+from fleet.trust.keyring import Keyring
+from fleet.trust.release import Expiry, Release, Signatures, blank
+
+DIRECTOR = "director"
+ONLINE_ROLES = (Snapshot.type, Timestamp.type)
+ROLES = (Root.type, Targets.type, *ONLINE_ROLES, DIRECTOR)
+
+#: Every name that a device may ask for; nothing else reaches the disk.
+_SERVED = re.compile(
+    r"(?P<metadata>timestamp\.json|[1-9]\d{0,9}\.(?:root|snapshot|targets)\.json)"
+    r"|targets/(?P<target>(?:artifacts/)?[0-9a-f]{64}\.[a-z0-9]{1,64}\.json)"
+)
+
+LOCK_TIMEOUT_S = 30.0
+
+
+def utc_now() -> datetime:
+    """The wall clock."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleStatus:
+    """Of one role, for the operator. ``keys`` maps key ids to signer URIs; the director has no version of its own."""
+
+    role: str
+    version: int
+    expires: datetime | None
+    threshold: int
+    keys: Mapping[str, str]
+
+
+class Repository:
+    """The repository in ``home.tuf`` and its keys in ``home.keys``. Safe to use from several processes at once."""
+
+    def __init__(self, home: Home, clock: Callable[[], datetime] = utc_now, offline_keys: Path | None = None) -> None:
+        self._home = home
+        self._clock = clock
+        self._keyring = Keyring(home.keys, offline_keys)
+        self._files = Release(home.tuf, self._keyring, clock)
+        self._lock = FileLock(home.root / "trust.lock", timeout=LOCK_TIMEOUT_S)
+
+    @property
+    def exists(self) -> bool:
+        """Whether ``init`` was completed."""
+        return self._home.tuf.is_dir()
+
+    def init(self, *, root_keys: int = 3, root_threshold: int = 2, expiry: Expiry | None = None) -> None:
+        """Make keys for every role and version 1 of all metadata.
+
+        Raises:
+            RepositoryError: there is one already, the threshold cannot be met, or the disk refuses.
+        """
+        if not 1 <= root_threshold <= root_keys:
+            raise RepositoryError(f"root threshold {root_threshold} must be from 1 to the {root_keys} root keys")
+        with self._locked():
+            if self.exists:
+                raise RepositoryError(f"{self._home.tuf} holds a repository already: use it, or name another home")
+            staging = self._home.tuf.with_name(".tuf-new")
+            shutil.rmtree(staging, ignore_errors=True)
+            self._first_release(Release(staging, self._keyring, self._clock), root_keys, root_threshold, expiry)
+            staging.rename(self._home.tuf)
+            sync_folder(self._home.root)
+
+    def _first_release(self, files: Release, root_keys: int, root_threshold: int, expiry: Expiry | None) -> None:
+        keys = {
+            role: [self._keyring.create(role) for _ in range(root_keys if role == Root.type else 1)] for role in ROLES
+        }
+        files.save_expiry(expiry or Expiry())
+        state = blank(keys, root_threshold, self._clock())
+        root, data = files.sign_root(state.root.signed, state.root.signed)
+        files.write_root(root.signed, data)
+        state.root = root
+        self._set_director(files, state, DirectorKeys(keys={key.keyid: key.to_dict() for key in keys[DIRECTOR]}))
+        files.write(state, since=Targets.type)
+
+    def publish(self, manifest: Manifest) -> int:
+        """Sign an artifact's manifest into the targets; returns the targets' version. Twice is the same as once.
+
+        Raises:
+            RepositoryError: no repository, a key that cannot be opened, or the disk refuses.
+        """
+        data = manifest.to_json()
+        target = _target(manifest_target(manifest.digest), data, _custom(manifest))
+        with self._writing() as state:
+            if state.targets.signed.targets.get(target.path) != target:
+                self._files.write_target(target, data)
+                state.targets.signed.targets[target.path] = target
+                self._files.write(state, since=Targets.type)
+            return state.targets.signed.version
+
+    def withdraw(self, digest: str) -> bool:
+        """No device will take this artifact any more; False if it was not published."""
+        with self._writing() as state:
+            if state.targets.signed.targets.pop(manifest_target(digest), None) is None:
+                return False
+            self._files.write(state, since=Targets.type)
+            return True
+
+    def published(self) -> tuple[str, ...]:
+        """Digests of all artifacts that devices may be sent."""
+        paths = self._load().targets.signed.targets
+        return tuple(sorted(path[len("artifacts/") : -len(".json")] for path in paths if path != DIRECTOR_TARGET))
+
+    def refresh_online(self) -> bool:
+        """Sign snapshot and timestamp again where half of their time is over; True if anything was signed.
+
+        Also heals what an interrupted rotation left. Call it at start and every hour or so.
+        """
+        with self._writing() as state:
+            due = next((role for role in ONLINE_ROLES if self._files.is_due(state.of(role))), None)
+            if due is not None:
+                self._files.write(state, since=due)
+            return due is not None
+
+    def renew(self, role: str) -> int:
+        """Sign a TUF role again, with a new expiry, before the old one ends; returns the new version.
+
+        Raises:
+            RepositoryError: not a TUF role, or its keys cannot be opened (root's are offline: see ``offline_keys``).
+        """
+        if role not in ROLES or role == DIRECTOR:
+            raise RepositoryError(f"{role!r} has no expiry: one of {', '.join(ROLES[:-1])}")
+        with self._writing() as state:
+            if role == Root.type:
+                state.root, data = self._files.sign_root(state.root.signed, copy.deepcopy(state.root.signed))
+                self._files.write_root(state.root.signed, data)
+            else:
+                self._files.write(state, since=role)
+            return int(state.of(role).signed.version)
+
+    def rotate(
+        self, role: str, *, keyid: str | None = None, external: tuple[str, Key] | None = None
+    ) -> tuple[str, ...]:
+        """Replace the keys of a role, or the one named; returns the new key ids. Old private files are deleted.
+
+        ``external`` is ``(signer URI, public key)`` of a key in an HSM or KMS; without it, a file is made. Orders
+        that the old director key signed are refused from now on: sign and send them again.
+
+        Raises:
+            RepositoryError: unknown role or key, or too few keys of root can be opened.
+        """
+        if role not in ROLES:
+            raise RepositoryError(f"{role!r} is no role: one of {', '.join(ROLES)}")
+        with self._writing() as state:
+            old = _matching(role, list(self._holders(state, role)), keyid)
+            if external is not None and len(old) != 1:
+                raise RepositoryError(f"role {role} has {len(old)} keys: name the one that {external[0]} replaces")
+            new = [self._keyring.add(role, *external)] if external else [self._keyring.create(role) for _ in old]
+            try:
+                self._replace(state, role, old, new)
+            except BaseException:
+                self._keyring.remove(key.keyid for key in new)
+                raise
+            self._keyring.remove(old)
+            return tuple(key.keyid for key in new)
+
+    def _replace(self, state: Signatures, role: str, old: Sequence[str], new: Sequence[Key]) -> None:
+        if role == DIRECTOR:
+            keys = self._files.director(state.targets.signed)
+            kept = {keyid: public for keyid, public in keys.keys.items() if keyid not in old}
+            added = {key.keyid: key.to_dict() for key in new}
+            self._set_director(self._files, state, DirectorKeys(threshold=keys.threshold, keys=kept | added))
+            self._files.write(state, since=Targets.type)
+            return
+        root = copy.deepcopy(state.root.signed)
+        for keyid in old:
+            root.revoke_key(keyid, role)
+        for key in new:
+            root.add_key(key, role)
+        signed, data = self._files.sign_root(state.root.signed, root)
+        if role != Root.type:
+            # Signed by the old and the new key, this release is good under both roots: no moment is without one.
+            coming = self._files.signers(role, [key.keyid for key in new], len(new))
+            self._files.write(state, since=role, also=coming)
+        self._files.write_root(signed.signed, data)
+
+    def root_bytes(self) -> bytes:
+        """The newest root: what a bundle embeds.
+
+        Raises:
+            RepositoryError: no repository here.
+        """
+        data = self.read(f"{self._files.newest_root()}.root.json")
+        if data is None:
+            raise RepositoryError(f"{self._home.root} holds no repository: run `phifleet init`")
+        return data
+
+    def read(self, name: str) -> bytes | None:
+        """A file that devices may have, or None; any other name is None without a look at the disk."""
+        match = _SERVED.fullmatch(name)
+        if match is None:
+            return None
+        target = match["target"]
+        try:
+            return (self._files.targets / target if target else self._files.metadata / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def sign_desired(self, desired: Desired) -> bytes:
+        """A ``SignedDesired``: DSSE over the order, by as many director keys as the threshold asks for.
+
+        Raises:
+            RepositoryError: too few director keys can be opened.
+        """
+        keys = self._files.director(self._load().targets.signed)
+        envelope = Envelope(desired.to_json(), DESIRED_PAYLOAD_TYPE, {})
+        for signer in self._files.signers(DIRECTOR, keys.keys, keys.threshold):
+            envelope.sign(signer)
+        return canonical_json(envelope.to_dict())
+
+    def status(self) -> tuple[RoleStatus, ...]:
+        """Versions, expiries and keys of every role."""
+        state, entries = self._load(), self._keyring.entries()
+        rows = []
+        for role in ROLES:
+            signed = None if role == DIRECTOR else state.of(role).signed
+            keyids = self._holders(state, role)
+            rows.append(
+                RoleStatus(
+                    role=role,
+                    version=signed.version if signed else 0,
+                    expires=signed.expires if signed else None,
+                    threshold=self._threshold(state, role),
+                    keys={keyid: entries[keyid].uri if keyid in entries else "elsewhere" for keyid in keyids},
+                )
+            )
+        return tuple(rows)
+
+    def _holders(self, state: Signatures, role: str) -> Sequence[str]:
+        if role == DIRECTOR:
+            return tuple(self._files.director(state.targets.signed).keys)
+        return tuple(state.root.signed.roles[role].keyids)
+
+    def _threshold(self, state: Signatures, role: str) -> int:
+        if role == DIRECTOR:
+            return self._files.director(state.targets.signed).threshold
+        return state.root.signed.roles[role].threshold
+
+    def _set_director(self, files: Release, state: Signatures, keys: DirectorKeys) -> None:
+        data = keys.to_json()
+        target = _target(DIRECTOR_TARGET, data, None)
+        files.write_target(target, data)
+        state.targets.signed.targets[DIRECTOR_TARGET] = target
+
+    def _load(self) -> Signatures:
+        with _boundary(self._home):
+            return self._files.load()
+
+    @contextmanager
+    def _writing(self) -> Iterator[Signatures]:
+        with self._locked():
+            state = self._files.load()
+            broken = state.broken()
+            if broken:
+                self._files.write(state, since=broken[0])
+            yield state
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with _boundary(self._home):
+            self._home.root.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                yield
+
+
+@contextmanager
+def _boundary(home: Home) -> Iterator[None]:
+    try:
+        yield
+    except Timeout:
+        raise RepositoryError(
+            f"another process has held {home.root / 'trust.lock'} for {LOCK_TIMEOUT_S:.0f} s: wait for it, or end it"
+        ) from None
+    except OSError as error:
+        raise RepositoryError(f"the repository in {home.root} cannot be read or written: {error}") from error
+
+
+def _matching(role: str, keyids: list[str], prefix: str | None) -> list[str]:
+    found = [keyid for keyid in keyids if prefix is None or keyid.startswith(prefix)]
+    if not found:
+        raise RepositoryError(f"role {role} has no key {prefix!r}; it has {', '.join(keyid[:12] for keyid in keyids)}")
+    return found
+
+
+def _target(path: str, data: bytes, custom: dict[str, Any] | None) -> TargetFile:
+    target = TargetFile.from_data(path, data, ["sha256"])
+    if custom is not None:
+        target.unrecognized_fields["custom"] = custom
+    return target
+
+
+def _custom(manifest: Manifest) -> dict[str, Any]:
+    quality = manifest.quality.model_dump(mode="json") if manifest.quality else None
+    # The canonical JSON that TUF signs over has no floats: figures travel as text.
+    return {
+        "id": manifest.id,
+        "model": manifest.model.name,
+        "toolchain": manifest.toolchain.value,
+        "precision": manifest.precision.value,
+        "target": manifest.target.value,
+        "size": manifest.size,
+        "quality": {name: str(value) for name, value in quality.items()} if quality else None,
+    }
