@@ -11,8 +11,8 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.failures import FailureCode
 from agent.contract.messages import Desired, Failure
 from agent.core import deployment as core
-from agent.core.ports import ArtifactStore, Clock, Journal, Trust
-from agent.daemon.works import RETRY_S, Works
+from agent.core.ports import Journal
+from agent.daemon.works import Parts, Works
 from agent.errors import AgentError, TrustError
 
 log = structlog.get_logger()
@@ -23,14 +23,10 @@ Listener = Callable[[core.Deployment], None]
 class Deployer:
     """Owns the deployment. ``run`` takes events until it is cancelled; everything else only posts to it."""
 
-    def __init__(
-        self, works: Works, trust: Trust, store: ArtifactStore, journal: Journal, clock: Clock, on_change: Listener
-    ) -> None:
+    def __init__(self, works: Works, parts: Parts, journal: Journal, on_change: Listener) -> None:
         self._works = works
-        self._trust = trust
-        self._store = store
+        self._parts = parts
         self._journal = journal
-        self._clock = clock
         self._on_change = on_change
         self._events: asyncio.Queue[tuple[int, core.Event]] = asyncio.Queue()
         self._epoch = 0
@@ -78,7 +74,7 @@ class Deployer:
     async def _handle(self, event: core.Event) -> None:
         before = self.deployment
         try:
-            after, effects = core.decide(before, event, self._clock.now())
+            after, effects = core.decide(before, event, self._parts.clock.now())
         except core.IllegalTransitionError as error:
             log.warning("event ignored", error=str(error))
             return
@@ -109,7 +105,7 @@ class Deployer:
             case core.Report():
                 self._on_change(self.deployment)
             case core.Collect():
-                freed = self._store.collect(self.deployment.keep())
+                freed = self._parts.store.collect(self.deployment.keep())
                 log.info("old artifacts collected", bytes=freed, kept=len(self.deployment.keep()))
 
     def _halt(self) -> None:
@@ -153,7 +149,7 @@ class Deployer:
                 if error.code is not FailureCode.TRUST_UNREACHABLE:
                     self._reject(error)
                     return
-                wait = RETRY_S[min(attempt, len(RETRY_S) - 1)]
+                wait = self._parts.wait_s(attempt)
                 log.warning("order not checked yet", error=str(error), retry_in_s=wait)
                 await asyncio.sleep(wait)
                 attempt += 1
@@ -166,7 +162,7 @@ class Deployer:
         # The retained order comes again at every reconnect: the newest accepted is no replay.
         newest = self.deployment.newest_sequence - 1
         try:
-            return await asyncio.to_thread(self._trust.verify_desired, payload, newest)
+            return await asyncio.to_thread(self._parts.trust.verify_desired, payload, newest)
         except TrustError as error:
             if error.code not in (
                 FailureCode.TRUST_SIGNATURE,
@@ -174,8 +170,8 @@ class Deployer:
                 FailureCode.TRUST_NOT_FOUND,
             ):
                 raise
-        await self._trust.refresh()  # the director's keys may be new to this device
-        return await asyncio.to_thread(self._trust.verify_desired, payload, newest)
+        await self._parts.trust.refresh()  # the director's keys may be new to this device
+        return await asyncio.to_thread(self._parts.trust.verify_desired, payload, newest)
 
     def _reject(self, error: TrustError) -> None:
         log.error("order rejected", code=error.code.value, error=str(error))

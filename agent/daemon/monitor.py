@@ -19,7 +19,6 @@ from agent.errors import HealthError
 log = structlog.get_logger()
 
 CANARY_PRIORITY = 10
-_LOOK_EVERY_S = 0.5
 
 
 class Monitor:
@@ -32,12 +31,14 @@ class Monitor:
         render: Callable[[Manifest, str], str],
         worker_memory: Callable[[], int],
         window_s: float = 300.0,
+        look_every_s: float = 0.5,
     ) -> None:
         self._inference = inference
         self._clock = clock
         self._render = render
         self._worker_memory = worker_memory
         self._window = HealthWindow(window_s)
+        self._look_every_s = look_every_s
         self._judge = Judge()
         self._ids = itertools.count(1)
         self.limits = HealthLimits()
@@ -116,7 +117,7 @@ class Monitor:
         """
         self.limits = limits
         end = self._clock.monotonic() + seconds
-        pause = max(_LOOK_EVERY_S, seconds / 10)
+        pause = max(self._look_every_s, seconds / 10)
         while True:
             await self.canary()
             found = breach(self.vitals(), limits, min_requests=1)
@@ -125,7 +126,7 @@ class Monitor:
             left = end - self._clock.monotonic()
             if left <= 0 and found is None:
                 break
-            await asyncio.sleep(min(pause, left) if left > 0 else _LOOK_EVERY_S)
+            await asyncio.sleep(min(pause, left) if left > 0 else self._look_every_s)
         active = self._inference.active()
         if active is None or self.vitals().requests == 0:
             raise HealthError("nothing was served during probation")

@@ -19,9 +19,6 @@ from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
 
 log = structlog.get_logger()
 
-#: Waits between attempts to reach the controller; the last one repeats until the state's deadline.
-RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -33,6 +30,12 @@ class Parts:
     host: ModelHost
     monitor: Monitor
     clock: Clock
+    #: Seconds between attempts to reach the controller; the last one repeats until the state's deadline.
+    retry_s: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+    def wait_s(self, attempt: int) -> float:
+        """Before attempt number ``attempt + 1``."""
+        return self.retry_s[min(attempt, len(self.retry_s) - 1)]
 
 
 class Works:
@@ -115,7 +118,7 @@ class Works:
             except TrustError as error:
                 if error.code is not FailureCode.TRUST_UNREACHABLE:
                     raise
-                wait = RETRY_S[min(attempt, len(RETRY_S) - 1)]
+                wait = self._parts.wait_s(attempt)
                 log.warning("controller unreachable", artifact=ref.id, error=str(error), retry_in_s=wait)
                 await asyncio.sleep(wait)
                 attempt += 1

@@ -1,0 +1,316 @@
+"""The daemon over simulated parts: every way a deployment can go, and what is told about it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from agent.contract.base import sha256_hex
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import ArtifactFile, Manifest, content_digest
+from agent.contract.messages import ArtifactRef, Desired, Failure, State
+from agent.contract.profile import HealthLimits
+from agent.core import deployment as core
+from agent.daemon.deployer import Deployer
+from agent.daemon.monitor import Monitor
+from agent.daemon.works import Parts, Works
+from agent.errors import ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
+from tests.contract.test_contract import MANIFEST
+from tests.simulators.device import MemoryJournal, SimClock, SimHost, SimStore, SimTransfer, SimTrust
+
+AT = datetime(2026, 11, 23, tzinfo=UTC)
+
+
+def make_manifest(word: str) -> Manifest:
+    data = word.encode()
+    files = (ArtifactFile(path="w", size=len(data), sha256=sha256_hex(data), chunks=((len(data), sha256_hex(data)),)),)
+    change = {"id": f"phi-{word}", "files": files, "digest": content_digest(files), "size": len(data)}
+    return MANIFEST.model_copy(update=change)
+
+
+OLD, NEW, OTHER = make_manifest("old"), make_manifest("new"), make_manifest("other")
+
+
+def ref(manifest: Manifest) -> ArtifactRef:
+    return ArtifactRef(id=manifest.id, digest=manifest.digest)
+
+
+def order(sequence: int, *manifests: Manifest, **more: object) -> bytes:
+    fields: dict[str, object] = {
+        "device": "pi-1", "sequence": sequence, "deployment": f"d{sequence}", "issued_at": AT,
+        "expires_at": AT + timedelta(days=1), "artifacts": tuple(map(ref, manifests)), "probation_s": 0.05,
+    }  # fmt: skip
+    return Desired.model_validate(fields | more).to_json()
+
+
+@dataclass
+class Device:
+    """A daemon with its parts; `boot` may be called again after `crash`."""
+
+    trust: SimTrust = field(default_factory=lambda: SimTrust("pi-1", {each.digest: each for each in (OLD, NEW, OTHER)}))
+    store: SimStore = field(default_factory=SimStore)
+    host: SimHost = field(default_factory=SimHost)
+    journal: MemoryJournal = field(default_factory=MemoryJournal)
+    states: list[State] = field(default_factory=list)
+    transfer: SimTransfer = field(init=False)
+    deployer: Deployer = field(init=False)
+    monitor: Monitor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.transfer = SimTransfer(self.store)
+
+    @asynccontextmanager
+    async def boot(self) -> AsyncIterator[Device]:
+        clock = SimClock()
+        self.monitor = Monitor(self.host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
+        parts = Parts(self.trust, self.store, self.transfer, self.host, self.monitor, clock, retry_s=(0.01,))
+        works = Works(parts, lambda _: None)
+        self.deployer = Deployer(works, parts, self.journal, self._saw)
+        task = asyncio.create_task(self.deployer.run())
+        try:
+            yield self
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _saw(self, deployment: core.Deployment) -> None:
+        self.states.append(deployment.state)
+
+    async def until(self, wanted: Callable[[core.Deployment], bool]) -> core.Deployment:
+        async with asyncio.timeout(10):
+            while not wanted(self.deployer.deployment):
+                await asyncio.sleep(0.01)
+        return self.deployer.deployment
+
+    async def settled(self, sequence: int) -> core.Deployment:
+        return await self.until(lambda now: now.newest_sequence == sequence and not now.underway)
+
+    async def deploys(self, sequence: int, *manifests: Manifest, **more: object) -> core.Deployment:
+        self.deployer.order(order(sequence, *manifests, **more))
+        return await self.settled(sequence)
+
+
+async def test_an_order_goes_all_the_way_and_reports_each_state():
+    async with Device().boot() as device:
+        done = await device.deploys(1, NEW)
+        assert done.state is State.COMMITTED
+        assert done.committed == ref(NEW)
+        assert device.host.history == ["", NEW.digest]
+        ways = [state for state, row in core.TABLE.items() if row.work] + [State.COMMITTED]
+        assert [state for state in device.states if state in ways] == ways
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    inject: Callable[[Device], None]
+    code: FailureCode
+    state: State
+
+
+FAULTS = [
+    Fault(
+        "no such target",
+        lambda d: d.trust.manifests.pop(NEW.digest) and None,
+        FailureCode.TRUST_NOT_FOUND,
+        State.FAILED,
+    ),
+    Fault("runtime missing", lambda d: setattr(d.host, "usable", False), FailureCode.RUNTIME_MISSING, State.FAILED),
+    Fault(
+        "disk full",
+        lambda d: setattr(d.transfer, "error", StoreError("9 bytes free", FailureCode.STORE_DISK_FULL)),
+        FailureCode.STORE_DISK_FULL,
+        State.FAILED,
+    ),
+    Fault(
+        "transfer stalls",
+        lambda d: setattr(d.transfer, "error", TransferError("no chunk for 900 s")),
+        FailureCode.TRANSFER_STALLED,
+        State.FAILED,
+    ),
+    Fault("other bytes", lambda d: d.store.corrupt.add(NEW.digest), FailureCode.STORE_CORRUPT, State.FAILED),
+    Fault(
+        "does not load",
+        lambda d: d.host.prove_errors.update({NEW.digest: RuntimeLoadError("bad graph")}),
+        FailureCode.RUNTIME_LOAD,
+        State.FAILED,
+    ),
+    Fault(
+        "answers wrongly",
+        lambda d: d.host.prove_errors.update({NEW.digest: ProbeError("said Berlin")}),
+        FailureCode.PROBE_FAILED,
+        State.FAILED,
+    ),
+    Fault(
+        "cannot be swapped in",
+        lambda d: d.host.activate_errors.update(
+            {NEW.digest: RuntimeLoadError("no memory", FailureCode.RUNTIME_MEMORY)}
+        ),
+        FailureCode.RUNTIME_MEMORY,
+        State.ROLLED_BACK,
+    ),
+    Fault(
+        "crashes in probation", lambda d: d.host.broken.add(NEW.digest), FailureCode.HEALTH_ERRORS, State.ROLLED_BACK
+    ),
+    Fault(
+        "speaks nonsense in probation",
+        lambda d: d.host.answers.update({NEW.digest: "Berlin"}),
+        FailureCode.HEALTH_ERRORS,
+        State.ROLLED_BACK,
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+async def test_each_fault_ends_in_its_code_with_the_old_model_serving(fault: Fault):
+    async with Device().boot() as device:
+        assert (await device.deploys(1, OLD)).state is State.COMMITTED
+        fault.inject(device)
+        ended = await device.deploys(2, NEW, probation_s=0.1)
+        assert (ended.state, ended.failure and ended.failure.code) == (fault.state, fault.code)
+        assert ended.committed == ref(OLD)
+        await device.until(lambda _: device.host.serving == OLD)
+        assert NEW.digest not in device.store.complete
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+async def test_the_next_order_is_taken_after_any_fault(fault: Fault):
+    async with Device().boot() as device:
+        fault.inject(device)
+        await device.deploys(1, NEW)
+        device.host.usable, device.transfer.error = True, None
+        assert (await device.deploys(2, OTHER)).state is State.COMMITTED
+        assert device.host.serving == OTHER
+
+
+@pytest.mark.parametrize("state", [state for state, row in core.TABLE.items() if row.work], ids=str)
+async def test_killed_in_any_state_the_old_model_serves_and_the_deployment_commits(state: State):
+    """The journal is saved before anything is done, so a crash anywhere is a crash after some save."""
+    device = Device()
+    async with device.boot():
+        await device.deploys(1, OLD)
+        saves: list[bytes] = []
+        keep = device.journal.save
+
+        def save(document: bytes) -> None:
+            saves.append(document)
+            keep(document)
+
+        device.journal.save = save  # type: ignore[method-assign]
+        await device.deploys(2, NEW)
+    (found,) = [document for document in saves if core.Deployment.from_json(document).state is state]
+    for crashed in (
+        Device(journal=MemoryJournal(), store=device.store),
+        Device(journal=MemoryJournal(), store=SimStore()),
+    ):
+        crashed.journal.document = found
+        crashed.store.complete.setdefault(OLD.digest, OLD)
+        if state not in (State.RESOLVING, State.TRANSFERRING):
+            crashed.store.complete[NEW.digest] = NEW
+        async with crashed.boot():
+            ended = await crashed.settled(2)
+        assert ended.state is State.COMMITTED
+        assert crashed.host.history[0] == OLD.digest, "the committed model serves first"
+        assert crashed.host.history[-1] == NEW.digest
+
+
+async def test_a_controller_that_is_away_is_waited_for():
+    device = Device()
+    device.trust.unreachable = 5
+    async with device.boot():
+        assert (await device.deploys(1, NEW)).state is State.COMMITTED
+
+
+async def test_work_past_its_deadline_fails_and_frees_the_device():
+    async with Device().boot() as device:
+        device.transfer.hang = True
+        ended = await device.deploys(1, NEW, deadline_s=0.3)
+        assert ended.failure and ended.failure.code is FailureCode.DEADLINE
+        device.transfer.hang = False
+        assert (await device.deploys(2, NEW)).state is State.COMMITTED
+
+
+async def test_a_newer_order_overtakes_a_hanging_one():
+    async with Device().boot() as device:
+        device.host.hang_in_prove = True
+        device.deployer.order(order(1, NEW))
+        await device.until(lambda now: now.state is State.PROVING)
+        device.host.hang_in_prove = False
+        done = await device.deploys(2, OTHER)
+        assert (done.state, done.committed) == (State.COMMITTED, ref(OTHER))
+
+
+async def test_of_several_variants_the_fastest_that_passes_is_taken_and_the_rest_collected():
+    async with Device().boot() as device:
+        device.host.tpot_ms = {OLD.digest: 30.0, NEW.digest: 20.0, OTHER.digest: 5.0}
+        device.host.prove_errors[OTHER.digest] = ProbeError("said Berlin")
+        done = await device.deploys(1, OLD, NEW, OTHER)
+        assert done.committed == ref(NEW)
+        assert list(device.store.complete) == [NEW.digest]
+
+
+async def test_an_order_that_is_not_signed_is_reported_and_changes_nothing():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        before, saved = device.deployer.deployment, device.journal.saved
+        device.trust.error = TrustError("signed by nobody we know", FailureCode.TRUST_SIGNATURE)
+        device.deployer.order(order(2, NEW))
+        await device.until(lambda _: device.deployer.rejected is not None)
+        assert device.deployer.rejected == Failure(code=FailureCode.TRUST_SIGNATURE, message="signed by nobody we know")
+        assert (device.deployer.deployment, device.journal.saved) == (before, saved)
+        assert device.trust.refreshed == 1, "the director's keys may have changed: asked once, not for ever"
+
+
+async def test_the_retained_order_coming_again_does_nothing():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        saved = device.journal.saved
+        device.deployer.order(order(1, OLD))
+        await asyncio.sleep(0.1)
+        assert device.deployer.rejected is None
+        assert device.journal.saved == saved
+
+
+async def test_offline_a_device_boots_verifies_what_it_has_and_serves():
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD)
+    again = Device(journal=first.journal, store=first.store)
+    again.trust.unreachable = 10**9
+    async with again.boot():
+        await again.until(lambda _: again.host.serving == OLD)
+        assert again.deployer.deployment.state is State.COMMITTED
+
+
+async def test_a_committed_artifact_that_rotted_on_disk_gives_way_to_the_previous_one():
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD)
+        await first.deploys(2, NEW)
+    again = Device(journal=first.journal, store=first.store)
+    again.store.corrupt.add(NEW.digest)
+    async with again.boot():
+        ended = await again.until(lambda now: now.state is State.ROLLED_BACK)
+        await again.until(lambda _: again.host.serving == OLD)
+        assert ended.failure and ended.failure.code is FailureCode.STORE_CORRUPT
+        assert NEW.digest not in again.host.history
+
+
+async def test_limits_of_the_order_hold_in_probation():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        ended = await device.deploys(2, NEW, probation_s=0.1, limits=HealthLimits(tokens_per_s_min=1000))
+        assert ended.state is State.ROLLED_BACK
+        assert ended.failure and ended.failure.code is FailureCode.HEALTH_SPEED
+
+
+async def test_a_damaged_journal_is_a_fresh_start_not_a_crash():
+    device = Device()
+    device.journal.document = b'{"state":"nonsense"}'
+    async with device.boot():
+        assert (await device.deploys(1, NEW)).state is State.COMMITTED

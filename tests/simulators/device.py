@@ -1,0 +1,202 @@
+"""The parts of a device, simulated: each implements its Protocol of `core/ports.py`, with faults that can be set.
+
+They keep the promises of the real parts (a store that has only what was fetched, a host that serves only what it
+activated), so that a test of the daemon that passes here says something about the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest
+from agent.contract.messages import ArtifactRef, Desired, Progress, Proof, RuntimeFact
+from agent.core.inference import (
+    Capabilities,
+    DoneEvent,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    InferenceError,
+    ModelInfo,
+    TokenEvent,
+)
+from agent.core.ports import ProgressHandler
+from agent.errors import AgentError, StoreError, TrustError
+
+
+class SimClock:
+    """Real waiting, but the wall clock is a given day."""
+
+    def __init__(self, at: datetime = datetime(2026, 11, 23, tzinfo=UTC)) -> None:
+        self.at = at
+
+    def now(self) -> datetime:
+        return self.at + timedelta(seconds=self.monotonic())
+
+    def monotonic(self) -> float:
+        return asyncio.get_event_loop().time()
+
+
+@dataclass
+class SimTrust:
+    """Knows orders by their JSON and manifests by their digest; `unreachable` counts down."""
+
+    device: str
+    manifests: dict[str, Manifest]
+    unreachable: int = 0
+    error: TrustError | None = None
+    refreshed: int = 0
+
+    def verify_desired(self, payload: bytes, newest_sequence: int) -> Desired:
+        if self.error is not None:
+            raise self.error
+        desired = Desired.from_json(payload)
+        if desired.sequence <= newest_sequence:
+            raise TrustError(f"sequence {desired.sequence} is a replay", FailureCode.TRUST_REPLAY)
+        return desired
+
+    async def refresh(self) -> None:
+        self.refreshed += 1
+
+    async def manifest(self, ref: ArtifactRef) -> Manifest:
+        if self.unreachable > 0:
+            self.unreachable -= 1
+            raise TrustError("the controller does not answer", FailureCode.TRUST_UNREACHABLE)
+        if ref.digest not in self.manifests:
+            raise TrustError(f"no target for {ref.digest}", FailureCode.TRUST_NOT_FOUND)
+        return self.manifests[ref.digest]
+
+
+@dataclass
+class SimStore:
+    """Complete artifacts by digest."""
+
+    complete: dict[str, Manifest] = field(default_factory=dict)
+    corrupt: set[str] = field(default_factory=set)
+
+    def path(self, digest: str) -> Path | None:
+        return Path("/simulated") / digest if digest in self.complete else None
+
+    def manifest(self, digest: str) -> Manifest | None:
+        return self.complete.get(digest)
+
+    def verify(self, digest: str) -> None:
+        if digest in self.corrupt or digest not in self.complete:
+            raise StoreError(f"{digest[:12]}: other bytes than the manifest's", FailureCode.STORE_CORRUPT)
+
+    def collect(self, keep: Sequence[str]) -> int:
+        gone = [digest for digest in self.complete if digest not in keep]
+        for digest in gone:
+            del self.complete[digest]
+        return len(gone)
+
+
+@dataclass
+class SimTransfer:
+    """Puts an artifact into the store, unless told otherwise; `hang` waits for ever."""
+
+    store: SimStore
+    error: AgentError | None = None
+    hang: bool = False
+    fetched: list[str] = field(default_factory=list)
+
+    async def fetch(
+        self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
+    ) -> Progress:
+        if self.hang:
+            await asyncio.Event().wait()
+        if self.error is not None:
+            raise self.error
+        self.fetched.append(manifest.digest)
+        self.store.complete[manifest.digest] = manifest
+        progress = Progress(bytes_total=manifest.size, bytes_done=manifest.size, bytes_received=manifest.size)
+        on_progress(progress)
+        return progress
+
+
+@dataclass
+class SimHost:
+    """Serves what it activated and answers Paris. Faults by digest."""
+
+    prove_errors: dict[str, AgentError] = field(default_factory=dict)
+    activate_errors: dict[str, AgentError] = field(default_factory=dict)
+    tpot_ms: dict[str, float] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    usable: bool = True
+    hang_in_prove: bool = False
+    serving: Manifest | None = None
+    history: list[str] = field(default_factory=list)
+
+    async def runtimes(self) -> Sequence[RuntimeFact]:
+        return [RuntimeFact(name="onnx_genai", usable=self.usable, reason="" if self.usable else "not installed")]
+
+    async def prove(self, manifest: Manifest, folder: Path) -> Proof:
+        if self.hang_in_prove:
+            await asyncio.Event().wait()
+        if manifest.digest in self.prove_errors:
+            raise self.prove_errors[manifest.digest]
+        tpot = self.tpot_ms.get(manifest.digest, 10.0)
+        return Proof(runtime="onnx_genai", load_s=0.1, ttft_ms=20, tpot_ms=tpot)
+
+    async def activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
+        if manifest.digest in self.activate_errors:
+            raise self.activate_errors[manifest.digest]
+        self.serving = manifest
+        self.history.append(manifest.digest)
+        info = self.active()
+        assert info is not None
+        return info
+
+    async def retire(self) -> None:
+        self.serving = None
+        self.history.append("")
+
+    def active(self) -> ModelInfo | None:
+        if self.serving is None:
+            return None
+        return ModelInfo(
+            self.serving.model.name,
+            self.serving.id,
+            self.serving.digest,
+            "onnx_genai",
+            "CPU",
+            64,
+            0.1,
+            9,
+            Capabilities(),
+        )
+
+    def active_manifest(self) -> Manifest | None:
+        return self.serving
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+        if self.serving is None:
+            raise InferenceError("unavailable", "no model is loaded")
+        if self.serving.digest in self.broken:
+            raise InferenceError("crashed", "the worker died")
+        yield TokenEvent(request.id, self.answers.get(self.serving.digest, "It is Paris."))
+        yield DoneEvent(request.id, FinishReason.STOP, 5, 4, 0, ttft_ms=20, tpot_ms=10)
+
+    async def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+class MemoryJournal:
+    """A journal that survives the daemon but not the process."""
+
+    def __init__(self) -> None:
+        self.document: bytes | None = None
+        self.saved = 0
+
+    def load(self) -> bytes | None:
+        return self.document
+
+    def save(self, document: bytes) -> None:
+        self.document = document
+        self.saved += 1
