@@ -1,0 +1,216 @@
+"""One artifact: checkpoint, profile and recipe in; files, chunks and a manifest out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from agent.contract.base import canonical_json, sha256_hex
+from agent.contract.manifest import ArtifactFile, Manifest, MemoryNeed, Probe, Target, content_digest
+from agent.contract.profile import DeviceProfile, Recipe
+from fleet.delivery.chunking import chunk_file
+from fleet.errors import BuildError, ProfileError
+from fleet.home import Home
+from fleet.toolchains import artifacts, durable, process
+from fleet.toolchains.base import Converted, ConvertJob, SpeakJob, ToolchainDriver, installed_versions
+from fleet.toolchains.chat import render
+from fleet.toolchains.checkpoint import Checkpoint
+from fleet.toolchains.progress import Progress, ProgressCallback, silent
+from fleet.toolchains.registry import driver_of
+
+PROBE_PROMPT = "What is the capital of France?"
+PROBE_ANSWER = "Paris"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """A build that was decided, and its name. The same inputs and versions have the same id."""
+
+    id: str
+    model: Checkpoint
+    profile: DeviceProfile
+    recipe: Recipe
+    options: dict[str, Any]
+    versions: dict[str, str]
+    context: int
+
+
+def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> BuildPlan:
+    """What would be built, without building.
+
+    Raises:
+        BuildError: the toolchain is not installed.
+        ProfileError: the toolchain cannot build this recipe.
+    """
+    driver = driver_of(recipe.toolchain)
+    options = driver.resolve(recipe, model)
+    versions = installed_versions(driver)
+    context = min(profile.context, model.facts.max_context)
+    inputs = {
+        "model": model.facts.source_digest,
+        "name": model.name,
+        "toolchain": recipe.toolchain,
+        "precision": recipe.precision,
+        "target": recipe.target,
+        "options": options,
+        "versions": versions,
+        "context": context,
+    }
+    key = sha256_hex(canonical_json(inputs))[:12]
+    name = f"{model.name}-{recipe.toolchain}-{recipe.precision}-{recipe.target}-{key}"
+    return BuildPlan(name, model, profile, recipe, options, versions, context)
+
+
+def build(
+    model: Checkpoint, profile: DeviceProfile, recipe: Recipe, home: Home, *,
+    progress: ProgressCallback = silent, threads: int | None = None,
+) -> Manifest:  # fmt: skip
+    """Build an artifact, or return the one that is there already.
+
+    Raises:
+        BuildError: a toolchain is missing, failed, or was killed; nothing half-made is left.
+        ModelError: the toolchain found the checkpoint wrong.
+        ProfileError: the toolchain cannot build this recipe.
+    """
+    plan = plan_build(model, profile, recipe)
+    if found := artifacts.find(home, plan.id):
+        progress(Progress("already built", 1.0))
+        return found
+    try:
+        home.artifacts.mkdir(parents=True, exist_ok=True)
+        _sweep(home)
+        half = home.artifacts / f"{artifacts.HALF_MADE}{os.getpid()}-{plan.id}"
+        try:
+            return _build_into(half, plan, home, progress, threads or _cores())
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+    except OSError as error:
+        full = "the disk is full; " if error.errno == errno.ENOSPC else ""
+        raise BuildError(f"{full}cannot write the artifact in {home.artifacts}: {error.strerror or error}") from None
+
+
+def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallback, threads: int) -> Manifest:
+    driver = driver_of(plan.recipe.toolchain)
+    shutil.rmtree(half, ignore_errors=True)
+    files, scratch = half / "files", half / "scratch"
+    files.mkdir(parents=True)
+    scratch.mkdir()
+    log = home.logs / f"{plan.id}.log"
+    job = ConvertJob(
+        toolchain=plan.recipe.toolchain, source=plan.model.path.resolve(), out=files.resolve(),
+        scratch=scratch.resolve(), name=plan.model.name, precision=plan.recipe.precision, target=plan.recipe.target,
+        options=plan.options, context=plan.context, threads=threads,
+    )  # fmt: skip
+    converted = process.convert(job, log, progress)
+    shutil.rmtree(scratch, ignore_errors=True)
+    probes = _probe(plan, files, converted, log, progress, threads)
+    manifest = _manifest(plan, driver, _chunked(files, progress), converted, probes)
+    durable.write_bytes(half / "manifest.json", manifest.to_json())
+    durable.sync_tree(half)
+    return _put_in_place(half, home, manifest)
+
+
+def _put_in_place(half: Path, home: Home, manifest: Manifest) -> Manifest:
+    place = home.artifacts / manifest.id
+    try:
+        half.rename(place)
+    except OSError:
+        # Someone else built the same meanwhile: the same inputs, so theirs is as good.
+        if found := artifacts.find(home, manifest.id):
+            return found
+        raise
+    durable.sync_folder(home.artifacts)
+    return manifest
+
+
+def _probe(
+    plan: BuildPlan, files: Path, converted: Converted, log: Path, progress: ProgressCallback, threads: int
+) -> tuple[Probe, ...]:
+    """The default probe; a model that knows the answer here must know it on the device."""
+    runs_here = plan.recipe.target in (Target.CPU, Target.METAL, Target.GPU, Target.NPU)
+    if not runs_here:
+        return (Probe(prompt=PROBE_PROMPT),)
+    progress(Progress("asking the artifact"))
+    job = SpeakJob(
+        toolchain=plan.recipe.toolchain, folder=files.resolve(), entry=converted.entry, context=plan.context,
+        prompt=render(plan.model.chat, PROBE_PROMPT), max_tokens=24, threads=threads,
+    )  # fmt: skip
+    answer = process.speak(job, log, progress)
+    return (Probe(prompt=PROBE_PROMPT, expect=(PROBE_ANSWER,) if PROBE_ANSWER in answer else ()),)
+
+
+def _chunked(folder: Path, progress: ProgressCallback) -> tuple[ArtifactFile, ...]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not paths:
+        raise BuildError(f"the toolchain wrote no files into {folder}")
+    entries = []
+    for done, path in enumerate(paths):
+        progress(Progress("cutting into chunks", done / len(paths)))
+        path.chmod(0o644)
+        sha256, size, chunks = chunk_file(path)
+        entries.append(ArtifactFile(path=path.relative_to(folder).as_posix(), size=size, sha256=sha256, chunks=chunks))
+    return tuple(entries)
+
+
+def _manifest(
+    plan: BuildPlan, driver: ToolchainDriver, files: tuple[ArtifactFile, ...], converted: Converted,
+    probes: tuple[Probe, ...],
+) -> Manifest:  # fmt: skip
+    size = sum(file.size for file in files)
+    return Manifest(
+        id=plan.id,
+        digest=content_digest(files),
+        size=size,
+        model=plan.model.facts,
+        toolchain=plan.recipe.toolchain,
+        versions=plan.versions,
+        recipe=plan.options | converted.notes,
+        precision=plan.recipe.precision,
+        target=plan.recipe.target,
+        profile=plan.profile.name,
+        context=plan.context,
+        entry=converted.entry,
+        memory=MemoryNeed(
+            weights_bytes=size,
+            kv_bytes_per_token=int(plan.model.shape.kv_elements_per_token * converted.kv_element_bytes),
+            overhead_bytes=driver.overhead_bytes,
+        ),
+        chat=plan.model.chat,
+        probes=probes,
+        files=files,
+    )
+
+
+def _sweep(home: Home) -> None:
+    """Remove what builds left behind that were killed before they could."""
+    for path in home.artifacts.glob(f"{artifacts.HALF_MADE}*"):
+        pid = path.name.removeprefix(artifacts.HALF_MADE).partition("-")[0]
+        if not pid.isdigit() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_recipe(
+    profile: DeviceProfile, toolchain: str | None = None, precision: str | None = None, target: str | None = None
+) -> Recipe:
+    """The profile's first recipe that matches what is named; None matches all.
+
+    Raises:
+        ProfileError: none matches; lists what the profile has.
+    """
+    for recipe in profile.recipes:
+        wanted = ((toolchain, recipe.toolchain), (precision, recipe.precision), (target, recipe.target))
+        if all(name is None or name == found for name, found in wanted):
+            return recipe
+    asked = " ".join(part for part in (toolchain, precision, target) if part)
+    listed = ", ".join(f"{one.toolchain} {one.precision} {one.target}" for one in profile.recipes)
+    raise ProfileError(f"profile {profile.name} has no recipe for {asked}; it has {listed}")

@@ -1,0 +1,89 @@
+"""The child process of a build: ``python -m fleet.toolchains.child``, one job in, events out.
+
+The job is one line of JSON on standard input. That pipe then stays open: when it ends, the parent has died, and
+so does the child. Events are lines of JSON on what was standard output; everything that is printed goes to
+standard error, which is the log.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import threading
+import traceback
+from typing import Any, TextIO
+
+from fleet.errors import BuildError, FleetError
+from fleet.toolchains.base import ConvertJob, SpeakJob
+from fleet.toolchains.progress import Progress
+
+
+def main() -> int:
+    """Run one job. 0: done; 1: failed, and told why."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
+
+    def tell(progress: Progress) -> None:
+        _send(events, progress={"phase": progress.phase, "fraction": progress.fraction, "detail": progress.detail})
+
+    try:
+        result = _run(request, tell)
+    except FleetError as error:
+        _send(events, error=str(error), kind=type(error).__name__)
+    except MemoryError:
+        _send(events, error="out of memory", kind=BuildError.__name__)
+    except Exception as error:  # toolchains raise anything
+        traceback.print_exc()
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        reason = "the disk is full" if full else f"{type(error).__name__}: {error}"
+        _send(events, error=reason, kind="unexpected")
+    else:
+        _send(events, result=result, peak_memory_bytes=_peak_memory_bytes())
+        _leave(0)
+    _leave(1)
+    return 1
+
+
+def _run(request: dict[str, Any], tell: Any) -> dict[str, Any]:
+    from fleet.toolchains.registry import driver_of
+
+    if request["kind"] == "convert":
+        job = ConvertJob.model_validate(request["job"])
+        return driver_of(job.toolchain).convert(job, tell).model_dump(mode="json")
+    speak = SpeakJob.model_validate(request["job"])
+    return {"text": driver_of(speak.toolchain).speak(speak)}
+
+
+def _send(events: TextIO, **event: Any) -> None:
+    events.write(json.dumps(event) + "\n")
+
+
+def _leave(code: int) -> None:
+    # Native runtimes may crash in their destructors, after everything is done and told.
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_with_the_parent() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(3)
+
+
+def _peak_memory_bytes() -> int:
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

