@@ -64,7 +64,7 @@ docs: $(VENV)/.dev
 	@$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.dev mosquitto
-	@$(BIN)/python -m bench
+	@$(BIN)/python -m bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
