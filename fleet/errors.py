@@ -51,3 +51,9 @@ class RegistryError(FleetError):
     """The database of devices and deployments cannot be used."""
 
     exit_code = 8
+
+
+class DeploymentError(FleetError):
+    """Devices that were waited for did not commit."""
+
+    exit_code = 9

@@ -162,7 +162,10 @@ class Registry:
             )
             if not after_restart:
                 return list(session.scalars(query.where(DeploymentRow.stage == Stage.QUEUED.value)))
-            return list(session.scalars(query.where(DeploymentRow.expires_at > at, DeploymentRow.presumed.is_(False))))
+            # A cancelled order must not come back when its device is added again.
+            alive = DeploymentRow.failure_code.is_distinct_from(FailureCode.CANCELLED.value)
+            query = query.where(DeploymentRow.expires_at > at, DeploymentRow.presumed.is_(False), alive)
+            return list(session.scalars(query))
 
     def mark_published(self, deployment: str, at: datetime) -> None:
         """The broker has the order."""

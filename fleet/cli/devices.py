@@ -1,0 +1,217 @@
+"""`phifleet device`: the devices of the fleet, and the bundle that each starts from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from agent.contract.base import DeviceId
+from agent.contract.bundle import Bundle
+from agent.contract.profile import DeviceProfile
+from fleet.cli.context import Context, actor
+from fleet.errors import RepositoryError, UsageError
+from fleet.profiles_loader import load_profile, profile_paths
+from fleet.registry.models import DeploymentRow, DeviceRow
+from fleet.trust.files import PRIVATE, write_atomic
+from fleet.trust.repository import Repository
+
+
+@click.group()
+def device() -> None:
+    """Add, list, show and remove devices."""
+
+
+@device.command("add")
+@click.argument("device_id", metavar="ID")
+@click.option("--profile", "profile_name", required=True, help="Name of a profile, or a TOML file.")
+@click.option("--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="File to write; 0600.")
+@click.option("--broker", help="What the device connects to, if not what the controller does.")
+@click.pass_obj
+def add_command(context: Context, device_id: str, profile_name: str, bundle_path: Path, broker: str | None) -> None:
+    """Add a device and write the bundle it starts from: broker, identity, and the root of trust."""
+    profile = load_profile(profile_name)
+    add_device(context, device_id, profile, bundle_path, broker=broker, custom=profile_name not in profile_paths())
+    click.echo(f"added {device_id} ({profile.name}); bundle {bundle_path}")
+    click.echo("it is what the device believes: carry it there by a way that you trust, then start")
+    click.echo(f"  phifleet-agent run --bundle {bundle_path.name}")
+
+
+def add_device(
+    context: Context,
+    device_id: str,
+    profile: DeviceProfile,
+    bundle_path: Path,
+    *,
+    broker: str | None = None,
+    custom: bool = False,
+) -> Bundle:
+    """Record the device and write its bundle, which is there whole or not at all.
+
+    Raises:
+        UsageError: the id is no device id, the device is there already, or the file is or cannot be written.
+        RepositoryError: there is no root of trust yet.
+    """
+    try:
+        TypeAdapter(DeviceId).validate_python(device_id)
+    except ValidationError:
+        raise UsageError(f"{device_id!r} is no device id: lower case letters, digits and dashes, at most 63") from None
+    repository = Repository(context.home)
+    if not repository.exists:
+        raise RepositoryError(f"{context.home.root} has no root of trust; make one with `phifleet init`")
+    if bundle_path.exists():
+        raise UsageError(f"{bundle_path} is there already; a bundle holds a private key and is never overwritten")
+    with contextlib.closing(context.open_registry()) as registry:
+        if any(row.id == device_id for row in registry.devices()):
+            raise UsageError(f"device {device_id} is there already; remove it first, or choose another id")
+        bundle = make_bundle(context, repository, device_id, profile, broker)
+        _write_bundle(bundle_path, bundle)
+        try:
+            registry.add_device(device_id, profile, profile.model_dump(mode="json") if custom else None, actor())
+        except BaseException:
+            bundle_path.unlink(missing_ok=True)
+            raise
+    return bundle
+
+
+def make_bundle(
+    context: Context, repository: Repository, device_id: str, profile: DeviceProfile, broker: str | None
+) -> Bundle:
+    """The bundle of one device: with a client certificate of the device CA where the broker speaks TLS.
+
+    Raises:
+        UsageError: the broker's URL or CA file cannot be used.
+    """
+    settings = context.settings
+    url = broker or settings.broker_url
+    values: dict[str, Any] = {
+        "device": device_id,
+        "profile": profile.name,
+        "broker": url,
+        "root": repository.root_bytes().decode(),
+        "issued_at": datetime.now(UTC),
+    }
+    if settings.broker_ca is not None:
+        values["broker_ca"] = _read_text(settings.broker_ca)
+    if url.startswith("mqtts://"):
+        from fleet.trust.ca import DeviceCA
+
+        identity = DeviceCA(context.home).issue(device_id)
+        values |= {"certificate": identity.certificate, "private_key": identity.private_key}
+    try:
+        return Bundle(**values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        raise UsageError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in problems)) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"broker_ca {path}: cannot be read: {error}") from None
+
+
+def _write_bundle(path: Path, bundle: Bundle) -> None:
+    try:
+        write_atomic(path, bundle.model_dump_json(indent=2).encode(), PRIVATE)
+    except OSError as error:
+        raise UsageError(f"bundle {path}: cannot be written: {error.strerror or error}") from None
+
+
+@device.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
+@click.pass_obj
+def list_command(context: Context, as_json: bool) -> None:
+    """List the devices."""
+    with contextlib.closing(context.open_registry()) as registry:
+        rows, newest = registry.devices(), registry.newest()
+    if as_json:
+        click.echo(json.dumps([describe(row, newest.get(row.id)) for row in rows]))
+        return
+    table = Table("device", "profile", "online", "agent", "added", "state", "artifact", box=None)
+    for row in rows:
+        order = newest.get(row.id)
+        table.add_row(
+            row.id,
+            row.profile,
+            "yes" if row.online else "no",
+            row.agent_version or "-",
+            f"{row.added_at:%Y-%m-%d}",
+            order.stage if order else "-",
+            order.artifact if order else "-",
+        )
+    Console().print(table if rows else "no devices yet; add one with `phifleet device add`")
+
+
+@device.command("show")
+@click.argument("device_id", metavar="ID")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def show_command(context: Context, device_id: str, as_json: bool) -> None:
+    """Show what is known of a device: facts, report, health, and its newest deployments."""
+    with contextlib.closing(context.open_registry()) as registry:
+        row, history = registry.device(device_id), registry.history(device_id)
+    document = describe(row, history[0] if history else None)
+    document |= {"facts": row.facts, "reported": row.reported, "health": row.health}
+    document["deployments"] = [describe_deployment(entry) for entry in history]
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        Console().print_json(data=document)
+
+
+@device.command("remove")
+@click.argument("device_id", metavar="ID")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def remove_command(context: Context, device_id: str, yes: bool) -> None:
+    """Remove a device: its order is cancelled and its topics are cleared. What it serves, it goes on serving."""
+    with contextlib.closing(context.open_registry()) as registry:
+        registry.device(device_id)
+        if not yes:
+            click.confirm(f"remove {device_id}?", abort=True)
+        registry.remove_device(device_id, actor())
+    click.echo(f"removed {device_id}")
+
+
+def describe(row: DeviceRow, order: DeploymentRow | None) -> dict[str, Any]:
+    """A device as JSON."""
+    return {
+        "device": row.id,
+        "profile": row.profile,
+        "added_at": row.added_at.isoformat(),
+        "online": row.online,
+        "last_seen": row.last_seen.isoformat() if row.last_seen else None,
+        "agent_version": row.agent_version,
+        "malformed_messages": row.malformed,
+        "deployment": describe_deployment(order) if order else None,
+    }
+
+
+def describe_deployment(row: DeploymentRow) -> dict[str, Any]:
+    """A deployment as JSON."""
+    failure = {"code": row.failure_code, "message": row.failure_message} if row.failure_code else None
+    return {
+        "deployment": row.id,
+        "device": row.device,
+        "sequence": row.sequence,
+        "artifact": row.artifact,
+        "ordered_digest": row.digest,
+        "state": row.stage,
+        "digest": row.served_digest,
+        "runtime": row.runtime,
+        "endpoint": row.endpoint,
+        "progress": row.progress,
+        "proof": row.proof,
+        "failure": failure,
+        "created_at": row.created_at.isoformat(),
+        "finished_at": row.finished_at.isoformat() if row.finished_at else None,
+    }

@@ -1,0 +1,148 @@
+"""`phifleet serve`: the controller in the foreground, as systemd runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable
+
+import click
+import structlog
+
+from agent.link import LinkError, LinkSettings, MqttLink
+from fleet import systemd
+from fleet.cli.context import Context
+from fleet.daemon import Controller
+from fleet.delivery.broker import EmbeddedBroker
+from fleet.delivery.chunk_server import ChunkServer
+from fleet.delivery.metadata import MetadataServer
+from fleet.errors import BrokerError, RepositoryError
+from fleet.home import Home
+from fleet.registry import open_registry
+from fleet.registry.local import LocalArtifacts
+from fleet.settings import EMBEDDED, FleetSettings
+from fleet.trust.repository import Repository
+
+_log = structlog.get_logger("serve")
+
+BROKER_CHECK_S = 2.0
+
+
+@click.command()
+@click.option("--broker", help="embedded, mqtt://host:port or mqtts://host:port.")
+@click.option("--broker-port", type=click.IntRange(1, 65535), help="TCP port of the embedded broker, on loopback.")
+@click.option("--database", help="sqlite:///... or postgresql://user@host/name.")
+@click.option("--show-config", is_flag=True, help="Print each setting and where it came from, and end.")
+@click.pass_obj
+def serve(
+    context: Context, broker: str | None, broker_port: int | None, database: str | None, show_config: bool
+) -> None:
+    """Serve metadata and chunks, publish orders, record what devices report; until interrupted."""
+    context = context.overlay(broker=broker, broker_port=broker_port, database=database)
+    if show_config:
+        context.show_config()
+        return
+    asyncio.run(_until_signalled(context.settings))
+
+
+async def _until_signalled(settings: FleetSettings) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop.set)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    await run_controller(settings, stop)
+
+
+async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Callable[[], None] | None = None) -> None:
+    """Everything a controller is made of, until ``stop``; ``ready`` is called when devices can be served.
+
+    Raises:
+        BrokerError: the broker cannot be reached or refuses, or the embedded one does not start.
+        RegistryError: the database cannot be used.
+        RepositoryError: there is no TUF repository in the home.
+    """
+    home = Home(settings.home)
+    repository = Repository(home)
+    if not repository.exists:
+        raise RepositoryError(f"{home.root} has no repository of signed metadata; make one with `phifleet init`")
+    with contextlib.closing(open_registry(settings.database_url)) as registry:
+        try:
+            async with _broker(settings), MqttLink(link_settings(settings)) as link:
+                await _connected(link, settings.connect_timeout_s, stop)
+                servers = (ChunkServer(link, LocalArtifacts(home).by_digest), MetadataServer(link, repository))
+                await Controller(link, registry, repository, servers, notify=_notifier(ready)).run(stop)
+        except LinkError as error:
+            raise BrokerError(str(error)) from None
+
+
+def link_settings(settings: FleetSettings) -> LinkSettings:
+    """How the controller connects. Each process is a client of its own: a second one must not push the first out."""
+    return LinkSettings(
+        url=settings.broker_url,
+        client_id=f"phifleet-controller-{secrets.token_hex(4)}",
+        ca_file=settings.broker_ca,
+        cert_file=settings.broker_cert,
+        key_file=settings.broker_key,
+        username=settings.broker_username,
+        password=settings.broker_password.get_secret_value() if settings.broker_password else None,
+    )
+
+
+def _notifier(ready: Callable[[], None] | None) -> Callable[[str], bool]:
+    def notify(message: str) -> bool:
+        if message == "READY=1" and ready is not None:
+            ready()
+        return systemd.notify(message)
+
+    return notify
+
+
+async def _connected(link: MqttLink, timeout_s: float, stop: asyncio.Event) -> None:
+    """Until the broker answers, or ``stop``: an operator who interrupts does not wait for a broker that is away."""
+    waits = {asyncio.create_task(link.wait_connected(timeout_s)), asyncio.create_task(_wait(stop))}
+    try:
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in waits:
+            task.cancel()
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def _broker(settings: FleetSettings) -> AsyncIterator[None]:
+    """The embedded broker, if it is asked for; one that dies is started again, and the link connects again."""
+    if settings.broker != EMBEDDED:
+        yield
+        return
+    broker = EmbeddedBroker(port=settings.broker_port)
+    await asyncio.to_thread(broker.start)
+    _log.info("embedded broker started", url=broker.url)
+    watch = asyncio.create_task(_keep_running(broker))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await asyncio.to_thread(broker.stop)
+
+
+async def _keep_running(broker: EmbeddedBroker) -> None:
+    while True:
+        await asyncio.sleep(BROKER_CHECK_S)
+        if broker.running:
+            continue
+        _log.error("embedded broker ended, starting it again", url=broker.url)
+        try:
+            await asyncio.to_thread(broker.stop)
+            await asyncio.to_thread(broker.start)
+        except BrokerError as error:
+            _log.error("embedded broker does not start, trying again", reason=str(error))

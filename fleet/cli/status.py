@@ -1,0 +1,101 @@
+"""`phifleet status`: every device, what it runs, how far it is, and how well it does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fleet.cli.context import Context
+from fleet.cli.devices import describe
+from fleet.core.deployments import Stage
+from fleet.registry import Registry
+from fleet.registry.models import DeploymentRow, DeviceRow
+
+MIB = 1024 * 1024
+REFRESH_S = 1.0
+
+_STYLES = {Stage.COMMITTED: "green", Stage.FAILED: "red", Stage.ROLLED_BACK: "yellow", Stage.SUPERSEDED: "dim"}
+
+
+@click.command()
+@click.argument("devices", nargs=-1)
+@click.option("--once", is_flag=True, help="Print the table once. So it is when not on a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, once.")
+@click.pass_obj
+def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool) -> None:
+    """Show the fleet: presence, deployment, speed. Live on a terminal until interrupted; DEVICES narrows it."""
+    with contextlib.closing(context.open_registry()) as registry:
+        if as_json:
+            click.echo(json.dumps(document(_rows(registry, devices))))
+            return
+        console = Console()
+        if once or not console.is_terminal:
+            console.print(table(_rows(registry, devices)))
+            return
+        with Live(console=console, auto_refresh=False, screen=False) as live:
+            while True:
+                live.update(table(_rows(registry, devices)), refresh=True)
+                time.sleep(REFRESH_S)
+
+
+Row = tuple[DeviceRow, DeploymentRow | None]
+
+
+def _rows(registry: Registry, names: tuple[str, ...]) -> list[Row]:
+    devices = [registry.device(name) for name in names] if names else registry.devices()
+    newest = registry.newest()
+    return [(row, newest.get(row.id)) for row in devices]
+
+
+def document(rows: Iterable[Row]) -> dict[str, Any]:
+    """The same as JSON; names of fields are those of the wire contract."""
+    return {"at": datetime.now(UTC).isoformat(), "devices": [describe(row, order) | _speed(row) for row, order in rows]}
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """One line a device."""
+    made = Table("device", "", "state", "progress", "digest", "runtime", "TTFT ms", "TPOT ms", "tokens/s", "failure")
+    made.box = None
+    for row, order in rows:
+        speed = _speed(row)["health"] or {}
+        proof = (order.proof if order else None) or {}
+        made.add_row(
+            row.id,
+            Text("online", "green") if row.online else Text("offline", "dim"),
+            Text(order.stage, _STYLES.get(Stage(order.stage), "cyan")) if order else "-",
+            progress_text(order.progress) if order and order.stage != Stage.COMMITTED else "",
+            (order.served_digest or "-")[:12] if order else "-",
+            (order.runtime if order else None) or "-",
+            _figure(speed.get("ttft_ms_p50") or proof.get("ttft_ms")),
+            _figure(speed.get("tpot_ms_p50") or proof.get("tpot_ms")),
+            _figure(speed.get("tokens_per_s")),
+            Text(f"{order.failure_code}: {order.failure_message}", "red") if order and order.failure_code else "",
+        )
+    return made
+
+
+def progress_text(progress: dict[str, Any] | None) -> str:
+    """Such as ``63% 54.1/86.0 MiB, 41.2 MiB/s``."""
+    if not progress or not progress["bytes_total"]:
+        return ""
+    done, total, seconds = progress["bytes_done"], progress["bytes_total"], progress["seconds"]
+    rate = f", {progress['bytes_received'] / MIB / seconds:.1f} MiB/s" if seconds > 0 else ""
+    return f"{done / total:.0%} {done / MIB:.1f}/{total / MIB:.1f} MiB{rate}"
+
+
+def _speed(row: DeviceRow) -> dict[str, Any]:
+    return {"health": row.health}
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
