@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import Recipe
+from fleet.errors import BuildError, FleetError, ProfileError, UsageError
+from fleet.home import Home
+from fleet.profiles_loader import load_profile
+from fleet.toolchains import artifacts
+from fleet.toolchains import build as building
+from fleet.toolchains.checkpoint import inspect
+from fleet.toolchains.progress import Progress
+from tests.models import Built, checkpoint
+
+INT4 = Recipe(toolchain=Toolchain.ONNX_GENAI, precision=Precision.INT4, target=Target.CPU)
+PROFILE = load_profile("iot-x86")
+
+
+def _child_of_this_process() -> psutil.Process | None:
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "fleet.toolchains.child" in child.cmdline():
+                return child
+    return None
+
+
+def test_an_artifact_is_whole_and_speaks_in_its_runtime(sample_artifact: Built) -> None:
+    manifest = sample_artifact.manifest
+    artifacts.validate(sample_artifact.home, manifest)
+    assert manifest.id.startswith("smollm2-135m-phi-onnx_genai-int4-cpu-")
+    assert manifest.probes[0].expect == ("Paris",)
+    assert 80e6 < manifest.size < 95e6
+    assert manifest.memory.kv_bytes_per_token == 2 * 30 * 3 * 64 * 4  # float32 keys and values on the CPU
+    assert manifest.context == PROFILE.context
+    assert "onnxruntime-genai" in manifest.versions and manifest.recipe["block_size"] == 32
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in sample_artifact.files.iterdir())
+
+
+def test_a_model_that_knows_nothing_is_not_expected_to(tiny_artifact: Built) -> None:
+    assert tiny_artifact.manifest.probes[0].expect == ()
+
+
+def test_what_was_built_is_not_built_again(tiny_artifact: Built, tiny_dir: Path) -> None:
+    phases: list[Progress] = []
+    again = building.build(checkpoint(tiny_dir), PROFILE, INT4, tiny_artifact.home, progress=phases.append)
+    assert again == tiny_artifact.manifest
+    assert [step.phase for step in phases] == ["already built"]
+
+
+def test_two_builds_are_the_same_bytes_and_tell_their_progress(
+    tiny_artifact: Built, tiny_dir: Path, tmp_path: Path
+) -> None:
+    phases: list[Progress] = []
+    home = Home(tmp_path)
+    again = building.build(checkpoint(tiny_dir), PROFILE, INT4, home, progress=phases.append)
+    assert (again.id, again.digest) == (tiny_artifact.manifest.id, tiny_artifact.manifest.digest)
+    told = list(dict.fromkeys(step.phase for step in phases))
+    assert {"reading layers", "quantizing", "asking the artifact", "cutting into chunks"} <= set(told)
+    assert list(home.logs.iterdir()) == [], "a log is kept on failure only"
+    assert [path.name for path in home.artifacts.iterdir()] == [again.id]
+
+
+def test_the_id_follows_every_input(tiny_dir: Path) -> None:
+    model = checkpoint(tiny_dir)
+    plain = building.plan_build(model, PROFILE, INT4).id
+    other = INT4.model_copy(update={"options": {"block_size": 64}})
+    assert building.plan_build(model, PROFILE, other).id != plain
+    longer = PROFILE.model_copy(update={"context": 128})
+    assert building.plan_build(model, longer, INT4).id != plain
+    assert building.plan_build(model, PROFILE, INT4).id == plain
+
+
+def test_a_toolchain_that_crashes_leaves_its_log_and_nothing_else(tiny_dir: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (model / "tokenizer.json").write_text('{"version": "1.0"}')
+    home = Home(tmp_path / "home")
+    with pytest.raises(BuildError) as caught:
+        building.build(inspect(model), PROFILE, INT4, home)
+    log = next(home.logs.iterdir())
+    assert str(log) in str(caught.value) and "Traceback" in log.read_text()
+    assert "\n  | " in str(caught.value), "the message ends with the tail of the log"
+    assert list(home.artifacts.iterdir()) == []
+
+
+def test_a_toolchain_that_is_killed_is_told_from_one_that_fails(tiny_dir: Path, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+
+    def kill(step: Progress) -> None:
+        if step.phase == "loading the toolchain" and (child := _child_of_this_process()):
+            child.kill()
+
+    with pytest.raises(BuildError, match=r"killed by SIGKILL.*memory runs out; it held .* GiB"):
+        building.build(checkpoint(tiny_dir), PROFILE, INT4, home, progress=kill)
+    assert list(home.artifacts.iterdir()) == []
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.fleet.toolchains.test_build import INT4, PROFILE
+from fleet.home import Home
+from fleet.toolchains.build import build
+from fleet.toolchains.checkpoint import inspect
+tell = lambda step: print(step.phase, flush=True)
+build(inspect(Path(sys.argv[1])), PROFILE, INT4, Home(Path(sys.argv[2])), progress=tell)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_an_interrupted_build_ends_its_child_and_is_cleaned_up(tiny_dir: Path, tmp_path: Path, name: str) -> None:
+    root = str(Path(__file__).resolve().parents[3])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tiny_dir), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, env=os.environ | {"PYTHONPATH": root},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    for line in parent.stdout:
+        if line.startswith("loading"):
+            break
+    child = next(one for one in psutil.Process(parent.pid).children() if "fleet.toolchains.child" in one.cmdline())
+    parent.send_signal(getattr(signal, name))
+    parent.wait(10)
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    home = Home(tmp_path)
+    left = [path.name for path in home.artifacts.iterdir()]
+    assert left == [] if name == "SIGINT" else left[0].startswith(artifacts.HALF_MADE)
+    building._sweep(home)
+    assert list(home.artifacts.iterdir()) == []
+    assert artifacts.list_artifacts(home).manifests == ()
+
+
+def test_what_a_toolchain_cannot_build_is_refused_before_it_starts(tiny_dir: Path, tmp_path: Path) -> None:
+    model = checkpoint(tiny_dir)
+    for changes in ({"precision": Precision.FP16}, {"options": {"colour": "red"}}):
+        with pytest.raises(ProfileError):
+            building.build(model, PROFILE, INT4.model_copy(update=changes), Home(tmp_path))
+    with pytest.raises(ProfileError, match="no recipe for mlx"):
+        building.choose_recipe(PROFILE, "mlx")
+
+
+def test_artifacts_are_found_by_id_digest_and_unambiguous_beginning(tiny_artifact: Built, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    there = home.artifacts / tiny_artifact.manifest.id
+    shutil.copytree(tiny_artifact.files.parent, there)
+    manifest = tiny_artifact.manifest
+    for wanted in (manifest.id, manifest.digest, "tiny-phi", manifest.digest[:8]):
+        assert artifacts.load(home, wanted) == manifest
+    for wanted in ("ti", "absent"):
+        with pytest.raises(UsageError, match="no artifact is named"):
+            artifacts.load(home, wanted)
+
+
+def test_a_damaged_artifact_is_named(tiny_artifact: Built, tmp_path: Path) -> None:
+    home, manifest = Home(tmp_path), tiny_artifact.manifest
+    folder = home.artifacts / manifest.id
+    shutil.copytree(tiny_artifact.files.parent, folder)
+    model = folder / "files" / "model.onnx"
+    data = bytearray(model.read_bytes())
+    data[100] ^= 1
+    model.write_bytes(data)
+    with pytest.raises(BuildError, match="is not what was built"):
+        artifacts.validate(home, manifest)
+    model.unlink()
+    with pytest.raises(BuildError, match="is missing"):
+        artifacts.validate(home, manifest)
+    (folder / "manifest.json").write_text(json.dumps({"version": 1}))
+    listing = artifacts.list_artifacts(home)
+    assert listing.manifests == () and "remove its folder and build again" in listing.damaged[0]
+    with pytest.raises(FleetError):
+        artifacts.find(home, manifest.id)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from fleet.errors import ModelError
+from fleet.toolchains.checkpoint import inspect, resolve_model, slug
+from fleet.toolchains.safetensors_scan import first_not_finite, read_tensors
+from fleet.toolchains.source import hub_config
+
+
+@pytest.fixture
+def copy(tiny_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+
+def _config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def _poison(value: float) -> Callable[[Path], None]:
+    def poison(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+        save_file(weights, folder / "model.safetensors")
+
+    return poison
+
+
+def _index(folder: Path) -> None:
+    index = {
+        "weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _no_template(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+BAD = {
+    "no folder": (shutil.rmtree, "does not exist; pass a folder"),
+    "no config": (_remove("config.json"), r"config\.json does not exist"),
+    "garbled config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
+    "another architecture": (lambda folder: _config(folder, architectures=["LlamaForCausalLM"]),
+                             "is no Phi: its architecture is LlamaForCausalLM"),
+    "no architecture": (lambda folder: _config(folder, architectures=None), "unnamed, model_type 'phi3'"),
+    "a size is missing": (lambda folder: _config(folder, hidden_size=None), "lacks or garbles a size"),
+    "no tokenizer": (_remove("tokenizer.json"), "has no tokenizer"),
+    "no template": (_no_template, "has no chat template"),
+    "no weights": (_remove("model.safetensors"), r"has no \*\.safetensors"),
+    "truncated": (_truncate, r"is truncated: \d+ bytes, its header names \d+"),
+    "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"<html>404</html>"),
+                       "is no safetensors file"),
+    "absent shard": (_index, r"names model-00002-of-00002\.safetensors, absent"),
+    "NaN": (_poison(float("nan")), r"tensor model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinite"),
+    "infinity": (_poison(float("-inf")), r"tensor model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_a_bad_checkpoint_is_refused_by_name(copy: Path, case: str) -> None:
+    spoil, message = BAD[case]
+    spoil(copy)  # type: ignore[operator]
+    with pytest.raises(ModelError, match=message):
+        inspect(copy)
+
+
+def test_the_digest_follows_weights_config_and_tokenizer_and_nothing_else(copy: Path) -> None:
+    before = inspect(copy).facts.source_digest
+    (copy / "notes.txt").write_text("mine")
+    assert inspect(copy).facts.source_digest == before
+    _config(copy, rms_norm_eps=1e-6)
+    changed = inspect(copy).facts.source_digest
+    assert changed != before
+    (copy / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    assert inspect(copy).facts.source_digest != changed
+    assert inspect(copy).chat.stop == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"(?s)cannot be downloaded.*--local-dir.*phifleet sample-model"):
+        resolve_model("microsoft/Phi-4-mini-instruct")
+
+
+@pytest.mark.parametrize("path", ["./absent/model", "/absent/model", "absent"])
+def test_a_path_is_never_taken_for_a_hub_id(path: str) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        resolve_model(path)
+
+
+@given(st.text(max_size=200))
+def test_a_name_always_fits_an_artifact_id(name: str) -> None:
+    import re
+
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,59}", slug(name))
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=64) | st.binary(max_size=64).map(lambda data: struct.pack("<Q", len(data)) + data))
+def test_any_bytes_are_safetensors_or_a_model_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("scan") / "x.safetensors"
+    path.write_bytes(data)
+    try:
+        read_tensors(path)
+    except ModelError as error:
+        assert "fetch it again" in str(error)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_largest_number_is_finite(tmp_path: Path, dtype: type) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": np.full(3, np.finfo(dtype).max, dtype), "b": np.zeros(0, dtype)}, path)
+    assert first_not_finite(path, read_tensors(path)) is None
+
+
+def test_rope_saved_by_transformers_5_is_spelled_as_on_the_hub() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0],
+            "long_factor": [2.0], "original_max_position_embeddings": 4096, "factor": 32.0}  # fmt: skip
+    saved = {"model_type": "phi3", "max_position_embeddings": 131072, "rope_parameters": rope, "dtype": "bfloat16"}
+    view = hub_config(saved, "F32")
+    assert view["rope_scaling"] == {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    assert (view["rope_theta"], view["partial_rotary_factor"]) == (10000.0, 0.75)
+    assert (view["original_max_position_embeddings"], view["torch_dtype"]) == (4096, "float32")
+    assert not {"rope_parameters", "dtype"} & set(view)
