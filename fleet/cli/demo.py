@@ -1,0 +1,25 @@
+"""`phifleet demo`."""
+
+from __future__ import annotations
+
+import click
+
+from agent.contract.manifest import Precision, Toolchain
+from fleet.demo.run import Options, run_demo
+
+
+@click.command()
+@click.option(
+    "--toolchain", type=click.Choice([one.value for one in Toolchain]), default="onnx_genai", show_default=True
+)
+@click.option("--precision", type=click.Choice([one.value for one in Precision]), default="int4", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), help="TCP port of the endpoint; else a free one.")
+@click.option(
+    "--broker", default="embedded", show_default=True, help="embedded, or mqtt://host:port of a broker without TLS."
+)
+@click.option("--keep", is_flag=True, help="Leave it running until interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="Progress to standard error; one JSON object to standard output.")
+def demo(toolchain: str, precision: str, port: int | None, broker: str, keep: bool, as_json: bool) -> None:
+    """The whole way on one machine: a Phi model quantized, signed, delivered, proven, served, and asked a question."""
+    options = Options(Toolchain(toolchain), Precision(precision), port, broker, keep, as_json)
+    run_demo(options, click.echo)

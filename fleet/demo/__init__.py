@@ -1,0 +1,1 @@
+"""`phifleet demo`: the whole way on one machine, with nothing simulated."""
