@@ -13,7 +13,7 @@ import copy
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -225,10 +225,9 @@ class Repository:
         if match is None:
             return None
         target = match["target"]
-        try:
+        with _boundary(self._home), suppress(FileNotFoundError):
             return (self._files.targets / target if target else self._files.metadata / name).read_bytes()
-        except FileNotFoundError:
-            return None
+        return None
 
     def sign_desired(self, desired: Desired) -> bytes:
         """A ``SignedDesired``: DSSE over the order, by as many director keys as the threshold asks for.

@@ -1,0 +1,142 @@
+"""Who this device is: the imported bundle in the state folder, with the PEM files that TLS reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from agent.contract.base import MalformedMessageError
+from agent.contract.bundle import Bundle
+from agent.errors import ConfigError
+from agent.trust.files import write_atomic
+
+_BUNDLE = "bundle.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An enrolled device. The paths are of PEM files, None where the bundle brought none."""
+
+    device: str
+    profile: str
+    broker: str
+    root: bytes
+    issued_at: datetime
+    trust_folder: Path
+    broker_ca: Path | None
+    certificate: Path | None
+    private_key: Path | None
+
+
+def read_bundle(path: Path) -> Bundle:
+    """A bundle file.
+
+    Raises:
+        ConfigError: missing, readable by others, damaged, or of another version; says which field.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"bundle {path} cannot be read: {error.strerror or error}") from error
+    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ConfigError(f"bundle {path} holds a private key and can be read by others: chmod 600 it")
+    try:
+        return Bundle.from_json(data)
+    except MalformedMessageError as error:
+        raise ConfigError(
+            f"bundle {path} is damaged: {error}. Make it again on the controller: phifleet device add ID --bundle FILE"
+        ) from error
+
+
+def enrol(bundle: Bundle, state_folder: Path, *, replace: bool = False) -> Identity:
+    """Import a bundle. The same one again, or a renewed certificate for the same device and fleet, is always fine.
+
+    Raises:
+        ConfigError: the device is enrolled as another or in another fleet, and ``replace`` is False; or the disk
+            refuses.
+    """
+    folder, trust = state_folder / "identity", state_folder / "trust"
+    old = _enrolled(state_folder, replace)
+    same_fleet = old is None or bool(_root_keyids(old.root) & _root_keyids(bundle.root))
+    if old is not None and not replace:
+        _refuse_another(old, bundle, same_fleet)
+    try:
+        if not same_fleet and trust.exists():
+            shutil.rmtree(trust)  # what another fleet signed: versions and times that mean nothing here
+        for name, pem in _pem_files(bundle).items():
+            if pem is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                write_atomic(folder / name, pem.encode())
+        write_atomic(folder / _BUNDLE, bundle.to_json())
+    except OSError as error:
+        raise ConfigError(f"the identity cannot be written to {folder}: {error}") from error
+    return _identity(bundle, state_folder)
+
+
+def load(state_folder: Path) -> Identity:
+    """The identity imported before.
+
+    Raises:
+        ConfigError: none, or damaged.
+    """
+    path = state_folder / "identity" / _BUNDLE
+    if not path.exists():
+        raise ConfigError(f"this device has no identity in {state_folder}: start it with --bundle FILE")
+    return _identity(read_bundle(path), state_folder)
+
+
+def _identity(bundle: Bundle, state_folder: Path) -> Identity:
+    folder = state_folder / "identity"
+    paths = {name: folder / name if pem is not None else None for name, pem in _pem_files(bundle).items()}
+    return Identity(
+        device=bundle.device,
+        profile=bundle.profile,
+        broker=bundle.broker,
+        root=bundle.root.encode(),
+        issued_at=bundle.issued_at,
+        trust_folder=state_folder / "trust",
+        broker_ca=paths["broker-ca.pem"],
+        certificate=paths["client.pem"],
+        private_key=paths["client-key.pem"],
+    )
+
+
+def _pem_files(bundle: Bundle) -> dict[str, str | None]:
+    return {"broker-ca.pem": bundle.broker_ca, "client.pem": bundle.certificate, "client-key.pem": bundle.private_key}
+
+
+def _enrolled(state_folder: Path, replace: bool) -> Bundle | None:
+    path = state_folder / "identity" / _BUNDLE
+    try:
+        return read_bundle(path) if path.exists() else None
+    except ConfigError:
+        if replace:
+            return None
+        raise
+
+
+def _refuse_another(old: Bundle, new: Bundle, same_fleet: bool) -> None:
+    if old.device != new.device:
+        raise ConfigError(
+            f"this device is enrolled as {old.device}, the bundle is for {new.device}: use another bundle, or enrol "
+            "again with --replace"
+        )
+    if not same_fleet:
+        raise ConfigError(
+            f"device {old.device} trusts another root than the bundle brings: if the fleet was made anew, enrol "
+            "again with --replace"
+        )
+
+
+def _root_keyids(root: str) -> set[str]:
+    """Who may sign for the fleet. A mistake is to be noticed here, not an attack: whoever imports has the device."""
+    try:
+        return set(json.loads(root)["signed"]["roles"]["root"]["keyids"])
+    except (ValueError, KeyError, TypeError):
+        return set()

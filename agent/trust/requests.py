@@ -1,0 +1,133 @@
+"""Asks the fleet for metadata over the link: request, response topic, correlation data, segments, retries.
+
+Nothing here is trusted; what comes is verified by TUF. The rules below only bound what an answer can cost: a
+segment must be as long as it can be, so a slow sender cannot feed a file byte by byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+
+from agent.contract import topics
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import MAX_CHUNK_BYTES
+from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant
+from agent.core.ports import Link, Message
+from agent.errors import AgentError, TrustError
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait for one answer, how often to ask, and below which rate a file counts as not coming."""
+
+    timeout_s: float = 5.0
+    attempts: int = 4
+    factor: float = 2.0
+    grace_s: float = 60.0
+    min_bytes_per_s: float = 1024.0
+
+    def is_over(self, seconds: float, received: int) -> bool:
+        """A file is slower than the slowest link that is served."""
+        return seconds > self.grace_s and received < self.min_bytes_per_s * seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a file of ``total`` bytes."""
+
+    data: bytes
+    total: int
+
+
+class NotFoundError(TrustError):
+    """The fleet says that it has no such file."""
+
+    default_code = FailureCode.TRUST_NOT_FOUND
+
+
+class UnreachableError(TrustError):
+    """Nobody answers, or not in a way that can be used."""
+
+    default_code = FailureCode.TRUST_UNREACHABLE
+
+
+class MetadataRequests:
+    """One device's requests; all methods run on the event loop."""
+
+    def __init__(self, link: Link, device: str, patience: Patience | None = None) -> None:
+        self._link = link
+        self._device = device
+        self.patience = patience or Patience()
+        self._waiting: dict[bytes, tuple[MetadataWant, asyncio.Future[Segment]]] = {}
+        self._subscribed = False
+        self.ignored = 0
+
+    async def segment(self, name: str, offset: int) -> Segment:
+        """One segment, asked for again when no answer comes.
+
+        Raises:
+            NotFoundError: the fleet has no such file.
+            UnreachableError: no link, or no answer that can be used.
+        """
+        await self._subscribe()
+        want = MetadataWant(device=self._device, name=name, offset=offset)
+        correlation, timeout = secrets.token_bytes(16), self.patience.timeout_s
+        future: asyncio.Future[Segment] = asyncio.get_running_loop().create_future()
+        self._waiting[correlation] = want, future
+        try:
+            for _ in range(self.patience.attempts):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(timeout):
+                        await self._ask(want, correlation)
+                        return await asyncio.shield(future)
+                timeout *= self.patience.factor
+        finally:
+            del self._waiting[correlation]
+            if not future.cancel():
+                future.exception()  # read, or asyncio complains of an answer that came in the last moment
+        raise UnreachableError(
+            f"no answer to {self.patience.attempts} requests for {name} at byte {offset}: "
+            "is the controller running (`phifleet serve`), and on the same broker?"
+        )
+
+    async def _subscribe(self) -> None:
+        if not self._subscribed:
+            await self._link.subscribe(topics.metadata(self._device), self._on_answer)
+            self._subscribed = True
+
+    async def _ask(self, want: MetadataWant, correlation: bytes) -> None:
+        try:
+            await self._link.publish(
+                topics.METADATA_WANT,
+                want.to_json(),
+                response_topic=topics.metadata(self._device),
+                correlation=correlation,
+            )
+        except AgentError as error:
+            raise UnreachableError(f"cannot ask for {want.name}: {error}") from error
+
+    def _on_answer(self, message: Message) -> None:
+        want, future = self._waiting.get(message.correlation or b"", (None, None))
+        if want is None or future is None or future.done():
+            return  # late, or a duplicate
+        try:
+            future.set_result(_checked(want, message))
+        except NotFoundError as error:
+            future.set_exception(error)
+        except ValueError:
+            self.ignored += 1  # whoever can publish here can send rubbish; the right answer may still come
+
+
+def _checked(want: MetadataWant, message: Message) -> Segment:
+    answer = MetadataAnswer.from_properties(dict(message.properties))
+    if (answer.name, answer.offset) != (want.name, want.offset):
+        raise ValueError("an answer to another question")
+    if answer.status is MetadataStatus.NOT_FOUND:
+        raise NotFoundError(f"the fleet has no {want.name}")
+    size = min(MAX_CHUNK_BYTES, answer.total - want.offset)
+    if len(message.payload) != size or (size <= 0 and answer.total != 0):
+        raise ValueError("not the segment that the answer says it is")
+    return Segment(message.payload, answer.total)

@@ -1,0 +1,152 @@
+"""The metadata server: answers devices that ask for a segment of a TUF file (DESIGN.md section 3).
+
+It holds nothing about devices. Its answers need no protection of their own: what they carry is signed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import structlog
+
+from agent.contract import topics
+from agent.contract.base import MalformedMessageError
+from agent.contract.manifest import MAX_CHUNK_BYTES
+from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant
+
+#: Requests being answered at once, and waiting at most; a device asks again after its timeout.
+CONCURRENT = 16
+MAX_WAITING = 4096
+
+_CACHED_FILES = 8
+
+_log = structlog.get_logger(__name__)
+
+
+class Request(Protocol):
+    """What is read of a publication."""
+
+    @property
+    def payload(self) -> bytes:
+        """A ``MetadataWant``."""
+        ...
+
+    @property
+    def response_topic(self) -> str | None:
+        """Where the answer goes."""
+        ...
+
+    @property
+    def correlation(self) -> bytes | None:
+        """Given back with the answer."""
+        ...
+
+
+class MetadataLink(Protocol):
+    """What the server needs of ``agent.link``."""
+
+    async def subscribe(self, topic: str, handler: Callable[[Request], None], *, qos: int = 1) -> None:
+        """From now on, also after a reconnect."""
+        ...
+
+    async def unsubscribe(self, topic: str) -> None:
+        """No longer."""
+        ...
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        correlation: bytes | None = None,
+        properties: Mapping[str, str] | None = None,
+    ) -> None:
+        """Hand over to the broker."""
+        ...
+
+
+class MetadataSource(Protocol):
+    """What the server needs of ``fleet.trust``: a name is looked up in a list, never joined to a path unchecked."""
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes, or None where there is no such file."""
+        ...
+
+
+class MetadataServer:
+    """Answers on the shared subscription, so several controllers may run side by side."""
+
+    def __init__(self, link: MetadataLink, source: MetadataSource) -> None:
+        self._link = link
+        self._source = source
+        self._slots = asyncio.Semaphore(CONCURRENT)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cache: OrderedDict[str, bytes] = OrderedDict()
+        self.answered = 0
+        self.ignored = 0
+
+    async def start(self) -> None:
+        """Subscribe."""
+        await self._link.subscribe(topics.METADATA_WANT_SHARED, self._on_want)
+
+    async def stop(self) -> None:
+        """Unsubscribe and drop what is being answered."""
+        await self._link.unsubscribe(topics.METADATA_WANT_SHARED)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _on_want(self, request: Request) -> None:
+        try:
+            want = MetadataWant.from_json(request.payload)
+        except MalformedMessageError as error:
+            self._ignore(str(error))
+            return
+        # An answer to any other topic would let a device publish, with our rights, where it has none itself.
+        if request.response_topic != topics.metadata(want.device):
+            self._ignore(f"device {want.device} wants the answer on {request.response_topic}")
+        elif len(self._tasks) >= MAX_WAITING:
+            self._ignore(f"{MAX_WAITING} requests are waiting")
+        else:
+            task = asyncio.create_task(self._answer(want, request.correlation))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _ignore(self, reason: str) -> None:
+        self.ignored += 1
+        if self.ignored == 1:
+            _log.warning("metadata_request_ignored", reason=reason, note="only the first is logged")
+
+    async def _answer(self, want: MetadataWant, correlation: bytes | None) -> None:
+        async with self._slots:
+            try:
+                data = await self._read(want.name)
+                answer, segment = segment_of(want, data)
+                await self._link.publish(
+                    topics.metadata(want.device), segment, correlation=correlation, properties=answer.to_properties()
+                )
+                self.answered += 1
+            except Exception as error:
+                _log.warning("metadata_answer_failed", device=want.device, name=want.name, reason=str(error))
+
+    async def _read(self, name: str) -> bytes | None:
+        if name in self._cache:
+            self._cache.move_to_end(name)
+            return self._cache[name]
+        data = await asyncio.to_thread(self._source.read, name)
+        if data is not None and len(data) > MAX_CHUNK_BYTES:  # so it is one whose name says its version or hash
+            self._cache[name] = data
+            while len(self._cache) > _CACHED_FILES:
+                self._cache.popitem(last=False)
+        return data
+
+
+def segment_of(want: MetadataWant, data: bytes | None) -> tuple[MetadataAnswer, bytes]:
+    """The answer to a request, and its payload: always as much as fits, so that a short segment is a fault."""
+    if data is None:
+        return MetadataAnswer(status=MetadataStatus.NOT_FOUND, name=want.name, offset=want.offset), b""
+    answer = MetadataAnswer(status=MetadataStatus.OK, name=want.name, offset=want.offset, total=len(data))
+    return answer, data[want.offset : want.offset + MAX_CHUNK_BYTES]
