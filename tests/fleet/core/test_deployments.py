@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.contract.failures import FailureCode
+from agent.contract.messages import Failure, State
+from fleet.core.deployments import (
+    GRACE_S,
+    TABLE,
+    Deadline,
+    Deployment,
+    Event,
+    Published,
+    Report,
+    Stage,
+    Superseded,
+    Tick,
+    TransitionError,
+    Withdrawn,
+    decide,
+    due_at,
+)
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+FAILURE = Failure(code=FailureCode.PROBE_FAILED, message="said London")
+
+
+def deployment(stage: Stage = Stage.QUEUED, **changes: object) -> Deployment:
+    fresh = Deployment(stage, expires_at=START + timedelta(days=30), deadline_s=3600, probation_s=60)
+    if TABLE[stage].deadline is Deadline.DEVICE:
+        fresh = replace(fresh, started_at=START)
+    return replace(fresh, **changes)  # type: ignore[arg-type]
+
+
+def report(state: State, at: datetime = START, failure: Failure | None = None) -> Report:
+    return Report(state, failure, at)
+
+
+def test_the_table_has_a_row_for_every_stage_and_a_stage_for_every_state() -> None:
+    assert set(TABLE) == set(Stage)
+    assert {state.value for state in State} - {"idle"} <= {stage.value for stage in Stage}
+
+
+def test_nothing_that_is_outstanding_is_without_a_deadline() -> None:
+    for stage, row in TABLE.items():
+        assert row.outstanding == (row.deadline is not Deadline.NONE)
+        assert (due_at(deployment(stage)) is not None) == row.outstanding
+
+
+def test_a_deployment_runs_through() -> None:
+    now = decide(deployment(), Published())
+    assert now.stage is Stage.PUBLISHED
+    for state in (State.RESOLVING, State.TRANSFERRING, State.VERIFYING, State.PROVING, State.ACTIVATING):
+        now = decide(now, report(state))
+        assert now.stage == state.value
+    now = decide(decide(now, report(State.PROBATION)), report(State.COMMITTED))
+    assert (now.stage, now.started_at, now.failure) == (Stage.COMMITTED, START, None)
+
+
+def test_publishing_again_after_a_restart_changes_nothing() -> None:
+    for stage in Stage:
+        if stage is not Stage.QUEUED:
+            assert decide(deployment(stage), Published()) == deployment(stage)
+
+
+def test_a_failure_carries_its_code_and_a_later_attempt_clears_it() -> None:
+    failed = decide(deployment(Stage.PROVING), report(State.FAILED, failure=FAILURE))
+    assert (failed.stage, failed.failure) == (Stage.FAILED, FAILURE)
+    later = START + timedelta(days=1)
+    again = decide(failed, report(State.RESOLVING, later))
+    assert (again.stage, again.failure, again.started_at) == (Stage.RESOLVING, None, later)
+
+
+def test_an_idle_device_says_nothing_about_a_deployment() -> None:
+    with pytest.raises(TransitionError, match="idle"):
+        decide(deployment(Stage.PUBLISHED), report(State.IDLE))
+
+
+def test_a_superseded_deployment_takes_no_report() -> None:
+    superseded = decide(deployment(Stage.TRANSFERRING), Superseded())
+    assert superseded.stage is Stage.SUPERSEDED
+    for state in State:
+        with pytest.raises(TransitionError):
+            decide(superseded, report(state))
+
+
+@pytest.mark.parametrize("stage", [Stage.QUEUED, Stage.PUBLISHED])
+def test_an_order_that_no_device_took_up_fails_when_it_expires(stage: Stage) -> None:
+    waiting = deployment(stage)
+    assert decide(waiting, Tick(waiting.expires_at - timedelta(seconds=1))) == waiting
+    over = decide(waiting, Tick(waiting.expires_at))
+    assert over.stage is Stage.FAILED and over.presumed
+    assert over.failure is not None and over.failure.code is FailureCode.DEADLINE
+
+
+@pytest.mark.parametrize("stage", [stage for stage, row in TABLE.items() if row.deadline is Deadline.DEVICE])
+def test_a_device_that_falls_silent_is_given_up_after_its_deadline_and_a_grace(stage: Stage) -> None:
+    working = deployment(stage)
+    due = START + timedelta(seconds=3600 + 60 + GRACE_S)
+    assert decide(working, Tick(due - timedelta(seconds=1))) == working
+    over = decide(working, Tick(due))
+    assert over.stage is Stage.FAILED and over.failure is not None
+    assert over.failure.code is FailureCode.DEADLINE and stage.value in over.failure.message
+
+
+def test_a_final_report_corrects_the_controllers_verdict_and_an_unfinished_one_does_not() -> None:
+    presumed = decide(deployment(Stage.PROVING), Tick(START + timedelta(days=2)))
+    with pytest.raises(TransitionError):
+        decide(presumed, report(State.TRANSFERRING, START + timedelta(days=3)))
+    corrected = decide(presumed, report(State.COMMITTED, START + timedelta(days=3)))
+    assert (corrected.stage, corrected.failure, corrected.presumed) == (Stage.COMMITTED, None, False)
+
+
+def test_removing_a_device_cancels_what_is_outstanding_alone() -> None:
+    for stage, row in TABLE.items():
+        after = decide(deployment(stage), Withdrawn())
+        if row.outstanding:
+            assert after.failure is not None and after.failure.code is FailureCode.CANCELLED
+        else:
+            assert after == deployment(stage)
+
+
+moments = st.integers(0, 100 * 86400).map(lambda seconds: START + timedelta(seconds=seconds))
+events = st.one_of(
+    st.just(Published()),
+    st.just(Superseded()),
+    st.just(Withdrawn()),
+    st.builds(Tick, moments),
+    st.builds(Report, st.sampled_from(State), st.sampled_from([None, FAILURE]), moments),
+)
+
+
+@given(st.lists(events, max_size=30))
+def test_whatever_happens_time_alone_ends_every_deployment(happened: list[Event]) -> None:
+    now = deployment()
+    for event in happened:
+        before = now
+        try:
+            now = decide(now, event)
+        except TransitionError:
+            assert now == before
+        assert not TABLE[now.stage].outstanding or due_at(now) is not None
+        assert (now.failure is None) or now.stage in (Stage.FAILED, Stage.ROLLED_BACK)
+    over = decide(now, Tick(START + timedelta(days=1000)))
+    assert not TABLE[over.stage].outstanding
