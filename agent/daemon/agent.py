@@ -142,7 +142,7 @@ class Agent:
             self._body.reporter.malformed += 1
             if self._body.reporter.malformed == 1:
                 log.warning(
-                    "malformed message ignored; further ones are only counted", topic=message.topic, error=str(error)
+                    "malformed message ignored, further ones only counted", topic=message.topic, error=str(error)
                 )
             return
         self._body.deployer.order(message.payload)
