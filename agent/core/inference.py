@@ -60,13 +60,15 @@ class Sampling:
 class GenerationRequest:
     """One sequence to generate. ``prompt`` is text with the chat template already applied.
 
-    ``priority`` orders the queue: 0 for people, larger for the canary.
+    ``priority`` orders the queue: 0 for people, larger for the canary. ``client`` names who asks; those of one
+    priority take turns by client.
     """
 
     id: str
     prompt: str
     sampling: Sampling = Sampling()
     priority: int = 0
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

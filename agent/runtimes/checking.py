@@ -1,0 +1,119 @@
+"""Which runtimes work here, found out without importing anything native into the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from agent.contract.messages import RuntimeFact
+from agent.runtimes.registry import RuntimeSpec, missing, versions
+
+
+class Checker:
+    """Checks each runtime once for each set of package versions; results may be kept in a file."""
+
+    def __init__(self, timeout_s: float, cache_file: Path | None = None) -> None:
+        self._timeout_s = timeout_s
+        self._file = cache_file
+        self._cache: dict[str, Any] = _read(cache_file)
+
+    async def fact(self, spec: RuntimeSpec) -> RuntimeFact:
+        """Usable, or why not. Never raises."""
+        installed = versions(spec)
+        if installed is None:
+            return RuntimeFact(name=spec.name, usable=False, reason=missing(spec))
+        key = _key(spec, installed)
+        answer = self._cache.get(key)
+        if answer is None:
+            answer = await _check(spec, self._timeout_s)
+            self._cache[key] = answer
+            if "error" not in answer:
+                # A failure is not kept past this process: it may have been a full memory, or a driver since repaired.
+                await asyncio.to_thread(self._save)
+        main = next(iter(installed.values()), "")
+        if "error" in answer:
+            return RuntimeFact(name=spec.name, version=main, usable=False, reason=str(answer["error"]))
+        devices = tuple(str(device) for device in answer["devices"])
+        return RuntimeFact(name=spec.name, version=main or str(answer["version"]), devices=devices, usable=True)
+
+    def _save(self) -> None:
+        if self._file is None:
+            return
+        kept = {key: answer for key, answer in self._cache.items() if "error" not in answer}
+        temporary = self._file.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # it is only a cache
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(kept), "utf-8")
+            temporary.replace(self._file)
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {
+        key: answer
+        for key, answer in content.items()
+        if isinstance(answer, dict) and isinstance(answer.get("devices"), list) and "version" in answer
+    }
+
+
+def _key(spec: RuntimeSpec, installed: dict[str, str]) -> str:
+    """A new package, Python, kernel (and with it most drivers) or driver release is checked again."""
+    packages = ",".join(f"{name}={version}" for name, version in installed.items())
+    return f"{spec.module};{packages};{platform.python_version()};{platform.release()};{_drivers()}"
+
+
+def _drivers() -> str:
+    found = []
+    for path in ("/proc/driver/nvidia/version", "/etc/nv_tegra_release"):
+        with contextlib.suppress(OSError):
+            found.append(Path(path).read_text("utf-8", "replace").splitlines()[0])
+    return "|".join(found)
+
+
+async def _check(spec: RuntimeSpec, timeout_s: float) -> dict[str, Any]:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",
+            "-m",
+            "agent.runtimes.worker",
+            spec.module,
+            "--check",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )
+    except OSError as error:
+        return {"error": f"cannot start a process to check it: {error}"}
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), timeout_s)
+    except TimeoutError:
+        return {"error": f"importing it took longer than {timeout_s:.0f} s"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    return _answer(output, errors, process.returncode)
+
+
+def _answer(output: bytes, errors: bytes, status: int | None) -> dict[str, Any]:
+    try:
+        answer = json.loads(output.splitlines()[-1])
+    except (ValueError, IndexError):
+        last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no output"]
+        return {"error": f"importing it ended with status {status}: {last[0][:300]}"}
+    return answer if isinstance(answer, dict) else {"error": f"unexpected answer {answer!r}"}

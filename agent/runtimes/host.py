@@ -1,0 +1,349 @@
+"""The model host: proves artifacts in fresh workers, moves requests from one model to the next, and serves them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import structlog
+
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest
+from agent.contract.messages import Proof, RuntimeFact
+from agent.core.inference import GenerationEvent, GenerationRequest, InferenceError, ModelInfo
+from agent.errors import AgentError, RuntimeLoadError
+from agent.runtimes.available import available_bytes, read_ahead
+from agent.runtimes.checking import Checker
+from agent.runtimes.engine import LoadOptions, ModelSource
+from agent.runtimes.memory import MemoryPlan, Placement, plan
+from agent.runtimes.proving import prove
+from agent.runtimes.registry import REGISTRY, RuntimeSpec, missing, versions
+from agent.runtimes.served import ServedModel
+from agent.runtimes.settings import HostEvent, HostSettings, HostStats, Render
+from agent.runtimes.supervisor import WorkerProcess
+
+log = structlog.get_logger(__name__)
+
+
+class WorkerHost:
+    """Implements ``ports.ModelHost`` and ``ports.Inference``.
+
+    ``prove``, ``activate``, ``discard`` and ``retire`` exclude one another; serving goes on meanwhile.
+    """
+
+    def __init__(
+        self,
+        render: Render,
+        settings: HostSettings | None = None,
+        *,
+        registry: Mapping[str, RuntimeSpec] = REGISTRY,
+        on_event: Callable[[HostEvent], None] = lambda _event: None,
+        available: Callable[[], int] = available_bytes,
+    ) -> None:
+        self._render = render
+        self._settings = settings or HostSettings()
+        self._registry = registry
+        self._on_event = on_event
+        self._available = available
+        self._checker = Checker(self._settings.check_timeout_s, self._settings.cache_file)
+        self._lock = asyncio.Lock()
+        self._active: ServedModel | None = None
+        self._proven: ServedModel | None = None
+        self._parked: tuple[Manifest, Path] | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._draining: set[asyncio.Task[None]] = set()
+        self._swap_s = 0.0
+        self._swaps = 0
+        self._restarts_before = 0
+        self._reason = "no model is deployed"
+
+    async def runtimes(self) -> Sequence[RuntimeFact]:
+        """Each runtime known, usable or why not; a check runs in a process of its own, once a version."""
+        return [await self._checker.fact(spec) for spec in self._registry.values()]
+
+    def active(self) -> ModelInfo | None:
+        """What serves now. A model whose worker is being restarted still counts: its requests wait."""
+        return self._active.info if self._active is not None and not self._active.failed else None
+
+    def active_manifest(self) -> Manifest | None:
+        """The signed facts of what serves now."""
+        return self._active.manifest if self._active is not None and not self._active.failed else None
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+        """Events of one request; see ``ports.Inference``."""
+        events = self._serving().generate(request)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
+
+    async def count_tokens(self, text: str) -> int:
+        """Tokens of ``text`` for the active model."""
+        return await self._serving().count_tokens(text)
+
+    async def prove(self, manifest: Manifest, folder: Path) -> Proof:
+        """Load in a fresh worker, answer the signed probes; the worker is kept for ``activate``.
+
+        Without memory for two models the one that serves is unloaded first; it comes back if the proof fails.
+        """
+        async with self._lock:
+            await self._drop_proven()
+            try:
+                model = await self._bring_in(manifest, folder)
+                try:
+                    proof = await prove(
+                        model.worker, manifest, model.info, self._render, self._settings.probe_timeout_s
+                    )
+                except BaseException:
+                    await model.close()
+                    raise
+            except BaseException:
+                await self._restore()
+                raise
+            self._proven = model
+            loop = asyncio.get_running_loop()
+            self._expiry = loop.call_later(self._settings.proven_keep_s, self._expire)
+            log.info("artifact_proven", artifact=manifest.id, **proof.model_dump())
+            return proof
+
+    async def activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
+        """Move new requests to this artifact; the old model drains in the background, then is unloaded."""
+        async with self._lock:
+            current = self._active
+            if self._proven is not None and self._proven.manifest.digest == manifest.digest:
+                model, self._proven = self._proven, None
+                self._cancel_expiry()
+            elif current is not None and current.manifest.digest == manifest.digest and not current.failed:
+                return current.info
+            else:
+                await self._drop_proven()
+                try:
+                    model = await self._bring_in(manifest, folder)
+                except BaseException:
+                    await self._restore()
+                    raise
+            self._exchange(model)
+            return model.info
+
+    async def discard(self) -> None:
+        """Drop what was proven and not activated; what it displaced comes back."""
+        async with self._lock:
+            await self._drop_proven()
+            await self._restore()
+
+    async def retire(self) -> None:
+        """Serve nothing."""
+        async with self._lock:
+            await self._drop_proven()
+            self._parked = None
+            model, self._active = self._active, None
+            self._reason = "the model was retired"
+            if model is not None:
+                await model.drain(self._settings.drain_timeout_s)
+                await self._close(model)
+                self._tell("retired", model.manifest)
+
+    async def close(self) -> None:
+        """End every worker at once."""
+        async with self._lock:
+            await self._drop_proven()
+            model, self._active = self._active, None
+            self._reason = "the agent is shutting down"
+            if model is not None:
+                await self._close(model)
+            for task in list(self._draining):
+                task.cancel()
+            await asyncio.gather(*self._draining, return_exceptions=True)
+
+    def stats(self) -> HostStats:
+        """Now, for metrics."""
+        restarts, draining = self._restarts_before, len(self._draining)
+        if self._active is None:
+            state = "swapping" if self._parked else "empty"
+            return HostStats(state, draining=draining, restarts=restarts, swaps=self._swaps, reason=self._reason)
+        now = self._active.stats()
+        return HostStats(
+            state="failed" if self._active.failed else "serving",
+            queued=now.queued,
+            active=now.active,
+            draining=draining,
+            restarts=restarts + now.restarts,
+            swaps=self._swaps,
+            memory_bytes=now.memory_bytes,
+            kv_used_tokens=now.kv_used_tokens,
+            kv_capacity_tokens=now.kv_capacity_tokens,
+            reason=self._active.failed,
+        )
+
+    def _serving(self) -> ServedModel:
+        if self._active is not None:
+            return self._active
+        if self._parked is not None:
+            raise InferenceError("unavailable", "the model is being replaced", retry_after_s=max(1.0, self._swap_s))
+        raise InferenceError("unavailable", self._reason)
+
+    async def _bring_in(self, manifest: Manifest, folder: Path) -> ServedModel:
+        """Load beside the active model, or in its place, as memory allows."""
+        spec = self._spec(manifest)
+        if self._draining:  # what it still holds would count against the new one
+            await asyncio.wait(self._draining, timeout=self._settings.drain_timeout_s)
+        chosen = self._plan(manifest)
+        if chosen.placement is Placement.REFUSED:
+            raise RuntimeLoadError(f"{manifest.id} {chosen.sentence()}", FailureCode.RUNTIME_MEMORY)
+        if chosen.placement is Placement.SWAP:
+            await self._park(folder)
+        return await self._load(spec, manifest, folder, chosen)
+
+    def _spec(self, manifest: Manifest) -> RuntimeSpec:
+        for spec in self._registry.values():
+            if spec.toolchain == manifest.toolchain.value:
+                if versions(spec) is None:
+                    reason = f"{manifest.id} needs the runtime {spec.name}, which is {missing(spec)}"
+                    raise RuntimeLoadError(reason, FailureCode.RUNTIME_MISSING)
+                return spec
+        known = ", ".join(self._registry)
+        reason = f"{manifest.id} was built by {manifest.toolchain}; no runtime here takes that (known: {known})"
+        raise RuntimeLoadError(reason, FailureCode.RUNTIME_MISSING)
+
+    def _plan(self, manifest: Manifest) -> MemoryPlan:
+        chosen = plan(
+            manifest.memory,
+            context=manifest.context,
+            sequences=self._settings.max_sequences,
+            available=self._available(),
+            held=self._active.worker.memory_bytes() if self._active is not None else 0,
+            limit=self._settings.memory_limit_bytes or None,
+        )
+        log.info(
+            "memory_planned",
+            artifact=manifest.id,
+            placement=chosen.placement.value,
+            weights_bytes=manifest.memory.weights_bytes,
+            kv_tokens=chosen.kv_tokens,
+            need_bytes=chosen.need_bytes,
+            available_bytes=chosen.available_bytes,
+            held_bytes=chosen.freed_bytes,
+        )
+        return chosen
+
+    async def _load(self, spec: RuntimeSpec, manifest: Manifest, folder: Path, chosen: MemoryPlan) -> ServedModel:
+        settings = self._settings
+        source = ModelSource(folder, manifest.entry, manifest.model.name, _stops(manifest))
+        options = LoadOptions(
+            context=manifest.context,
+            kv_tokens=chosen.kv_tokens,
+            max_sequences=settings.max_sequences,
+            threads=settings.threads or _cores(),
+            device=manifest.target.value.upper(),
+            extra=dict(settings.runtime_options.get(spec.name, {})),
+        )
+
+        async def load() -> tuple[WorkerProcess, ModelInfo]:
+            worker = await WorkerProcess.start(spec, settings.memory_hard_limit_bytes)
+            try:
+                loaded = await worker.load(source, options, settings.load_timeout_s)
+            except BaseException:
+                await worker.kill()
+                raise
+            info = ModelInfo(
+                name=manifest.model.name,
+                artifact=manifest.id,
+                digest=manifest.digest,
+                runtime=spec.name,
+                device=loaded.device,
+                context=loaded.context,
+                load_s=loaded.load_s,
+                memory_bytes=loaded.memory_bytes,
+                capabilities=loaded.capabilities,
+                facts={"kv_tokens": options.kv_tokens, "threads": options.threads},
+            )
+            log.info("model_loaded", artifact=manifest.id, runtime=spec.name, seconds=round(loaded.load_s, 3))
+            return worker, info
+
+        worker, info = await load()
+        return ServedModel(manifest, folder, load, worker, info, settings, self._on_event)
+
+    async def _park(self, folder: Path) -> None:
+        """Unload what serves, to make room; the new files are read into the page cache before the gap begins."""
+        model = self._active
+        if model is None:
+            return
+        await asyncio.to_thread(read_ahead, folder)
+        self._tell("swap_begun", model.manifest)
+        self._parked, self._active = (model.manifest, model.folder), None
+        self._swap_s = model.info.load_s + 2.0
+        await model.drain(self._settings.drain_timeout_s)
+        await self._close(model)
+
+    async def _restore(self) -> None:
+        """What was unloaded for a proof that failed serves again."""
+        if self._parked is None:
+            return
+        manifest, folder = self._parked
+        try:
+            model = await self._load(self._spec(manifest), manifest, folder, self._plan(manifest))
+        except AgentError as error:
+            self._reason = f"the model that served before does not load any more: {error}"
+            log.error("restore_failed", artifact=manifest.id, reason=str(error))
+            self._on_event(HostEvent("gave_up", manifest.digest, error.code, self._reason))
+        else:
+            self._active = model
+        self._parked = None
+        self._tell("swap_ended", manifest)
+
+    def _exchange(self, model: ServedModel) -> None:
+        old, self._active = self._active, model
+        self._swaps += 1
+        if self._parked is not None:
+            self._parked = None
+            self._tell("swap_ended", model.manifest)
+        self._tell("activated", model.manifest)
+        if old is not None:
+            task = asyncio.create_task(self._drain(old), name=f"drain-{old.manifest.id}")
+            self._draining.add(task)
+            task.add_done_callback(self._draining.discard)
+
+    async def _drain(self, model: ServedModel) -> None:
+        try:
+            if not await model.drain(self._settings.drain_timeout_s):
+                log.warning("drain_timeout", artifact=model.manifest.id, seconds=self._settings.drain_timeout_s)
+        finally:
+            await self._close(model)
+
+    async def _close(self, model: ServedModel) -> None:
+        self._restarts_before += model.restarts
+        await model.close()
+
+    async def _drop_proven(self) -> None:
+        self._cancel_expiry()
+        model, self._proven = self._proven, None
+        if model is not None:
+            await model.close()
+
+    def _expire(self) -> None:
+        log.warning("proven_expired", seconds=self._settings.proven_keep_s)
+        task = asyncio.create_task(self.discard(), name="discard-proven")
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
+    def _cancel_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+
+    def _tell(self, kind: str, manifest: Manifest) -> None:
+        log.info(f"model_{kind}", artifact=manifest.id, digest=manifest.digest)
+        self._on_event(HostEvent(kind, manifest.digest))
+
+
+def _stops(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for text in (*manifest.chat.stop, manifest.chat.eos_token) if text))
+
+
+def _cores() -> int:
+    """Physical cores that this process may use: a second thread on a core only costs in a matrix product."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))

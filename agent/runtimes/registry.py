@@ -1,0 +1,82 @@
+"""Which runtimes there are, by name; what is installed of them, and why the others are not usable.
+
+Nothing native is imported here: packages are asked for their version by their metadata, and whether they really work
+is found out by a worker (``agent.runtimes.worker --check``) with a timeout, once for each set of versions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import cast
+
+from agent.runtimes.engine import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSpec:
+    """A runtime that may be there. ``module`` has a ``RUNTIME``; ``packages`` are distributions, the main one first."""
+
+    name: str
+    module: str
+    toolchain: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+
+
+REGISTRY: Mapping[str, RuntimeSpec] = {
+    spec.name: spec
+    for spec in (
+        RuntimeSpec(
+            "onnx_genai", "agent.runtimes.onnx_genai", "onnx_genai", ("onnxruntime-genai", "onnxruntime"), "onnx"
+        ),
+        RuntimeSpec("openvino_genai", "agent.runtimes.openvino_genai", "openvino", ("openvino-genai",), "openvino"),
+        RuntimeSpec("llamacpp", "agent.runtimes.llamacpp", "llamacpp", ("llama-cpp-python",), "llamacpp"),
+        RuntimeSpec("mlx", "agent.runtimes.mlx", "mlx", ("mlx-lm", "mlx"), "mlx"),
+    )
+}
+
+#: Flavours of a package that provide the same module: any of them will do.
+FLAVOURS: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml", "onnxruntime-genai-qnn"),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-qnn", "onnxruntime-openvino"),
+}
+
+
+def versions(spec: RuntimeSpec) -> dict[str, str] | None:
+    """Installed version of each of its packages, or None when one is missing."""
+    found = {}
+    for package in spec.packages:
+        version = _version(package)
+        if version is None:
+            return None
+        found[package] = version
+    return found
+
+
+def missing(spec: RuntimeSpec) -> str:
+    """Why it is not usable, and what to do, when ``versions`` is None."""
+    absent = [package for package in spec.packages if _version(package) is None]
+    advice = f"; install it with: pip install 'phifleet[{spec.extra}]'" if spec.extra else ""
+    return f"not installed: {', '.join(absent)}{advice}"
+
+
+def _version(package: str) -> str | None:
+    for name in (package, *FLAVOURS.get(package, ())):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def resolve(module: str) -> Runtime:
+    """The runtime in ``module``; in the worker only.
+
+    Raises:
+        ImportError: no such module.
+        AttributeError: it has no ``RUNTIME``.
+    """
+    return cast(Runtime, importlib.import_module(module).RUNTIME)

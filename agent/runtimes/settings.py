@@ -1,0 +1,82 @@
+"""What the model host may be told, and what it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest
+
+Render = Callable[[Manifest, list[dict[str, Any]]], str]
+"""Messages to a prompt, through the manifest's chat template; given by whoever composes the agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """Times in seconds, sizes in bytes; 0 means no limit where it says so."""
+
+    load_timeout_s: float = 300.0
+    probe_timeout_s: float = 120.0
+    check_timeout_s: float = 60.0
+    #: Seconds without a sign of life while a token is due. A step is bounded: one token, or one piece of a prompt.
+    hang_s: float = 60.0
+    #: How often the worker is looked at.
+    watch_s: float = 0.5
+    queue_limit: int = 64
+    max_sequences: int = 4
+    #: 0: as many as there are physical cores for us.
+    threads: int = 0
+    drain_timeout_s: float = 120.0
+    #: A proven model that nobody activates is dropped after this.
+    proven_keep_s: float = 900.0
+    #: Resident bytes of the worker; 0: not limited.
+    memory_limit_bytes: int = 0
+    #: Private bytes that the operating system grants the worker at all; 0: not limited.
+    memory_hard_limit_bytes: int = 0
+    recycle_grace_s: float = 10.0
+    crash_window_s: float = 300.0
+    crash_limit: int = 5
+    backoff_first_s: float = 0.5
+    backoff_max_s: float = 30.0
+    #: Where results of checks are kept between starts; None: in memory only.
+    cache_file: Path | None = None
+    #: Options for a runtime by its name, e.g. {"llamacpp": {"n_batch": 512}}.
+    runtime_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def backoff_s(self, deaths: int) -> float:
+        """Pause before the next start: none after the first death, then doubling."""
+        return 0.0 if deaths <= 1 else float(min(self.backoff_max_s, self.backoff_first_s * 2 ** (deaths - 2)))
+
+
+@dataclass(frozen=True, slots=True)
+class HostEvent:
+    """Something that health and deployment want to know.
+
+    ``kind``: ``crashed`` (also hung or too large: see ``code``), ``restarted``, ``gave_up``, ``activated``,
+    ``retired``, ``swap_begun``, ``swap_ended``.
+    """
+
+    kind: str
+    digest: str
+    code: FailureCode | None = None
+    message: str = ""
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostStats:
+    """Figures for metrics. ``state``: ``empty``, ``serving``, ``swapping`` or ``failed``."""
+
+    state: str
+    queued: int = 0
+    active: int = 0
+    draining: int = 0
+    restarts: int = 0
+    swaps: int = 0
+    memory_bytes: int = 0
+    kv_used_tokens: float = 0.0
+    kv_capacity_tokens: float = 0.0
+    reason: str = ""
