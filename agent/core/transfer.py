@@ -1,0 +1,308 @@
+"""What to ask for next: window, order, retries and stall of one artifact's transfer. No IO, no clock.
+
+The server keeps no state a device, so everything that makes a transfer robust is decided here:
+
+* at most ``window_bytes`` are asked for and not yet here; the window starts small and grows as chunks come, so that
+  a slow link is not flooded before it is known to be slow;
+* requests go to the shared topic, in ascending order, continuing after the newest chunk that others were seen to
+  get: devices that start late fall into step, and one publication serves them all;
+* a chunk that was overtaken by later ones, or came with wrong bytes, is asked for again on the device's own topic;
+* a device that the shared topic overruns, or that it only repeats itself to, stops following it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from heapq import heappop, heappush
+
+from agent.contract.manifest import MAX_CHUNK_BYTES
+from agent.contract.messages import Progress
+from agent.core.chunks import ChunkTable
+
+#: Limits of one ``Want`` (agent/contract/messages.py).
+MAX_RANGES = 256
+MAX_CREDIT = 4096
+
+FIRST_WINDOW_BYTES = 1024 * 1024
+LEAST_WINDOW_BYTES = 2 * MAX_CHUNK_BYTES
+#: A chunk that later ones overtook may still come from a second, slower server.
+OVERTAKEN_GRACE_S = 1.0
+SCAN_S = 0.2
+#: Without any chunk for this long, or four times the longest recent gap, what was asked for counts as lost.
+SILENCE_S = 5.0
+LONGEST_RETRY_S = 60.0
+#: Losses on the shared topic after which it is plainly too fast for this device.
+LOSSES_TO_LEAVE_SHARED = 32
+
+_MISSING, _HAVE, _ASKED, _RETRY = range(4)
+
+
+class Outcome(Enum):
+    """Of a chunk that came."""
+
+    GOOD = "good"
+    BAD = "bad"
+    DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A ``Want`` to send now: ``ranges`` hold exactly ``credit`` chunks, first and last included."""
+
+    ranges: tuple[tuple[int, int], ...]
+    credit: int
+    shared: bool
+
+
+@dataclass(slots=True)
+class _Asked:
+    order: int
+    shared: bool
+    overtaken_at: float | None = None
+
+
+class TransferCore:
+    """Decides the requests of one transfer. Times are monotonic seconds; ``jitter`` gives numbers in [0, 1).
+
+    ``present`` are the first occurrences that the disk holds already.
+    """
+
+    def __init__(
+        self,
+        table: ChunkTable,
+        present: Iterable[int],
+        *,
+        window_bytes: int,
+        stall_s: float,
+        now: float,
+        jitter: Callable[[], float],
+    ) -> None:
+        self._table = table
+        self._jitter = jitter
+        self._stall_s = stall_s
+        self._started = self._last_good = self._last_event = now
+        self._limit = max(window_bytes, MAX_CHUNK_BYTES)
+        self._window = min(self._limit, FIRST_WINDOW_BYTES)
+        self._state = bytearray(_MISSING if first == index else _HAVE for index, first in enumerate(table.first))
+        self._asked: dict[int, _Asked] = {}
+        self._retries: list[tuple[float, int]] = []
+        self._attempts: dict[int, int] = {}
+        self._order = self._newest_order = 0
+        self._cursor = 0
+        self._silences = 0
+        self._longest_gap = 0.0
+        self._quiet_until = self._scanned_at = now
+        self._losses = self._duplicate_bytes = self._unasked_cursor = 0
+        self.following = True
+        self.in_flight_bytes = 0
+        self._left = self._state.count(_MISSING)
+        self._progress = Progress(chunks_total=len(table), bytes_total=sum(table.sizes))
+        self._chunks_done = self._bytes_done = self._received = self._rejected = 0
+        for index in present:
+            self._have(index)
+        self._reused = self._bytes_done
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return self._left == 0
+
+    def progress(self, now: float) -> Progress:
+        """As it is reported."""
+        return self._progress.model_copy(
+            update={
+                "chunks_done": self._chunks_done,
+                "bytes_done": self._bytes_done,
+                "bytes_received": self._received,
+                "bytes_reused": self._reused,
+                "chunks_rejected": self._rejected,
+                "seconds": round(now - self._started, 3),
+            }
+        )
+
+    def stalled(self, now: float) -> bool:
+        """Whether no chunk with the right bytes came for too long."""
+        return not self.complete and self.silent_s(now) >= self._stall_s
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since the last chunk with the right bytes, or since the start."""
+        return now - self._last_good
+
+    def arrived(self, index: int, outcome: Outcome, size: int, *, shared: bool, now: float) -> None:
+        """A chunk came, ``index`` being its first occurrence; ``size`` bytes."""
+        self._received += size
+        self._note_gap(now)
+        asked = self._settle(index)
+        if asked is not None:
+            self._newest_order = max(self._newest_order, asked.order)
+        elif shared:
+            self._unasked_cursor = index + 1
+        if outcome is Outcome.BAD:
+            self._rejected += 1
+            if asked is not None:  # else nobody asked for it, and nothing is lost
+                self._retry(index, now)
+        elif outcome is Outcome.DUPLICATE or self._state[index] == _HAVE:
+            self._duplicate(size, shared and asked is None)
+        else:
+            self._last_good = now
+            self._window = min(self._limit, self._window + size)
+            self._have(index)
+
+    def tick(self, now: float) -> list[Request]:
+        """What to ask for at ``now``, if anything. Call after each batch of chunks, and a few times a second."""
+        if self.complete:
+            return []
+        self._find_overtaken(now)
+        if self._asked and now - self._last_event >= self._silence_s():
+            self._all_lost(now)
+        if now < self._quiet_until or not self._has_room():
+            return []
+        requests = [request for request in (self._ask_again(now), self._ask_next()) if request is not None]
+        if requests:
+            self._last_event = max(self._last_event, now)
+        return requests
+
+    def link_lost(self) -> None:
+        """The connection ended: nothing that was asked for will come, and nothing may be asked until it is back."""
+        for index in list(self._asked):
+            self._settle(index)
+            self._state[index] = _MISSING
+            self._cursor = min(self._cursor, index)
+
+    def unsent(self, now: float) -> None:
+        """The broker refused a request: as ``link_lost``, and wait before the next."""
+        self.link_lost()
+        self._back_off(now)
+
+    def _note_gap(self, now: float) -> None:
+        gap = now - self._last_event
+        self._longest_gap = max(gap, self._longest_gap * 0.98)
+        self._last_event = now
+        self._silences = 0
+
+    def _settle(self, index: int) -> _Asked | None:
+        asked = self._asked.pop(index, None)
+        if asked is not None:
+            self.in_flight_bytes -= self._table.sizes[index]
+        return asked
+
+    def _have(self, index: int) -> None:
+        if self._state[index] == _HAVE:
+            return
+        self._state[index] = _HAVE
+        self._left -= 1
+        occurrences = self._table.occurrences(index)
+        self._chunks_done += occurrences
+        self._bytes_done += occurrences * self._table.sizes[index]
+
+    def _duplicate(self, size: int, unasked: bool) -> None:
+        if unasked:
+            self._duplicate_bytes += size
+            if self._duplicate_bytes > max(2 * self._limit, self._received // 4):
+                self.following = False
+
+    def _retry(self, index: int, now: float) -> None:
+        if self._state[index] in (_HAVE, _RETRY):
+            return
+        attempts = self._attempts[index] = self._attempts.get(index, 0) + 1
+        delay = 0.0 if attempts == 1 else min(LONGEST_RETRY_S, 0.25 * 2.0 ** min(attempts, 16)) * self._jitter()
+        self._state[index] = _RETRY
+        heappush(self._retries, (now + delay, index))
+
+    def _find_overtaken(self, now: float) -> None:
+        if now - self._scanned_at < SCAN_S:
+            return
+        self._scanned_at = now
+        grace = max(OVERTAKEN_GRACE_S, self._longest_gap)
+        for index, asked in list(self._asked.items()):
+            if asked.order >= self._newest_order:
+                continue
+            if asked.overtaken_at is None:
+                asked.overtaken_at = now
+            elif now - asked.overtaken_at >= grace:
+                self._lost(index, now)
+
+    def _lost(self, index: int, now: float) -> None:
+        asked = self._settle(index)
+        if asked is not None and asked.shared:
+            self._losses += 1
+            if self._losses >= LOSSES_TO_LEAVE_SHARED:
+                self.following = False
+        self._retry(index, now)
+
+    def _silence_s(self) -> float:
+        return min(LONGEST_RETRY_S, max(SILENCE_S, 4 * self._longest_gap))
+
+    def _all_lost(self, now: float) -> None:
+        self._window = max(LEAST_WINDOW_BYTES, self._window // 2)
+        for index in list(self._asked):
+            self._settle(index)
+            self._state[index] = _RETRY
+            heappush(self._retries, (now, index))
+        self._back_off(now)
+
+    def _back_off(self, now: float) -> None:
+        # The first retry is at once; a server that is away must not be met by every device in the same second.
+        delay = 0.0 if self._silences == 0 else min(LONGEST_RETRY_S, 2.0 ** min(self._silences, 8))
+        self._silences += 1
+        self._quiet_until = now + delay * (0.5 + 0.5 * self._jitter())
+
+    def _has_room(self) -> bool:
+        # A want for each chunk would be as many messages back as forth.
+        return not self._asked or self._window - self.in_flight_bytes >= self._window // 4
+
+    def _ask_again(self, now: float) -> Request | None:
+        chosen: list[int] = []
+        while self._retries and self._retries[0][0] <= now and len(chosen) < MAX_RANGES:
+            index = self._retries[0][1]
+            if self._state[index] == _RETRY:
+                if not self._fits(index):
+                    break
+                self._ask(index, shared=False)
+                chosen.append(index)
+            heappop(self._retries)
+        return _request(sorted(chosen), shared=False)
+
+    def _ask_next(self) -> Request | None:
+        self._cursor = max(self._cursor, self._unasked_cursor)
+        self._unasked_cursor = 0
+        chosen: list[int] = []
+        ranges = 0
+        while len(chosen) < MAX_CREDIT:
+            index = self._next_missing()
+            if index < 0 or not self._fits(index):
+                break
+            ranges += not chosen or index != chosen[-1] + 1
+            if ranges > MAX_RANGES:
+                break
+            self._ask(index, shared=self.following)
+            chosen.append(index)
+            self._cursor = index + 1
+        return _request(chosen, shared=self.following)
+
+    def _next_missing(self) -> int:
+        index = self._state.find(_MISSING, self._cursor)
+        return index if index >= 0 else self._state.find(_MISSING)
+
+    def _fits(self, index: int) -> bool:
+        return not self._asked or self.in_flight_bytes + self._table.sizes[index] <= self._window
+
+    def _ask(self, index: int, *, shared: bool) -> None:
+        self._state[index] = _ASKED
+        self._order += 1
+        self._asked[index] = _Asked(self._order, shared)
+        self.in_flight_bytes += self._table.sizes[index]
+
+
+def _request(indices: list[int], *, shared: bool) -> Request | None:
+    if not indices:
+        return None
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1] = (ranges[-1][0], index)
+        else:
+            ranges.append((index, index))
+    return Request(tuple(ranges), len(indices), shared)

@@ -1,0 +1,277 @@
+"""Performs a transfer: what ``agent.core.transfer`` decides, over the link, onto the disk.
+
+Chunks go from the link's thread straight to the disk, each after its own SHA-256 was checked; the event loop sees
+only that some came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+
+from agent.contract import topics
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest
+from agent.contract.messages import ChunkRange, Progress, Want
+from agent.core.chunks import ChunkTable
+from agent.core.ports import Link, Message, ProgressHandler
+from agent.core.transfer import Outcome, Request, TransferCore
+from agent.errors import LinkError, StoreError, TransferError
+from agent.store.artifacts import ArtifactStore
+from agent.store.partial import Partial, Stop
+
+TICK_S = 0.25
+PROGRESS_S = 0.5
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+class Fetcher:
+    """Implements ``agent.core.ports.Transfer``."""
+
+    def __init__(
+        self,
+        link: Link,
+        store: ArtifactStore,
+        device: str,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._link = link
+        self._store = store
+        self._device = device
+        self._monotonic = monotonic
+        self._jitter = jitter
+
+    async def fetch(
+        self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
+    ) -> Progress:
+        """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
+
+        Raises:
+            agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.
+            agent.errors.TransferError: no chunk for ``stall_s`` seconds.
+        """
+        if self._store.path(manifest.digest) is not None:
+            return _all_there(manifest)
+        partial = await _in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
+        try:
+            present = await _in_thread(lambda stop: self._find(partial, stop))
+            core = TransferCore(
+                partial.table,
+                present,
+                window_bytes=window_bytes,
+                stall_s=stall_s,
+                now=self._monotonic(),
+                jitter=self._jitter,
+            )
+            if not core.complete:
+                await _Session(self._link, self._device, partial, core, self._monotonic, on_progress).run(present)
+            await _in_thread(lambda _stop: self._store.commit(partial))
+        finally:
+            self._store.abandon(partial)
+        progress = core.progress(self._monotonic())
+        on_progress(progress)
+        return progress
+
+    def _find(self, partial: Partial, stop: Stop) -> set[int]:
+        """Chunks that need not be sent: those that came before, and those of other artifacts."""
+        present = set(partial.present(stop))
+        missing = [first for first in partial.table.unique() if first not in present]
+        if missing:
+            present.update(partial.reuse(self._store.donors(partial.manifest.digest), missing, stop))
+        return present
+
+
+class _Session:
+    """From the first request to the last chunk."""
+
+    def __init__(
+        self,
+        link: Link,
+        device: str,
+        partial: Partial,
+        core: TransferCore,
+        monotonic: Callable[[], float],
+        on_progress: ProgressHandler,
+    ) -> None:
+        self._link = link
+        self._device = device
+        self._digest = partial.manifest.digest
+        self._partial = partial
+        self._core = core
+        self._monotonic = monotonic
+        self._on_progress = on_progress
+        self._arrivals: deque[tuple[int, Outcome, int, bool]] = deque()
+        self._received = bytearray(len(partial.table))
+        self._error: StoreError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._wake_pending = False
+        self._linked = True
+        self._following = False
+        self._requests: set[asyncio.Task[None]] = set()
+        self._shared_filter = topics.shared_chunks(self._digest)
+        self._own_filter = topics.own_chunks(device, self._digest)
+
+    async def run(self, present: set[int]) -> None:
+        """Until nothing is missing.
+
+        Raises:
+            agent.errors.StoreError: the disk fails.
+            agent.errors.TransferError: stalled, or the broker refuses the chunks' topics.
+        """
+        for first in present:
+            self._received[first] = 1
+        try:
+            await self._follow()
+            while not self._core.complete:
+                await self._turn()
+        finally:
+            await self._end()
+
+    async def _follow(self) -> None:
+        try:
+            await self._link.subscribe(self._own_filter, self._on_chunk, qos=0, bulk=True)
+            await self._link.subscribe(self._shared_filter, self._on_chunk, qos=0, bulk=True)
+        except LinkError as error:
+            raise TransferError(f"chunks cannot be received: {error}", FailureCode.TRANSFER_UNAVAILABLE) from error
+        self._following = True
+
+    async def _turn(self) -> None:
+        reported = self._monotonic()
+        while not self._core.complete and self._monotonic() - reported < PROGRESS_S:
+            self._take_arrivals()
+            self._ask()
+            await self._stop_following_when_told()
+            self._raise_if_hopeless()
+            await self._wait()
+        self._on_progress(self._core.progress(self._monotonic()))
+
+    async def _wait(self) -> None:
+        if self._core.complete:
+            return
+        try:
+            async with asyncio.timeout(TICK_S):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+        self._wake.clear()
+
+    def _take_arrivals(self) -> None:
+        self._wake_pending = False  # before looking: what comes from now on wakes again
+        now = self._monotonic()
+        while self._arrivals:
+            first, outcome, size, shared = self._arrivals.popleft()
+            self._core.arrived(first, outcome, size, shared=shared, now=now)
+
+    def _ask(self) -> None:
+        if self._linked != self._link.connected:
+            self._linked = self._link.connected
+            if not self._linked:
+                self._core.link_lost()
+        if not self._linked:
+            return
+        for request in self._core.tick(self._monotonic()):
+            task = self._loop.create_task(self._send(request))
+            self._requests.add(task)
+            task.add_done_callback(self._requests.discard)
+
+    async def _send(self, request: Request) -> None:
+        ranges = tuple(ChunkRange(first=first, last=last) for first, last in request.ranges)
+        want = Want(device=self._device, ranges=ranges, credit=request.credit, shared=request.shared)
+        try:
+            await self._link.publish(topics.want(self._digest), want.to_json())
+        except LinkError as error:
+            _log.warning("want_not_sent", digest=self._digest, error=str(error))
+            self._core.unsent(self._monotonic())
+
+    async def _stop_following_when_told(self) -> None:
+        if self._following and not self._core.following:
+            self._following = False
+            _log.info("transfer_leaves_shared_topic", digest=self._digest)
+            await self._link.unsubscribe(self._shared_filter)
+
+    def _raise_if_hopeless(self) -> None:
+        if self._error is not None:
+            raise self._error
+        now = self._monotonic()
+        if not self._core.stalled(now):
+            return
+        progress = self._core.progress(now)
+        why = "no chunk came" if self._linked else "the broker is not connected"
+        wrong = f", {progress.chunks_rejected} came with wrong bytes" if progress.chunks_rejected else ""
+        raise TransferError(
+            f"artifact {self._partial.manifest.id} stalled at {progress.bytes_done} of {progress.bytes_total} bytes:"
+            f" {why} for {self._core.silent_s(now):.0f} s{wrong}; what came is kept for the next attempt"
+        )
+
+    async def _end(self) -> None:
+        for task in self._requests:
+            task.cancel()
+        for topic in (self._shared_filter, self._own_filter):
+            await self._link.unsubscribe(topic)
+
+    def _on_chunk(self, message: Message) -> None:
+        """On the link's thread."""
+        named = topics.parse_chunk(message.topic)
+        if named is None or named[1] >= len(self._received):
+            return
+        first = self._partial.table.first[named[1]]
+        shared = not message.topic.startswith(self._own_filter[:-1])
+        self._arrivals.append((first, self._accept(first, message.payload), len(message.payload), shared))
+        if not self._wake_pending:
+            self._wake_pending = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    def _accept(self, first: int, data: bytes) -> Outcome:
+        if self._received[first] or self._error is not None:
+            return Outcome.DUPLICATE
+        if hashlib.sha256(data).hexdigest() != self._partial.table.digests[first]:
+            return Outcome.BAD
+        try:
+            if not self._partial.write(first, data):
+                return Outcome.DUPLICATE
+        except StoreError as error:
+            self._error = error
+            return Outcome.DUPLICATE
+        self._received[first] = 1
+        return Outcome.GOOD
+
+
+def _all_there(manifest: Manifest) -> Progress:
+    chunks = len(ChunkTable(manifest))
+    return Progress(
+        chunks_total=chunks,
+        chunks_done=chunks,
+        bytes_total=manifest.size,
+        bytes_done=manifest.size,
+        bytes_reused=manifest.size,
+    )
+
+
+async def _in_thread(work: Callable[[Stop], T], undo: Callable[[T], None] | None = None) -> T:
+    """Run blocking ``work`` elsewhere. When cancelled, tell it to stop and wait for it: it uses what we then close."""
+    stopped = threading.Event()
+    task = asyncio.ensure_future(asyncio.to_thread(work, stopped.is_set))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stopped.set()
+        await asyncio.wait([task])
+        if undo is not None and task.exception() is None:
+            undo(task.result())
+        raise

@@ -1,0 +1,233 @@
+"""Answers wants: publishes chunks of artifacts, as many as were asked for, and keeps nothing about any device."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from agent.contract import topics
+from agent.contract.base import MalformedMessageError
+from agent.contract.manifest import Manifest
+from agent.contract.messages import Want
+from agent.link import BulkSource, Handler, Message
+from fleet.delivery.send_queue import SendQueue
+
+#: Artifacts with open files; the least recently wanted is closed.
+MAX_OPEN = 16
+#: Chunks handed to the broker and not yet acknowledged.
+WINDOW = 32
+#: Distinct complaints that are logged; each is logged once.
+MAX_COMPLAINTS = 1000
+
+Artifacts = Callable[[str], "tuple[Manifest, Path] | None"]
+"""From a digest to the manifest and the folder of its files. Called on the link's thread, seldom."""
+
+_log = structlog.get_logger(__name__)
+
+
+class BulkLink(Protocol):
+    """What the server needs of the link; ``agent.link.MqttLink`` has it."""
+
+    async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
+        """See ``agent.link.Link``."""
+        ...
+
+    async def unsubscribe(self, topic: str) -> None:
+        """See ``agent.link.Link``."""
+        ...
+
+    def serve_bulk(self, source: BulkSource, *, window: int) -> None:
+        """Publish what the source gives, within the window."""
+        ...
+
+    def wake_bulk(self) -> None:
+        """The source has something."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkServerStats:
+    """Since the start."""
+
+    wants: int = 0
+    wants_malformed: int = 0
+    wants_unknown: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    coalesced: int = 0
+    dropped: int = 0
+    unreadable: int = 0
+    waiting: int = 0
+
+
+class ChunkServer:
+    """One of any number that share the wants. Give it a link of its own: bulk then never delays control."""
+
+    def __init__(
+        self, link: BulkLink, artifacts: Artifacts, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._link = link
+        self._artifacts = artifacts
+        self._monotonic = monotonic
+        self._queue = SendQueue()
+        self._open: OrderedDict[str, _OpenArtifact] = OrderedDict()
+        self._lock = threading.Lock()
+        self._complaints: set[str] = set()
+        self._wants = self._malformed = self._unknown = self._chunks = self._bytes = self._unreadable = 0
+
+    async def start(self) -> None:
+        """Answer from now on.
+
+        Raises:
+            agent.errors.LinkError: the broker refuses the subscription.
+        """
+        self._link.serve_bulk(self._next, window=WINDOW)
+        await self._link.subscribe(topics.ARTIFACT_WANT_SHARED, self._on_want, bulk=True)
+
+    async def stop(self) -> None:
+        """Answer no more wants, and drop those that wait."""
+        await self._link.unsubscribe(topics.ARTIFACT_WANT_SHARED)
+        with self._lock:
+            self._queue.forget()
+            while self._open:
+                self._open.popitem()[1].close()
+
+    def forget(self, digest: str) -> None:
+        """Close an artifact's files, since it was deleted or replaced."""
+        with self._lock:
+            self._queue.forget(unless=lambda other: other != digest)
+            if (artifact := self._open.pop(digest, None)) is not None:
+                artifact.close()
+
+    def stats(self) -> ChunkServerStats:
+        """Counts so far; from any thread."""
+        return ChunkServerStats(
+            wants=self._wants,
+            wants_malformed=self._malformed,
+            wants_unknown=self._unknown,
+            chunks=self._chunks,
+            bytes=self._bytes,
+            coalesced=self._queue.counts.coalesced,
+            dropped=self._queue.counts.dropped,
+            unreadable=self._unreadable,
+            waiting=len(self._queue),
+        )
+
+    # On the link's thread.
+
+    def _on_want(self, message: Message) -> None:
+        self._wants += 1
+        digest = topics.parse_want(message.topic)
+        try:
+            want = Want.from_json(message.payload)
+        except MalformedMessageError as error:
+            self._malformed += 1
+            self._complain("want_malformed", message.topic, str(error))
+            return
+        with self._lock:
+            artifact = self._artifact(digest) if digest is not None else None
+            if digest is None or artifact is None:
+                self._unknown += 1
+                self._complain("want_unknown_artifact", message.topic, f"asked for by {want.device}")
+                return
+            destination = (digest, None if want.shared else want.device)
+            self._queue.want(destination, _indices(want, artifact.count), self._monotonic())
+        self._link.wake_bulk()
+
+    def _next(self) -> tuple[str, bytes] | None:
+        with self._lock:
+            while (item := self._queue.next(self._monotonic())) is not None:
+                (digest, device), index = item
+                data = self._read(digest, index)
+                if data is not None:
+                    self._chunks += 1
+                    self._bytes += len(data)
+                    topic = topics.shared_chunk(digest, index) if device is None else None
+                    return topic or topics.own_chunk(str(device), digest, index), data
+        return None
+
+    def _artifact(self, digest: str) -> _OpenArtifact | None:
+        artifact = self._open.get(digest)
+        if artifact is None:
+            found = self._artifacts(digest)
+            if found is None:
+                return None
+            artifact = self._open[digest] = _OpenArtifact(*found)
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(digest)
+        return artifact
+
+    def _read(self, digest: str, index: int) -> bytes | None:
+        try:
+            artifact = self._artifact(digest)
+            if artifact is not None:
+                return artifact.read(index)
+        except OSError as error:
+            self._complain("chunk_unreadable", digest, str(error))
+        self._unreadable += 1
+        return None
+
+    def _complain(self, event: str, about: str, why: str) -> None:
+        # Anyone who may publish wants could fill the log otherwise.
+        key = f"{event} {about}"
+        if key not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(key)
+            _log.warning(event, about=about, why=why)
+
+
+def _indices(want: Want, count: int) -> Iterator[int]:
+    """At most ``credit`` of the chunks named, in the order named; numbers that the artifact has not are skipped."""
+    left = want.credit
+    for span in want.ranges:
+        for index in range(span.first, min(span.last, count - 1) + 1):
+            if left == 0:
+                return
+            left -= 1
+            yield index
+
+
+class _OpenArtifact:
+    """Where each chunk is; files are opened when first read."""
+
+    def __init__(self, manifest: Manifest, folder: Path) -> None:
+        self._paths = [folder / file.path for file in manifest.files]
+        self._descriptors: dict[int, int] = {}
+        self._chunks: list[tuple[int, int, int]] = []
+        for number, file in enumerate(manifest.files):
+            offset = 0
+            for size, _digest in file.chunks:
+                self._chunks.append((number, offset, size))
+                offset += size
+
+    @property
+    def count(self) -> int:
+        return len(self._chunks)
+
+    def read(self, index: int) -> bytes:
+        number, offset, size = self._chunks[index]
+        descriptor = self._descriptors.get(number)
+        if descriptor is None:
+            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+            descriptor = self._descriptors[number] = os.open(self._paths[number], flags)
+        if hasattr(os, "pread"):
+            data = os.pread(descriptor, size, offset)
+        else:  # Windows; the lock of the server holds
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, size)
+        if len(data) != size:
+            raise OSError(f"{self._paths[number]} ends before chunk {index}: it is not what was published")
+        return data
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
