@@ -1,1 +1,9 @@
-"""The OpenAI-compatible HTTP endpoint."""
+"""The OpenAI-compatible endpoint that applications on the device use."""
+
+from agent.endpoint.app import create_app
+from agent.endpoint.config import ApiKey, EndpointConfig, Limits
+from agent.endpoint.generation import FinishedRequest
+from agent.endpoint.metrics import HostStats
+from agent.endpoint.server import EndpointServer
+
+__all__ = ["ApiKey", "EndpointConfig", "EndpointServer", "FinishedRequest", "HostStats", "Limits", "create_app"]

@@ -1,0 +1,141 @@
+"""The application: routes, and the one way every request goes through."""
+
+from __future__ import annotations
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from agent.core.ports import Inference
+from agent.endpoint import chat_route, completion_route, ops_routes
+from agent.endpoint.admission import Admission
+from agent.endpoint.answers import new_id
+from agent.endpoint.auth import Cors, Keyring, check_host, is_open
+from agent.endpoint.config import EndpointConfig
+from agent.endpoint.connections import GuardedConnection
+from agent.endpoint.context import CLIENT, CONTEXT, Context, too_large
+from agent.endpoint.errors import ApiError
+from agent.endpoint.generation import FinishedRequest, OnFinished, Runner
+from agent.endpoint.metrics import Metrics, StatsSource
+from agent.endpoint.replies import as_api_error, error_reply
+
+_STATUS_MESSAGES = {
+    404: "there is nothing at {method} {path}: the API is under /v1",
+    405: "{method} is not allowed at {path}",
+}
+
+
+def create_app(
+    inference: Inference,
+    config: EndpointConfig,
+    *,
+    stats: StatsSource,
+    on_finished: OnFinished | None = None,
+) -> web.Application:
+    """The endpoint as an aiohttp application; ``EndpointServer`` listens with it.
+
+    ``stats`` is asked whenever metrics are scraped. ``on_finished`` is called for each sequence that is over.
+
+    Raises:
+        agent.errors.ConfigError: the configuration is unsafe or contradicts itself.
+    """
+    config.check()
+    admission = Admission(lambda: _capacity(inference, config), config.limits.queued)
+    metrics = Metrics(inference, admission, stats)
+
+    def finished(request: FinishedRequest) -> None:
+        metrics.finished(request)
+        if on_finished is not None:
+            on_finished(request)
+
+    app = web.Application(
+        middlewares=[_gate(config)], client_max_size=config.limits.body_bytes, handler_args={"access_log": None}
+    )
+    app[CONTEXT] = Context(inference, config, Runner(inference, admission, finished), metrics)
+    _routes(app.router)
+    app.on_response_prepare.append(_headers)
+    return app
+
+
+def _capacity(inference: Inference, config: EndpointConfig) -> int:
+    info = inference.active()
+    return (info.capabilities.max_sequences if info else 1) + config.limits.lookahead
+
+
+def _routes(router: web.UrlDispatcher) -> None:
+    router.add_get("/v1/models", ops_routes.models)
+    router.add_get("/v1/models/{name}", ops_routes.model)
+    router.add_post("/v1/chat/completions", chat_route.chat_completions)
+    router.add_post("/v1/completions", completion_route.completions)
+    router.add_post("/v1/embeddings", ops_routes.embeddings)
+    router.add_get("/health/live", ops_routes.live)
+    router.add_get("/health/ready", ops_routes.ready)
+    router.add_get("/metrics", ops_routes.metrics)
+    router.add_get("/props", ops_routes.props)
+
+
+def _gate(config: EndpointConfig) -> Middleware:
+    """Every request: host, origin, key, limits, the handler, and any failure as an error object."""
+    keyring, cors = Keyring(config.keys), Cors(config.cors_origins)
+
+    @web.middleware
+    async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if isinstance(request.protocol, GuardedConnection):
+            request.protocol.began()
+        request["id"] = new_id("req_")
+        status = 500
+        try:
+            response = await _admitted(request, handler, keyring, cors, config)
+            status = response.status
+        except ConnectionError:
+            status = 499
+            raise
+        except Exception as error:
+            response = error_reply(_failure(request, error))
+            status = response.status
+        finally:
+            request.app[CONTEXT].metrics.answered(_route(request), status)
+        return response
+
+    return gate
+
+
+async def _admitted(
+    request: web.Request, handler: Handler, keyring: Keyring, cors: Cors, config: EndpointConfig
+) -> web.StreamResponse:
+    check_host(request, config)
+    origin = cors.check(request)
+    request["origin"] = origin
+    if origin is not None and request.method == "OPTIONS":
+        return cors.preflight(origin)
+    request[CLIENT] = request.remote or "local"
+    holder = None if is_open(request.path) else keyring.holder(request)
+    if holder is None:
+        return await handler(request)
+    request[CLIENT] = holder.key.name
+    with holder.request():
+        return await handler(request)
+
+
+def _failure(request: web.Request, error: Exception) -> ApiError:
+    if not isinstance(error, web.HTTPException):
+        return as_api_error(error)
+    if error.status == 413:
+        return too_large(request.app[CONTEXT].config.limits.body_bytes)
+    message = _STATUS_MESSAGES.get(error.status, error.reason)
+    headers = {name: value for name, value in error.headers.items() if name == "Allow"}
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status)
+    return ApiError(
+        error.status, message.format(method=request.method, path=request.path[:128]), code=code, headers=headers
+    )
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "none"
+
+
+async def _headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-Id"] = request.get("id", "")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if (origin := request.get("origin")) is not None:
+        response.headers.update(Cors.headers(origin))
