@@ -71,10 +71,12 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
         raise RepositoryError(f"{home.root} has no repository of signed metadata; make one with `phifleet init`")
     with contextlib.closing(open_registry(settings.database_url)) as registry:
         try:
-            async with _broker(settings), MqttLink(link_settings(settings)) as link:
-                await _connected(link, settings.connect_timeout_s, stop)
-                servers = (ChunkServer(link, LocalArtifacts(home).by_digest), MetadataServer(link, repository))
-                await Controller(link, registry, repository, servers, notify=_notifier(ready)).run(stop)
+            # Two connections: chunks wait for a slow broker on the one, and orders never behind them on the other.
+            control, bulk = (MqttLink(link_settings(settings)) for _ in range(2))
+            async with _broker(settings), control, bulk:
+                await _connected(control, settings.connect_timeout_s, stop)
+                servers = (ChunkServer(bulk, LocalArtifacts(home).by_digest), MetadataServer(control, repository))
+                await Controller(control, registry, repository, servers, notify=_notifier(ready)).run(stop)
         except LinkError as error:
             raise BrokerError(str(error)) from None
 

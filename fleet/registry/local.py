@@ -13,17 +13,24 @@ Found = tuple[Manifest, Path]
 
 
 class LocalArtifacts:
-    """Looks in the folder again at every miss, since builds go on while the controller runs."""
+    """Looks again when the folder has changed: builds go on while the controller runs, and wants cost no reads."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
         self._known: dict[str, Found] = {}
+        self._changed_ns = -1
 
     def by_digest(self, digest: str) -> Found | None:
         """The artifact with this content, or None."""
-        found = self._known.get(digest)
-        if found is not None and found[1].is_dir():
-            return found
-        manifests = list_artifacts(self._home).manifests
-        self._known = {manifest.digest: (manifest, files_of(self._home, manifest.id)) for manifest in manifests}
+        changed_ns = self._folder_changed_ns()
+        if changed_ns != self._changed_ns:
+            manifests = list_artifacts(self._home).manifests
+            self._known = {manifest.digest: (manifest, files_of(self._home, manifest.id)) for manifest in manifests}
+            self._changed_ns = changed_ns
         return self._known.get(digest)
+
+    def _folder_changed_ns(self) -> int:
+        try:
+            return self._home.artifacts.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
