@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from agent.contract.manifest import Manifest, manifest_target
 from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired
 from fleet.errors import RepositoryError
 from fleet.home import Home
+from fleet.trust.clock import utc_now
 from fleet.trust.files import sync_folder
 from fleet.trust.keyring import Keyring
 from fleet.trust.release import Expiry, Release, Signatures, blank
@@ -45,11 +46,6 @@ _SERVED = re.compile(
 )
 
 LOCK_TIMEOUT_S = 30.0
-
-
-def utc_now() -> datetime:
-    """The wall clock."""
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,272 @@
+"""The device certificate authority: per-device client certificates for the broker's mutual TLS.
+
+It guards availability only (who may connect, and by the broker's ACL, to which topics). What a device runs is
+guarded by TUF, so a stolen CA key gives nobody a model to put on a device.
+
+ECDSA on P-256, since every broker and cloud takes it. Source: RFC 5280.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+
+from agent.contract.base import DeviceId
+from fleet.errors import RepositoryError, UsageError
+from fleet.home import Home
+from fleet.trust.clock import utc_now
+from fleet.trust.files import PRIVATE, write_atomic
+
+CA_DAYS = 3650
+DEVICE_DAYS = 397
+SERVER_DAYS = 397
+CRL_DAYS = 30
+
+#: A broker's clock may be behind ours by this much.
+_SKEW = timedelta(hours=1)
+
+#: A device that woke up in 1970 must still be able to check the broker's certificate; RFC 5280 has no earlier time
+#: that every TLS library reads.
+_ALWAYS = datetime(1970, 1, 2, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """PEM texts: a certificate, its private key, and the CA that issued it."""
+
+    certificate: str
+    private_key: str = field(repr=False)
+    ca: str = field(repr=False)
+    expires: datetime
+
+
+class DeviceCA:
+    """The CA in ``home.ca``: ``ca.pem``, ``ca-key.pem`` (0600), ``issued.json``, ``crl.pem`` for the broker."""
+
+    def __init__(self, home: Home, clock: Callable[[], datetime] = utc_now) -> None:
+        self._folder = home.ca
+        self._clock = clock
+        self._lock = FileLock(home.root / "ca.lock", timeout=30)
+
+    @property
+    def exists(self) -> bool:
+        """Whether ``init`` was completed."""
+        return (self._folder / "ca.pem").exists()
+
+    def init(self, name: str = "phifleet device CA") -> None:
+        """A new CA, good for ten years.
+
+        Raises:
+            RepositoryError: there is one already, or the disk refuses.
+        """
+        with self._locked():
+            if self.exists:
+                raise RepositoryError(f"{self._folder} holds a CA already: use it, or name another home")
+            key = ec.generate_private_key(ec.SECP256R1())
+            subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+            now = self._clock()
+            certificate = (
+                _builder(subject, subject, key.public_key(), _ALWAYS, now + timedelta(days=CA_DAYS))
+                .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+                .add_extension(_usage(sign_certificates=True), critical=True)
+                .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+                .sign(key, hashes.SHA256())
+            )
+            write_atomic(self._folder / "ca-key.pem", _key_pem(key), PRIVATE)
+            self._write_crl(certificate, key, [])
+            write_atomic(self._folder / "ca.pem", certificate.public_bytes(Encoding.PEM))
+
+    def ca_pem(self) -> str:
+        """The CA's certificate, for brokers and bundles.
+
+        Raises:
+            RepositoryError: no CA here.
+        """
+        with _boundary(self._folder):
+            return self._ca()[0].public_bytes(Encoding.PEM).decode()
+
+    def issue(self, device: str, days: float = DEVICE_DAYS) -> Credentials:
+        """A new key and client certificate, CN = device id. To renew is to issue again; the old one stays good.
+
+        Raises:
+            UsageError: the device id is not one.
+            RepositoryError: no CA, or the disk refuses.
+        """
+        try:
+            device = TypeAdapter(DeviceId).validate_python(device)
+        except ValidationError:
+            raise UsageError(f"{device!r} is no device id: lower case letters, digits and dashes, 63 at most") from None
+        return self._certify(device, days, ExtendedKeyUsageOID.CLIENT_AUTH, ())
+
+    def server_certificate(self, hosts: Sequence[str], days: float = SERVER_DAYS) -> Credentials:
+        """For a broker on these host names or addresses: for tests, the demo, and small fleets."""
+        if not hosts:
+            raise UsageError("a server certificate names at least one host")
+        return self._certify(hosts[0], days, ExtendedKeyUsageOID.SERVER_AUTH, hosts)
+
+    def client_certificate(self, name: str, days: float = SERVER_DAYS) -> Credentials:
+        """For a controller: its name has a dot, which no device id has, so the broker's ACL can tell them apart."""
+        if "." not in name:
+            raise UsageError(
+                f"{name!r} could be a device's: the name of a controller has a dot, as in fleet.controller"
+            )
+        return self._certify(name, days, ExtendedKeyUsageOID.CLIENT_AUTH, ())
+
+    def revoke(self, device: str) -> int:
+        """Put every certificate of a device on ``crl.pem``; returns how many. The broker must read it again."""
+        with self._locked():
+            issued = self._issued()
+            found = [entry for entry in issued if entry["name"] == device and "revoked" not in entry]
+            for entry in found:
+                entry["revoked"] = self._clock().isoformat()
+            if found:
+                self._save_issued(issued)
+                self._write_crl(*self._ca(), issued)
+            return len(found)
+
+    def refresh_crl(self) -> bool:
+        """Sign ``crl.pem`` again when half of its time is over: brokers refuse everybody once it has expired."""
+        with self._locked():
+            crl = x509.load_pem_x509_crl((self._folder / "crl.pem").read_bytes())
+            due = crl.next_update_utc is None or crl.next_update_utc - self._clock() < timedelta(days=CRL_DAYS / 2)
+            if due:
+                self._write_crl(*self._ca(), self._issued())
+            return due
+
+    def _certify(self, name: str, days: float, purpose: x509.ObjectIdentifier, hosts: Sequence[str]) -> Credentials:
+        with self._locked():
+            ca, ca_key = self._ca()
+            key, now = ec.generate_private_key(ec.SECP256R1()), self._clock()
+            begins = _ALWAYS if hosts else now - _SKEW
+            ends = min(now + timedelta(days=days), ca.not_valid_after_utc)
+            subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+            builder = (
+                _builder(subject, ca.subject, key.public_key(), begins, ends)
+                .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+                .add_extension(_usage(sign_certificates=False), critical=True)
+                .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+                .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+            )
+            if hosts:
+                names = x509.SubjectAlternativeName([_host_name(host) for host in hosts])
+                builder = builder.add_extension(names, critical=False)
+            certificate = builder.sign(ca_key, hashes.SHA256())
+            entry = {"name": name, "serial": f"{certificate.serial_number:x}", "expires": ends.isoformat()}
+            self._save_issued([*self._issued(), entry])
+            return Credentials(
+                certificate.public_bytes(Encoding.PEM).decode(),
+                _key_pem(key).decode(),
+                ca.public_bytes(Encoding.PEM).decode(),
+                ends,
+            )
+
+    def _ca(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        if not self.exists:
+            raise RepositoryError(f"{self._folder} holds no CA: run `phifleet init`")
+        path = self._folder / "ca-key.pem"
+        if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise RepositoryError(f"{path} can be read by others: chmod 600 it")
+        key = load_pem_private_key(path.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise RepositoryError(f"{path} is no ECDSA key")
+        return x509.load_pem_x509_certificate((self._folder / "ca.pem").read_bytes()), key
+
+    def _issued(self) -> list[dict[str, str]]:
+        path = self._folder / "issued.json"
+        return TypeAdapter(list[dict[str, str]]).validate_json(path.read_bytes()) if path.exists() else []
+
+    def _save_issued(self, issued: Sequence[dict[str, str]]) -> None:
+        now = self._clock().isoformat()
+        live = [entry for entry in issued if entry["expires"] > now]
+        write_atomic(self._folder / "issued.json", json.dumps(live, indent=1).encode())
+
+    def _write_crl(
+        self, ca: x509.Certificate, key: ec.EllipticCurvePrivateKey, issued: Sequence[dict[str, str]]
+    ) -> None:
+        now = self._clock()
+        builder = x509.CertificateRevocationListBuilder().issuer_name(ca.subject)
+        builder = builder.last_update(now - _SKEW).next_update(now + timedelta(days=CRL_DAYS))
+        for entry in issued:
+            if "revoked" in entry:
+                revoked = x509.RevokedCertificateBuilder().serial_number(int(entry["serial"], 16))
+                when = datetime.fromisoformat(entry["revoked"])
+                builder = builder.add_revoked_certificate(revoked.revocation_date(when).build())
+        write_atomic(self._folder / "crl.pem", builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with _boundary(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                yield
+
+
+@contextmanager
+def _boundary(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Timeout:
+        raise RepositoryError(
+            f"another process has held the lock of {folder} for 30 s: wait for it, or end it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RepositoryError(f"the device CA in {folder} cannot be read or written: {error}") from error
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, begins: datetime, ends: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
+    )
+
+
+def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not sign_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=sign_certificates,
+        crl_sign=sign_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

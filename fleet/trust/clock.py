@@ -1,0 +1,10 @@
+"""The controller's clock, where none is passed in."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def utc_now() -> datetime:
+    """The wall clock."""
+    return datetime.now(UTC)
