@@ -105,8 +105,8 @@ class DeviceCA:
         with _boundary(self._folder):
             return self._ca()[0].public_bytes(Encoding.PEM).decode()
 
-    def issue(self, device: str, days: float = DEVICE_DAYS) -> Credentials:
-        """A new key and client certificate, CN = device id. To renew is to issue again; the old one stays good.
+    def enrol(self, device: str, days: float = DEVICE_DAYS) -> Credentials:
+        """A new key and client certificate, CN = device id. To renew is to enrol again; the old one stays good.
 
         Raises:
             UsageError: the device id is not one.
