@@ -2,8 +2,7 @@
 
 from agent.endpoint.app import create_app
 from agent.endpoint.config import ApiKey, EndpointConfig, Limits
-from agent.endpoint.generation import FinishedRequest
-from agent.endpoint.metrics import HostStats
+from agent.endpoint.metrics import FinishedRequest, HostStats
 from agent.endpoint.server import EndpointServer
 
 __all__ = ["ApiKey", "EndpointConfig", "EndpointServer", "FinishedRequest", "HostStats", "Limits", "create_app"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +16,16 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
-def usage(done: list[DoneEvent]) -> dict[str, Any]:
-    """Counts over the choices; the prompt counts once for each sequence that was given it."""
-    prompt = max((one.prompt_tokens for one in done), default=0)
+def usage(done: Sequence[DoneEvent], each: int = 1) -> dict[str, Any]:
+    """Counts over the sequences; a prompt counts once, however many choices (``each``) were made of it."""
+    prompts = done[::each]
+    prompt = sum(one.prompt_tokens for one in prompts)
     completion = sum(one.completion_tokens for one in done)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": max((one.cached_tokens for one in done), default=0)},
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
     }
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from agent.core.ports import Inference
-from agent.endpoint import chat_route, completion_route, ops_routes
-from agent.endpoint.admission import Admission
+from agent.endpoint import chat_route, completion_route, ops_routes, response_route
 from agent.endpoint.answers import new_id
 from agent.endpoint.auth import Cors, Keyring, check_host, is_open
 from agent.endpoint.config import EndpointConfig
 from agent.endpoint.connections import GuardedConnection
-from agent.endpoint.context import CLIENT, CONTEXT, Context, too_large
+from agent.endpoint.context import ARRIVED, CLIENT, CONTEXT, Context, too_large
 from agent.endpoint.errors import ApiError
-from agent.endpoint.generation import FinishedRequest, OnFinished, Runner
-from agent.endpoint.metrics import Metrics, StatsSource
+from agent.endpoint.generation import OnFinished, Runner
+from agent.endpoint.metrics import FinishedRequest, Metrics, StatsSource
 from agent.endpoint.replies import as_api_error, error_reply
+from agent.endpoint.stored import ResponseStore
 
 _STATUS_MESSAGES = {
     404: "there is nothing at {method} {path}: the API is under /v1",
@@ -39,8 +41,7 @@ def create_app(
         agent.errors.ConfigError: the configuration is unsafe or contradicts itself.
     """
     config.check()
-    admission = Admission(lambda: _capacity(inference, config), config.limits.queued)
-    metrics = Metrics(inference, admission, stats)
+    metrics = Metrics(inference, stats)
 
     def finished(request: FinishedRequest) -> None:
         metrics.finished(request)
@@ -50,15 +51,16 @@ def create_app(
     app = web.Application(
         middlewares=[_gate(config)], client_max_size=config.limits.body_bytes, handler_args={"access_log": None}
     )
-    app[CONTEXT] = Context(inference, config, Runner(inference, admission, finished), metrics)
+    runner = Runner(inference, stats, finished, config.limits.request_timeout_s)
+    app[CONTEXT] = Context(inference, config, runner, metrics, _store(config))
     _routes(app.router)
     app.on_response_prepare.append(_headers)
     return app
 
 
-def _capacity(inference: Inference, config: EndpointConfig) -> int:
-    info = inference.active()
-    return (info.capabilities.max_sequences if info else 1) + config.limits.lookahead
+def _store(config: EndpointConfig) -> ResponseStore:
+    limits = config.limits
+    return ResponseStore(limits.stored_responses, limits.stored_bytes, limits.stored_age_s)
 
 
 def _routes(router: web.UrlDispatcher) -> None:
@@ -66,6 +68,10 @@ def _routes(router: web.UrlDispatcher) -> None:
     router.add_get("/v1/models/{name}", ops_routes.model)
     router.add_post("/v1/chat/completions", chat_route.chat_completions)
     router.add_post("/v1/completions", completion_route.completions)
+    router.add_post("/v1/responses", response_route.responses)
+    router.add_get("/v1/responses/{id}", response_route.retrieve)
+    router.add_delete("/v1/responses/{id}", response_route.delete)
+    router.add_get("/v1/responses/{id}/input_items", response_route.input_items)
     router.add_post("/v1/embeddings", ops_routes.embeddings)
     router.add_get("/health/live", ops_routes.live)
     router.add_get("/health/ready", ops_routes.ready)
@@ -82,6 +88,7 @@ def _gate(config: EndpointConfig) -> Middleware:
         if isinstance(request.protocol, GuardedConnection):
             request.protocol.began()
         request["id"] = new_id("req_")
+        request[ARRIVED] = asyncio.get_running_loop().time()
         status = 500
         try:
             response = await _admitted(request, handler, keyring, cors, config)

@@ -11,10 +11,10 @@ from aiohttp import web
 
 from agent.core.inference import DoneEvent, GenerationRequest, ModelInfo, TokenEvent
 from agent.endpoint.answers import CompletionLogprobs, finish_reason, new_id, usage
-from agent.endpoint.chat_route import checked, sequence
-from agent.endpoint.context import CLIENT, CONTEXT, read_body
+from agent.endpoint.context import CLIENT, CONTEXT, call, read_body
 from agent.endpoint.errors import invalid
 from agent.endpoint.generation import check_model
+from agent.endpoint.prompting import checked, sequence
 from agent.endpoint.replies import json_reply, streaming, within_time
 from agent.endpoint.sampling import for_completion
 from agent.endpoint.shapes import CompletionRequest, parse
@@ -27,6 +27,7 @@ class _Job:
     created: int
     info: ModelInfo
     requests: tuple[GenerationRequest, ...]
+    each: int
     echo: bool
     top_logprobs: int | None
 
@@ -64,7 +65,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     asked = parse(CompletionRequest, await read_body(request))
     info = context.runner.model()
     check_model(asked.model, info)
-    job = _prepare(asked, info, context.config.limits.choices)
+    job = _prepare(request, asked, info)
     if asked.stream:
         wants_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return await _stream(request, job, usage_wanted=wants_usage)
@@ -72,9 +73,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
         return json_reply(await _whole(request, job))
 
 
-def _prepare(asked: CompletionRequest, info: ModelInfo, most: int) -> _Job:
+def _prepare(request: web.Request, asked: CompletionRequest, info: ModelInfo) -> _Job:
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-    each = asked.n or 1
+    each, most = asked.n or 1, request.app[CONTEXT].config.limits.choices
     if each * len(prompts) > most:
         raise invalid(f"{len(prompts)} prompts times n={each}: at most {most} choices are made here", "n")
     if asked.echo and asked.logprobs is not None:
@@ -82,14 +83,15 @@ def _prepare(asked: CompletionRequest, info: ModelInfo, most: int) -> _Job:
     sampling = for_completion(asked, info)
     identifier = new_id("cmpl-")
     every = [prompt for prompt in prompts for _ in range(each)]
-    requests = tuple(sequence(identifier, index, prompt, sampling) for index, prompt in enumerate(every))
-    return _Job(identifier, int(time.time()), info, requests, bool(asked.echo), asked.logprobs)
+    client = request[CLIENT]
+    requests = tuple(sequence(identifier, index, prompt, sampling, client) for index, prompt in enumerate(every))
+    return _Job(identifier, int(time.time()), info, requests, each, bool(asked.echo), asked.logprobs)
 
 
 async def _whole(request: web.Request, job: _Job) -> dict[str, Any]:
     choices = [_Choice(index, job) for index in range(len(job.requests))]
     runner = request.app[CONTEXT].runner
-    async with aclosing(runner.events(job.requests, request[CLIENT], job.info.digest)) as events:
+    async with aclosing(runner.events(job.requests, call(request, "prompt"), job.info.digest)) as events:
         async for index, event in events:
             if isinstance(event, TokenEvent):
                 choices[index].token(event)
@@ -101,7 +103,7 @@ async def _whole(request: web.Request, job: _Job) -> dict[str, Any]:
         "created": job.created,
         "model": job.info.name,
         "choices": [choice.to_dict() for choice in choices],
-        "usage": usage([choice.done for choice in choices if choice.done]),
+        "usage": usage([choice.done for choice in choices if choice.done], job.each),
     }
 
 
@@ -114,7 +116,7 @@ async def _stream(request: web.Request, job: _Job, *, usage_wanted: bool) -> web
     async with (
         streaming(stream),
         within_time(context.config.limits.request_timeout_s),
-        aclosing(context.runner.events(job.requests, request[CLIENT], job.info.digest)) as events,
+        aclosing(context.runner.events(job.requests, call(request, "prompt"), job.info.digest)) as events,
     ):
         async for index, event in events:
             choice = choices[index]
@@ -128,7 +130,7 @@ async def _stream(request: web.Request, job: _Job, *, usage_wanted: bool) -> web
                 out = encoder.choice({**end, "finish_reason": finish_reason(event, 0)})
             if out:
                 await stream.send(out)
-        closing = encoder.usage(usage([one.done for one in choices if one.done])) if usage_wanted else b""
+        closing = encoder.usage(usage([one.done for one in choices if one.done], job.each)) if usage_wanted else b""
         await stream.send(closing + DONE)
     return await stream.finish()
 

@@ -56,14 +56,10 @@ class Limits:
     #: For the whole body.
     body_timeout_s: float = 30.0
     keepalive_timeout_s: float = 75.0
-    #: For the whole generation, waiting in the queue included.
+    #: For the whole generation, waiting in the model host's queue included.
     request_timeout_s: float = 600.0
     #: A client that does not read its stream for so long is dropped.
     write_timeout_s: float = 30.0
-    #: Sequences waiting for a place, of all clients together.
-    queued: int = 64
-    #: Sequences handed to the model host beyond those it decodes at once, so that no step runs empty.
-    lookahead: int = 2
     #: Choices of one request (``n``), and prompts of one completions request.
     choices: int = 8
     stored_responses: int = 256

@@ -10,8 +10,9 @@ from aiohttp import web
 from agent.core.ports import Inference
 from agent.endpoint.config import EndpointConfig
 from agent.endpoint.errors import ApiError
-from agent.endpoint.generation import Runner
+from agent.endpoint.generation import Call, Runner
 from agent.endpoint.metrics import Metrics
+from agent.endpoint.stored import ResponseStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,18 @@ class Context:
     config: EndpointConfig
     runner: Runner
     metrics: Metrics
+    store: ResponseStore
 
 
 CONTEXT = web.AppKey("context", Context)
 #: Who asks: the name of the bearer key, or the address.
 CLIENT = "client"
+ARRIVED = "arrived"
+
+
+def call(request: web.Request, prompt_param: str) -> Call:
+    """Whom this request's sequences are for."""
+    return Call(request[CLIENT], prompt_param, request[ARRIVED])
 
 
 async def read_body(request: web.Request) -> bytes:

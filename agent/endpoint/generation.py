@@ -1,4 +1,4 @@
-"""Running sequences for a request: a place in the queue, events as they come, and the figures when it is over."""
+"""Running sequences for a request: events as the model host gives them, and the figures when it is over."""
 
 from __future__ import annotations
 
@@ -17,46 +17,35 @@ from agent.core.inference import (
     TokenEvent,
 )
 from agent.core.ports import Inference
-from agent.endpoint.admission import Admission
 from agent.endpoint.errors import ApiError, from_inference
+from agent.endpoint.metrics import FinishedRequest, StatsSource
+
+OnFinished = Callable[[FinishedRequest], None]
+Events = AsyncGenerator[tuple[int, GenerationEvent], None]
+
+#: Seconds until a client should try again, by what the model host is doing.
+_RETRY_S = {"swapping": 2.0, "empty": 10.0, "failed": 30.0}
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedRequest:
-    """One sequence that is over, as the application saw it. Times in milliseconds, waiting in the queue included.
+class Call:
+    """Whom sequences are for. ``prompt_param`` is what the API calls the prompt: an overflow is reported there."""
 
-    ``error`` is None, one of ``InferenceError.KINDS``, or ``cancelled`` when the client went away; the daemon counts
-    the server's own faults against the model's health, and not the client's (see ``failed``).
-    """
-
-    digest: str
-    ttft_ms: float = 0.0
-    tpot_ms: float = 0.0
-    queue_ms: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    error: str | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether the model or its host is to blame."""
-        return self.error in ("crashed", "timeout")
-
-
-OnFinished = Callable[[FinishedRequest], None]
+    client: str
+    prompt_param: str
+    #: Seconds of the loop's clock.
+    arrived: float
 
 
 class _Figures:
     """Of one sequence while it runs; seconds of the loop's clock."""
 
-    __slots__ = ("admitted", "arrived", "first", "last", "tokens")
+    __slots__ = ("arrived", "first", "last", "tokens")
 
-    def __init__(self, now: float) -> None:
-        self.arrived = now
-        self.admitted = now
+    def __init__(self, arrived: float) -> None:
+        self.arrived = arrived
         self.first: float | None = None
-        self.last = now
+        self.last = arrived
         self.tokens = 0
 
     def token(self, now: float, tokens: int) -> None:
@@ -72,7 +61,7 @@ class _Figures:
             digest=digest,
             ttft_ms=(first - self.arrived) * 1000,
             tpot_ms=(self.last - first) * 1000 / gaps,
-            queue_ms=(self.admitted - self.arrived) * 1000,
+            queue_ms=max(0.0, (first - self.arrived) * 1000 - done.ttft_ms) if done and done.ttft_ms else 0.0,
             prompt_tokens=done.prompt_tokens if done else 0,
             completion_tokens=done.completion_tokens if done else self.tokens,
             cached_tokens=done.cached_tokens if done else 0,
@@ -81,27 +70,34 @@ class _Figures:
 
 
 class Runner:
-    """Runs requests on the model host."""
+    """Runs requests on the model host, which queues them, fairly between clients."""
 
-    def __init__(self, inference: Inference, admission: Admission, on_finished: OnFinished) -> None:
+    def __init__(
+        self, inference: Inference, stats: StatsSource, on_finished: OnFinished, request_timeout_s: float
+    ) -> None:
         self._inference = inference
-        self._admission = admission
+        self._stats = stats
         self._on_finished = on_finished
+        self._timeout_s = request_timeout_s
 
     def model(self) -> ModelInfo:
         """What serves now.
 
         Raises:
-            ApiError: 503: nothing does.
+            ApiError: 503: nothing does, and why.
         """
         info = self._inference.active()
         if info is None:
-            raise from_inference(InferenceError("unavailable", "no model is loaded: try again in a moment"))
+            raise self.unavailable()
         return info
 
-    async def events(
-        self, requests: Sequence[GenerationRequest], client: str, digest: str
-    ) -> AsyncGenerator[tuple[int, GenerationEvent], None]:
+    def unavailable(self) -> ApiError:
+        """503, with the model host's reason and when to try again."""
+        stats = self._stats()
+        why = "the model is being replaced" if stats.state == "swapping" else stats.reason or "no model is loaded"
+        return from_inference(InferenceError("unavailable", why, retry_after_s=_RETRY_S.get(stats.state, 2.0)))
+
+    async def events(self, requests: Sequence[GenerationRequest], call: Call, digest: str) -> Events:
         """``(index, event)`` of all sequences as they come; each ends with its ``DoneEvent``.
 
         Closing it, or cancelling the task that iterates, cancels the generation.
@@ -109,55 +105,52 @@ class Runner:
         Raises:
             InferenceError: one of them cannot be served; the others are cancelled.
         """
-        self._admission.room_for(len(requests))
-        if len(requests) == 1:
-            async with aclosing(self._one(requests[0], client, digest)) as events:
-                async for event in events:
-                    yield 0, event
-            return
-        async with aclosing(self._several(requests, client, digest)) as merged:
-            async for pair in merged:
-                yield pair
-
-    async def _one(self, request: GenerationRequest, client: str, digest: str) -> AsyncGenerator[GenerationEvent, None]:
-        clock = asyncio.get_running_loop().time
-        figures = _Figures(clock())
-        done: DoneEvent | None = None
-        error: str | None = "cancelled"
         try:
-            async with self._admission.place(client):
-                figures.admitted = clock()
-                generated = self._inference.generate(request)
-                try:
-                    async for event in generated:
-                        if isinstance(event, TokenEvent):
-                            figures.token(clock(), event.tokens)
-                        else:
-                            done = event
-                            error = _kind(event)
-                        yield event
-                finally:
-                    await _close(generated)
+            if len(requests) == 1:
+                async with aclosing(self._one(requests[0], call, digest)) as events:
+                    async for event in events:
+                        yield 0, event
+            else:
+                async with aclosing(self._several(requests, call, digest)) as merged:
+                    async for pair in merged:
+                        yield pair
+        except InferenceError as error:
+            if error.kind == "context_overflow" and error.param is None:
+                error.param = call.prompt_param
+            raise
+
+    async def _one(self, request: GenerationRequest, call: Call, digest: str) -> AsyncGenerator[GenerationEvent, None]:
+        clock = asyncio.get_running_loop().time
+        figures = _Figures(call.arrived)
+        done: DoneEvent | None = None
+        error: str | None = None
+        try:
+            async with aclosing(_closable(self._inference.generate(request))) as generated:
+                async for event in generated:
+                    if isinstance(event, TokenEvent):
+                        figures.token(clock(), event.tokens)
+                    else:
+                        done, error = event, _kind(event)
+                    yield event
             if done is None:
                 error = "crashed"
                 yield DoneEvent(request.id, FinishReason.ERROR, error="the model host ended without a word")
         except InferenceError as refused:
             error = refused.kind
             raise
-        except TimeoutError:
-            error = "timeout"
+        except (asyncio.CancelledError, GeneratorExit):
+            if done is None:
+                error = "deadline" if clock() - call.arrived >= self._timeout_s else "cancelled"
             raise
         finally:
             self._on_finished(figures.finished(digest, done, error))
 
-    async def _several(
-        self, requests: Sequence[GenerationRequest], client: str, digest: str
-    ) -> AsyncGenerator[tuple[int, GenerationEvent], None]:
+    async def _several(self, requests: Sequence[GenerationRequest], call: Call, digest: str) -> Events:
         merged: asyncio.Queue[tuple[int, GenerationEvent] | Exception] = asyncio.Queue(maxsize=64)
 
         async def pump(index: int, request: GenerationRequest) -> None:
             try:
-                async with aclosing(self._one(request, client, digest)) as events:
+                async with aclosing(self._one(request, call, digest)) as events:
                     async for event in events:
                         await merged.put((index, event))
             except Exception as error:
@@ -184,10 +177,15 @@ def _kind(done: DoneEvent) -> str | None:
     return "cancelled" if done.reason is FinishReason.CANCELLED else None
 
 
-async def _close(events: AsyncIterator[GenerationEvent]) -> None:
-    close = getattr(events, "aclose", None)
-    if close is not None:
-        await close()
+def _closable(events: AsyncIterator[GenerationEvent]) -> AsyncGenerator[GenerationEvent, None]:
+    if isinstance(events, AsyncGenerator):
+        return events
+    return _relay(events)
+
+
+async def _relay(events: AsyncIterator[GenerationEvent]) -> AsyncGenerator[GenerationEvent, None]:
+    async for event in events:
+        yield event
 
 
 def check_model(asked: str, info: ModelInfo) -> None:

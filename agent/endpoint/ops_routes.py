@@ -66,7 +66,7 @@ async def ready(request: web.Request) -> web.Response:
     """``GET /health/ready``: 200 while a model serves, else 503."""
     info = request.app[CONTEXT].inference.active()
     if info is None:
-        raise ApiError(503, "no model is loaded", code="model_unavailable", kind="unavailable", retry_after_s=1)
+        raise request.app[CONTEXT].runner.unavailable()
     return json_reply({"status": "ready", "model": info.name, "digest": info.digest})
 
 

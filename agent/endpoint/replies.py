@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -46,8 +46,10 @@ async def within_time(seconds: float) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def streaming(stream: EventStream) -> AsyncIterator[None]:
-    """A failure before the first event keeps its status; a later one becomes the stream's last event."""
+async def streaming(
+    stream: EventStream, tell: Callable[[ApiError], bytes] = lambda error: b"data: " + error.to_json() + b"\n\n"
+) -> AsyncIterator[None]:
+    """A failure before the first event keeps its status; a later one becomes the stream's last event, by ``tell``."""
     try:
         yield
     except ConnectionError:
@@ -55,7 +57,7 @@ async def streaming(stream: EventStream) -> AsyncIterator[None]:
     except Exception as error:
         if not stream.started:
             raise
-        await stream.send(b"data: " + as_api_error(error).to_json() + b"\n\n")
+        await stream.send(tell(as_api_error(error)))
 
 
 def as_api_error(error: Exception) -> ApiError:

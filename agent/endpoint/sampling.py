@@ -9,6 +9,7 @@ from typing import Any
 from agent.core.inference import Capabilities, Guidance, GuidanceKind, ModelInfo, Sampling
 from agent.endpoint.errors import invalid, unsupported
 from agent.endpoint.jsonschema import check_schema
+from agent.endpoint.response_shapes import ResponseRequest
 from agent.endpoint.shapes import ChatRequest, CompletionRequest, ResponseFormat, SamplingFields
 
 #: Values that say "off": a client that sends them asks for nothing.
@@ -46,6 +47,16 @@ def for_completion(request: CompletionRequest, info: ModelInfo) -> Sampling:
         ApiError: 400 naming the parameter that the model does not have.
     """
     return _sampling(request, info, request.max_tokens or _COMPLETION_TOKENS, request.logprobs, "logprobs", None)
+
+
+def for_response(request: ResponseRequest, info: ModelInfo, guidance: Guidance | None) -> Sampling:
+    """Of a responses request.
+
+    Raises:
+        ApiError: 400 naming the parameter that the model does not have.
+    """
+    asked = SamplingFields(temperature=request.temperature, top_p=request.top_p)
+    return _sampling(asked, info, request.max_output_tokens or info.context, None, "", guidance)
 
 
 def _sampling(

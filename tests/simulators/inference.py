@@ -111,11 +111,14 @@ def simulated_manifest(template: str = PHI4_TEMPLATE, *, name: str = "phi-test",
 class SimulatedStats:
     """What a host says of itself; set what a test needs."""
 
+    state: str = "serving"
+    reason: str = ""
     queued: int = 0
-    active_sequences: int = 0
-    cache_used: float | None = 0.25
-    worker_memory_bytes: int = 1 << 20
-    worker_restarts: int = 0
+    active: int = 0
+    kv_used_tokens: float = 256.0
+    kv_capacity_tokens: float = 1024.0
+    memory_bytes: int = 1 << 20
+    restarts: int = 0
     swaps: int = 0
 
 
