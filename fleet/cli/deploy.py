@@ -18,10 +18,10 @@ from agent.contract.manifest import Manifest
 from agent.contract.messages import ArtifactRef, Desired, TransferLimits
 from agent.contract.profile import DeviceProfile, HealthLimits
 from fleet.cli.context import Context, actor
-from fleet.cli.devices import describe_deployment
+from fleet.cli.describe import describe_deployment
 from fleet.cli.status import table
 from fleet.core.deployments import TABLE, Stage
-from fleet.core.fit import gate_misfits, misfits
+from fleet.core.fit import gate_misfits, misfits, unmeasured
 from fleet.errors import DeploymentError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
@@ -71,7 +71,10 @@ def deploy(  # noqa: PLR0913, PLR0917 - a parameter for each flag
     wishes = Wishes(probation_s, deadline_s, force)
     with contextlib.closing(context.open_registry()) as registry:
         targets = _targets(registry, devices, profile)
-        orders = order(context, registry, find(context.home, artifact), targets, wishes)
+        manifest = find(context.home, artifact)
+        if any(unmeasured(manifest, profile_of(target)) for target in targets):
+            click.echo(f"warning: the loss of {manifest.id} was not measured; no quality gate was applied", err=True)
+        orders = order(context, registry, manifest, targets, wishes)
         if not as_json:
             for row in orders:
                 click.echo(f"{row.device}: ordered {row.artifact} as {row.id}")

@@ -17,9 +17,10 @@ from agent.contract.base import DeviceId
 from agent.contract.bundle import Bundle
 from agent.contract.profile import DeviceProfile
 from fleet.cli.context import Context, actor
+from fleet.cli.describe import describe, describe_deployment
 from fleet.errors import RepositoryError, UsageError
 from fleet.profiles_loader import load_profile, profile_paths
-from fleet.registry.models import DeploymentRow, DeviceRow
+from fleet.trust.ca import DeviceCA
 from fleet.trust.files import PRIVATE, write_atomic
 from fleet.trust.repository import Repository
 
@@ -88,6 +89,7 @@ def make_bundle(
 
     Raises:
         UsageError: the broker's URL or CA file cannot be used.
+        RepositoryError: there is no device CA.
     """
     settings = context.settings
     url = broker or settings.broker_url
@@ -101,9 +103,7 @@ def make_bundle(
     if settings.broker_ca is not None:
         values["broker_ca"] = _read_text(settings.broker_ca)
     if url.startswith("mqtts://"):
-        from fleet.trust.ca import DeviceCA
-
-        identity = DeviceCA(context.home).issue(device_id)
+        identity = DeviceCA(context.home).enrol(device_id)
         values |= {"certificate": identity.certificate, "private_key": identity.private_key}
     try:
         return Bundle(**values)
@@ -179,39 +179,8 @@ def remove_command(context: Context, device_id: str, yes: bool) -> None:
         if not yes:
             click.confirm(f"remove {device_id}?", abort=True)
         registry.remove_device(device_id, actor())
+    ca = DeviceCA(context.home)
+    revoked = ca.revoke(device_id) if ca.exists else 0
     click.echo(f"removed {device_id}")
-
-
-def describe(row: DeviceRow, order: DeploymentRow | None) -> dict[str, Any]:
-    """A device as JSON."""
-    return {
-        "device": row.id,
-        "profile": row.profile,
-        "added_at": row.added_at.isoformat(),
-        "online": row.online,
-        "last_seen": row.last_seen.isoformat() if row.last_seen else None,
-        "agent_version": row.agent_version,
-        "malformed_messages": row.malformed,
-        "deployment": describe_deployment(order) if order else None,
-    }
-
-
-def describe_deployment(row: DeploymentRow) -> dict[str, Any]:
-    """A deployment as JSON."""
-    failure = {"code": row.failure_code, "message": row.failure_message} if row.failure_code else None
-    return {
-        "deployment": row.id,
-        "device": row.device,
-        "sequence": row.sequence,
-        "artifact": row.artifact,
-        "ordered_digest": row.digest,
-        "state": row.stage,
-        "digest": row.served_digest,
-        "runtime": row.runtime,
-        "endpoint": row.endpoint,
-        "progress": row.progress,
-        "proof": row.proof,
-        "failure": failure,
-        "created_at": row.created_at.isoformat(),
-        "finished_at": row.finished_at.isoformat() if row.finished_at else None,
-    }
+    if revoked:
+        click.echo(f"its certificate is on {context.home.ca / 'crl.pem'} now: let the broker read that again")

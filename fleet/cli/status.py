@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.context import Context
-from fleet.cli.devices import describe
+from fleet.cli.describe import describe
 from fleet.core.deployments import Stage
 from fleet.registry import Registry
 from fleet.registry.models import DeploymentRow, DeviceRow
@@ -40,7 +40,8 @@ def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool
             return
         console = Console()
         if once or not console.is_terminal:
-            console.print(table(_rows(registry, devices)))
+            rows = _rows(registry, devices)
+            console.print(table(rows) if rows else "no devices yet; add one with `phifleet device add`")
             return
         with Live(console=console, auto_refresh=False, screen=False) as live:
             while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.contract.manifest import Manifest, Target
+from agent.contract.manifest import RUNTIME_OF, Manifest, Target
 from agent.contract.messages import Facts
 from agent.contract.profile import DeviceProfile
 
@@ -22,21 +22,25 @@ def misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts | None) -> 
 
 
 def gate_misfits(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
-    """Where the measured loss is past the profile's quality gate, or a gate is set and nothing was measured."""
+    """Where the measured loss is past the profile's quality gate. What was not measured: see ``unmeasured``."""
     gate, quality = profile.quality, manifest.quality
+    if quality is None:
+        return ()
     limits = (
-        ("KL divergence", gate.kl_divergence_max, quality.kl_divergence if quality else None),
-        ("perplexity ratio", gate.perplexity_ratio_max, quality.perplexity_ratio if quality else None),
+        ("KL divergence", gate.kl_divergence_max, quality.kl_divergence),
+        ("perplexity ratio", gate.perplexity_ratio_max, quality.perplexity_ratio),
     )
-    reasons = []
-    for name, limit, found in limits:
-        if limit is None:
-            continue
-        if found is None:
-            reasons.append(f"profile {profile.name} limits {name} to {limit:g}, and the artifact's was not measured")
-        elif found > limit:
-            reasons.append(f"its {name} of {found:.4g} is past the {limit:g} that profile {profile.name} allows")
-    return tuple(reasons)
+    return tuple(
+        f"its {name} of {found:.4g} is past the {limit:g} that profile {profile.name} allows"
+        for name, limit, found in limits
+        if limit is not None and not found <= limit  # NaN is no pass
+    )
+
+
+def unmeasured(manifest: Manifest, profile: DeviceProfile) -> bool:
+    """Whether the profile has a quality gate that nothing can be held against."""
+    gated = profile.quality.kl_divergence_max is not None or profile.quality.perplexity_ratio_max is not None
+    return gated and manifest.quality is None
 
 
 def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
@@ -70,7 +74,7 @@ def _fact_misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts) -> I
         yield f"it takes {need / MIB:.0f} MiB of memory, and the device has {facts.memory_total_bytes / MIB:.0f} MiB"
     if manifest.size > facts.disk_free_bytes:
         yield f"it takes {manifest.size / MIB:.0f} MiB, and the device has {facts.disk_free_bytes / MIB:.0f} MiB free"
-    runtimes = [runtime for runtime in facts.runtimes if runtime.name.startswith(manifest.toolchain.value)]
+    runtimes = [runtime for runtime in facts.runtimes if runtime.name == RUNTIME_OF[manifest.toolchain]]
     if facts.runtimes and not any(runtime.usable for runtime in runtimes):
         reason = next((f": {runtime.reason}" for runtime in runtimes if runtime.reason), "")
         yield f"no runtime for {manifest.toolchain} is usable on the device{reason}"

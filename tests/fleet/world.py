@@ -19,7 +19,7 @@ from fleet.trust.repository import Repository
 from tests.simulators.clock import FakeClock
 from tests.simulators.repository import make_desired, make_manifest, make_repository, ref
 
-PROFILE = "x86-server"
+PROFILE = "iot-x86"
 
 
 def put_artifact(home: Home, content: bytes = b"weights", **changes: Any) -> Manifest:

@@ -8,7 +8,7 @@ import pytest
 from agent.contract.manifest import MemoryNeed, Precision, Quality, Target, Toolchain
 from agent.contract.messages import Facts, RuntimeFact
 from agent.contract.profile import DeviceProfile
-from fleet.core.fit import gate_misfits, misfits
+from fleet.core.fit import gate_misfits, misfits, unmeasured
 from tests.simulators.repository import make_manifest
 
 GIB = 1024**3
@@ -91,5 +91,12 @@ def test_the_quality_gate_names_figure_and_limit() -> None:
     assert gate_misfits(make_manifest(quality=quality(kl_divergence=0.04)), gated) == ()
     (reason,) = gate_misfits(make_manifest(quality=quality()), gated)
     assert "KL divergence of 0.1 is past the 0.05 that profile box allows" in reason
-    assert len(gate_misfits(make_manifest(), gated)) == 2
-    assert gate_misfits(make_manifest(), profile()) == ()
+    (reason,) = gate_misfits(make_manifest(quality=quality(kl_divergence=float("nan"))), gated)
+    assert "KL divergence of nan" in reason
+
+
+def test_what_was_not_measured_is_told_apart_from_what_passed() -> None:
+    gated = profile(quality={"kl_divergence_max": 0.05})
+    assert gate_misfits(make_manifest(), gated) == () and unmeasured(make_manifest(), gated)
+    assert not unmeasured(make_manifest(quality=quality()), gated)
+    assert not unmeasured(make_manifest(), profile())

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.contract.bundle import Bundle
+from agent.contract.failures import FailureCode
+from agent.contract.messages import Desired, Failure, Progress, SignedDesired, State
+from fleet import __main__ as entry
+from fleet.core.deployments import Stage
+from fleet.registry import Heard, Recorder
+from fleet.trust.ca import DeviceCA
+from tests.fleet.cli.conftest import Phifleet
+from tests.fleet.world import PROFILE, World, put_artifact, topic_of
+
+
+def hear(world: World, *messages: object) -> None:
+    """As the controller writes down what devices say."""
+    heard = [Heard(topic_of(m, m.device), m.to_json(), world.clock.now()) for m in messages]  # type: ignore[attr-defined]
+    Recorder(world.registry).record(heard)
+
+
+def payload_of(envelope: bytes) -> Desired:
+    return Desired.from_json(base64.b64decode(SignedDesired.from_json(envelope).payload))
+
+
+# The command as a whole
+
+
+def test_help_lists_every_command_and_is_quick() -> None:
+    start = time.monotonic()
+    shown = subprocess.run([sys.executable, "-m", "fleet", "--help"], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - start < 2.0
+    for name, (_, text) in entry.COMMANDS.items():
+        assert name in shown and text.split()[0] in shown
+
+
+def test_status_imports_no_toolchain_and_no_broker() -> None:
+    heavy = "torch,transformers,onnxruntime_genai,iotcore,tuf,aiohttp"
+    code = (
+        "import sys; from fleet.__main__ import run; code = run(['status', '--json']);"
+        f"sys.exit(code or int(any(name in sys.modules for name in '{heavy}'.split(','))))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version(phifleet: Phifleet) -> None:
+    assert phifleet("--version").out.startswith("phifleet 0.")
+
+
+def test_a_command_that_there_is_not_names_the_nearest(phifleet: Phifleet) -> None:
+    result = phifleet("stauts")
+    assert result.code == 2 and "Did you mean status?" in result.err
+
+
+def test_every_command_that_is_listed_can_be_imported(phifleet: Phifleet) -> None:
+    for name in entry.COMMANDS:
+        result = phifleet(name, "--help")
+        assert result.code == 0 and "Usage: phifleet" in result.out, name
+
+
+def test_an_interrupt_ends_with_130_and_no_trace(phifleet: Phifleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry.cli, "main", interrupted)
+    result = phifleet("status")
+    assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("device", "add", "pi-1", "--profile", PROFILE, "--bundle", "b.json"), 6, "phifleet init"),
+        (("serve",), 6, "phifleet init"),
+        (("deploy", "x", "--device", "pi-1"), 2, "no device is named pi-1; there are: none"),
+        (("device", "show", "pi-1"), 2, "no device is named pi-1"),
+        (("device", "remove", "pi-1", "--yes"), 2, "no device is named pi-1"),
+        (("status", "pi-1"), 2, "no device is named pi-1"),
+        (("serve", "--broker", "http://x"), 2, "flag: broker: must be embedded, mqtt://host:port"),
+        (("serve", "--database", "mysql://x"), 6, "phifleet init"),
+        (("--config", "/nowhere.toml", "status"), 2, "configuration file /nowhere.toml does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_with_what_to_do(
+    phifleet: Phifleet, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = phifleet(*arguments)
+    assert (result.code, result.out) == (code, "")
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert message in result.err
+
+
+# Devices
+
+
+def test_a_device_is_added_with_a_bundle_that_only_its_owner_may_read(
+    phifleet: Phifleet, world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "pi-1.json"
+    assert phifleet("device", "add", "pi-1", "--profile", PROFILE, "--bundle", str(path)).code == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    bundle = Bundle.from_json(path.read_bytes())
+    assert (bundle.device, bundle.profile, bundle.broker) == ("pi-1", PROFILE, "mqtt://127.0.0.1:18830")
+    assert bundle.root.encode() == world.repository.root_bytes()
+    assert bundle.private_key is None
+    listed = json.loads(phifleet("device", "list", "--json").out)
+    assert [(row["device"], row["profile"], row["online"]) for row in listed] == [("pi-1", PROFILE, False)]
+    assert "pi-1" in phifleet("device", "list").out
+
+
+def test_a_device_of_an_encrypted_broker_gets_a_certificate_that_removal_revokes(
+    phifleet: Phifleet, world: World, tmp_path: Path
+) -> None:
+    DeviceCA(world.home).init()
+    path, ca = tmp_path / "b.json", tmp_path / "ca.pem"
+    ca.write_text(DeviceCA(world.home).ca_pem())
+    config = tmp_path / "fleet.toml"
+    config.write_text(f'broker = "mqtts://broker:8883"\nbroker_ca = "{ca}"\n')
+    add = ("device", "add", "pi-1", "--profile", PROFILE, "--bundle", str(path))
+    assert phifleet("--config", str(config), *add).code == 0
+    bundle = Bundle.from_json(path.read_bytes())
+    assert bundle.broker_ca == ca.read_text()
+    assert bundle.certificate is not None and bundle.private_key is not None
+    removed = phifleet("device", "remove", "pi-1", "--yes")
+    assert removed.code == 0 and "crl.pem" in removed.out
+    assert json.loads(phifleet("device", "list", "--json").out) == []
+
+
+def test_neither_bundle_nor_id_is_ever_used_twice(phifleet: Phifleet, world: World, tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    path.write_text("mine")
+    taken = phifleet("device", "add", "pi-1", "--profile", PROFILE, "--bundle", str(path))
+    assert taken.code == 2 and "never overwritten" in taken.err and path.read_text() == "mine"
+    world.add("pi-1")
+    other = tmp_path / "c.json"
+    twice = phifleet("device", "add", "pi-1", "--profile", PROFILE, "--bundle", str(other))
+    assert twice.code == 2 and "there already" in twice.err and not other.exists()
+
+
+@pytest.mark.parametrize("name", ["Pi", "pi_1", "-pi", "a" * 64, "../x", "pi/1", "+", "fleet.controller"])
+def test_a_device_id_that_could_not_be_in_a_topic_is_refused(
+    phifleet: Phifleet, world: World, tmp_path: Path, name: str
+) -> None:
+    result = phifleet("device", "add", "--profile", PROFILE, "--bundle", str(tmp_path / "b"), "--", name)
+    assert result.code == 2 and "no device id" in result.err
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_unknown_profile_names_the_nearest(phifleet: Phifleet, world: World, tmp_path: Path) -> None:
+    result = phifleet("device", "add", "pi-1", "--profile", "iot-x68", "--bundle", str(tmp_path / "b"))
+    assert result.code == 4 and "iot-x86" in result.err
+
+
+def test_a_profile_from_a_file_goes_with_the_device(phifleet: Phifleet, world: World, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "profiles" / "iot-x86.toml").read_text()
+    file = tmp_path / "mine.toml"
+    file.write_text(text.replace('name = "iot-x86"', 'name = "mine"'))
+    assert phifleet("device", "add", "pi-1", "--profile", str(file), "--bundle", str(tmp_path / "b")).code == 0
+    file.unlink()
+    assert phifleet("deploy", "sample", "--device", "pi-1").code == 0
+
+
+def test_show_tells_everything_as_json(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1")
+    (order,) = world.deploy("pi-1")
+    hear(world, world.presence("pi-1"), world.facts("pi-1"), world.reported(order, State.PROVING))
+    shown = json.loads(phifleet("device", "show", "pi-1", "--json").out)
+    assert shown["online"] is True
+    assert shown["facts"]["machine"] == "x86_64"
+    assert [row["state"] for row in shown["deployments"]] == ["proving"]
+    assert "x86_64" in phifleet("device", "show", "pi-1").out
+
+
+def test_removal_asks_first(phifleet: Phifleet, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.add("pi-1")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    result = phifleet("device", "remove", "pi-1")
+    assert result.code == 130
+    assert len(world.registry.devices()) == 1
+
+
+# Deployments
+
+
+def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1", "pi-2")
+    result = phifleet("deploy", world.manifest.id[:12], "--profile", PROFILE, "--probation", "5", "--json")
+    assert result.code == 0, result.err
+    assert [(row["device"], row["sequence"], row["state"]) for row in json.loads(result.out)] == [
+        ("pi-1", 1, "queued"),
+        ("pi-2", 1, "queued"),
+    ]
+    assert world.repository.published() == (world.manifest.digest,)
+    desired = payload_of(world.registry.newest()["pi-1"].envelope)
+    assert (desired.device, desired.sequence, desired.probation_s) == ("pi-1", 1, 5)
+    assert desired.artifacts[0].digest == world.manifest.digest
+    assert desired.transfer.window_bytes == world.profile.delivery.window_bytes
+    audit = [(row.action, row.subject) for row in world.registry.audit_trail()]
+    assert ("artifact.publish", world.manifest.id) in audit and len(
+        [a for a, _ in audit if a == "deployment.create"]
+    ) == 2
+
+
+def test_each_order_to_a_device_has_a_larger_sequence(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1")
+    for sequence in (1, 2, 3):
+        phifleet("deploy", world.manifest.digest, "--device", "pi-1")
+        assert world.registry.newest()["pi-1"].sequence == sequence
+    assert [row.stage for row in world.registry.history("pi-1")] == ["queued", "superseded", "superseded"]
+
+
+def test_an_artifact_that_does_not_fit_is_refused_with_every_reason(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1")
+    wrong = put_artifact(world.home, b"cuda", target="cuda")
+    hear(world, world.facts("pi-1", disk_free_bytes=1))
+    result = phifleet("deploy", wrong.id, "--device", "pi-1")
+    assert result.code == 2
+    assert "pi-1: it was built for cuda" in result.err and "MiB free" in result.err
+    assert world.repository.published() == () and world.registry.newest() == {}
+    forced = phifleet("deploy", wrong.id, "--device", "pi-1", "--force", "trying the new card")
+    assert forced.code == 0
+    (entry,) = [row for row in world.registry.audit_trail() if row.action == "deployment.force"]
+    assert entry.details is not None and entry.details["reason"] == "trying the new card"
+
+
+def test_none_is_ordered_when_one_of_many_does_not_fit(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1", "pi-2")
+    hear(world, world.facts("pi-2", disk_free_bytes=1))
+    assert phifleet("deploy", world.manifest.id, "--profile", PROFILE).code == 2
+    assert world.registry.newest() == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sampel-onnx_genai", "did you mean sample-onnx_genai-int4"),
+        ("sample", "several artifacts begin with sample"),
+        ("zzzzzzzz", "there are: sample-onnx_genai-int4"),
+    ],
+)
+def test_an_artifact_that_is_not_one_names_those_that_are_near(
+    phifleet: Phifleet, world: World, text: str, message: str
+) -> None:
+    world.add("pi-1")
+    put_artifact(world.home, b"another")
+    result = phifleet("deploy", text, "--device", "pi-1")
+    assert result.code == 2 and message in result.err
+
+
+def test_deploy_needs_to_be_told_where(phifleet: Phifleet, world: World) -> None:
+    assert "--device ID" in phifleet("deploy", world.manifest.id).err
+    assert "no device has the profile" in phifleet("deploy", world.manifest.id, "--profile", "x86-server").err
+
+
+def settle(world: World, phifleet: Phifleet, monkeypatch: pytest.MonkeyPatch, state: State, **fields: object) -> None:
+    """The device answers between two looks of --wait."""
+
+    def answer(_: float) -> None:
+        order = world.registry.newest()["pi-1"]
+        hear(world, world.reported(order, state, **fields))
+
+    monkeypatch.setattr("fleet.cli.deploy.time.sleep", answer)
+
+
+def test_wait_ends_with_0_when_all_have_committed(
+    phifleet: Phifleet, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.add("pi-1")
+    settle(world, phifleet, monkeypatch, State.COMMITTED, digest=world.manifest.digest, runtime="onnx_genai")
+    result = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--wait", "--json")
+    assert result.code == 0
+    (row,) = json.loads(result.out)
+    assert (row["state"], row["digest"]) == ("committed", world.manifest.digest)
+
+
+def test_wait_ends_with_9_and_the_reason_when_one_has_not(
+    phifleet: Phifleet, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.add("pi-1")
+    failure = Failure(code=FailureCode.PROBE_FAILED, message="said London")
+    settle(world, phifleet, monkeypatch, State.ROLLED_BACK, failure=failure)
+    result = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--wait")
+    assert result.code == 9
+    assert "pi-1: rolled_back (probe.failed: said London)" in result.err
+
+
+# Status
+
+
+def test_status_shows_presence_state_progress_speed_and_failure(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1", "pi-2", "pi-3")
+    (first, second) = world.deploy("pi-1", "pi-2")
+    progress = Progress(bytes_total=100 * 2**20, bytes_done=50 * 2**20, bytes_received=40 * 2**20, seconds=2)
+    failure = Failure(code=FailureCode.STORE_DISK_FULL, message="needs 86 MiB")
+    hear(
+        world,
+        world.presence("pi-1"),
+        world.reported(first, State.TRANSFERRING, progress=progress),
+        world.reported(second, State.FAILED, failure=failure),
+    )
+    shown = phifleet("status", "--once").out
+    assert "50% 50.0/100.0 MiB, 20.0 MiB/s" in shown
+    assert "online" in shown and "offline" in shown and "store.disk_full: needs 86 MiB" in shown
+    document = json.loads(phifleet("status", "--json").out)
+    states = {row["device"]: row["deployment"] and row["deployment"]["state"] for row in document["devices"]}
+    assert states == {"pi-1": Stage.TRANSFERRING, "pi-2": Stage.FAILED, "pi-3": None}
+    assert [row["device"] for row in json.loads(phifleet("status", "pi-2", "--json").out)["devices"]] == ["pi-2"]
+
+
+def test_status_of_an_empty_fleet_says_what_to_do(phifleet: Phifleet) -> None:
+    assert "phifleet device add" in phifleet("status", "--once").out
