@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
-import psutil
 import structlog
 
 from agent.contract.failures import FailureCode
@@ -18,13 +16,12 @@ from agent.core.inference import GenerationEvent, GenerationRequest, InferenceEr
 from agent.errors import AgentError, RuntimeLoadError
 from agent.runtimes.available import available_bytes, read_ahead
 from agent.runtimes.checking import Checker
-from agent.runtimes.engine import LoadOptions, ModelSource
+from agent.runtimes.loading import LoadedModel, load_model
 from agent.runtimes.memory import MemoryPlan, Placement, plan
 from agent.runtimes.proving import prove
 from agent.runtimes.registry import REGISTRY, RuntimeSpec, missing, versions
 from agent.runtimes.served import ServedModel
 from agent.runtimes.settings import HostEvent, HostSettings, HostStats, Render
-from agent.runtimes.supervisor import WorkerProcess
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +49,7 @@ class WorkerHost:
         self._checker = Checker(self._settings.check_timeout_s, self._settings.cache_file)
         self._lock = asyncio.Lock()
         self._active: ServedModel | None = None
-        self._proven: ServedModel | None = None
+        self._proven: LoadedModel | None = None
         self._parked: tuple[Manifest, Path] | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._draining: set[asyncio.Task[None]] = set()
@@ -92,18 +89,18 @@ class WorkerHost:
         async with self._lock:
             await self._drop_proven()
             try:
-                model = await self._bring_in(manifest, folder)
+                loaded = await self._bring_in(manifest, folder)
                 try:
                     proof = await prove(
-                        model.worker, manifest, model.info, self._render, self._settings.probe_timeout_s
+                        loaded.worker, manifest, loaded.info, self._render, self._settings.probe_timeout_s
                     )
                 except BaseException:
-                    await model.close()
+                    await loaded.worker.kill()
                     raise
             except BaseException:
                 await self._restore()
                 raise
-            self._proven = model
+            self._proven = loaded
             loop = asyncio.get_running_loop()
             self._expiry = loop.call_later(self._settings.proven_keep_s, self._expire)
             log.info("artifact_proven", artifact=manifest.id, **proof.model_dump())
@@ -113,20 +110,20 @@ class WorkerHost:
         """Move new requests to this artifact; the old model drains in the background, then is unloaded."""
         async with self._lock:
             current = self._active
-            if self._proven is not None and self._proven.manifest.digest == manifest.digest:
-                model, self._proven = self._proven, None
+            if self._proven is not None and self._proven.of(manifest) and self._proven.worker.alive:
+                loaded, self._proven = self._proven, None
                 self._cancel_expiry()
             elif current is not None and current.manifest.digest == manifest.digest and not current.failed:
                 return current.info
             else:
                 await self._drop_proven()
                 try:
-                    model = await self._bring_in(manifest, folder)
+                    loaded = await self._bring_in(manifest, folder)
                 except BaseException:
                     await self._restore()
                     raise
-            self._exchange(model)
-            return model.info
+            self._exchange(self._serve(loaded))
+            return loaded.info
 
     async def discard(self) -> None:
         """Drop what was proven and not activated; what it displaced comes back."""
@@ -185,7 +182,7 @@ class WorkerHost:
             raise InferenceError("unavailable", "the model is being replaced", retry_after_s=max(1.0, self._swap_s))
         raise InferenceError("unavailable", self._reason)
 
-    async def _bring_in(self, manifest: Manifest, folder: Path) -> ServedModel:
+    async def _bring_in(self, manifest: Manifest, folder: Path) -> LoadedModel:
         """Load beside the active model, or in its place, as memory allows."""
         spec = self._spec(manifest)
         if self._draining:  # what it still holds would count against the new one
@@ -229,42 +226,11 @@ class WorkerHost:
         )
         return chosen
 
-    async def _load(self, spec: RuntimeSpec, manifest: Manifest, folder: Path, chosen: MemoryPlan) -> ServedModel:
-        settings = self._settings
-        source = ModelSource(folder, manifest.entry, manifest.model.name, _stops(manifest))
-        options = LoadOptions(
-            context=manifest.context,
-            kv_tokens=chosen.kv_tokens,
-            max_sequences=settings.max_sequences,
-            threads=settings.threads or _cores(),
-            device=manifest.target.value.upper(),
-            extra=dict(settings.runtime_options.get(spec.name, {})),
-        )
+    async def _load(self, spec: RuntimeSpec, manifest: Manifest, folder: Path, chosen: MemoryPlan) -> LoadedModel:
+        return await load_model(spec, manifest, folder, chosen.kv_tokens, self._settings)
 
-        async def load() -> tuple[WorkerProcess, ModelInfo]:
-            worker = await WorkerProcess.start(spec, settings.memory_hard_limit_bytes)
-            try:
-                loaded = await worker.load(source, options, settings.load_timeout_s)
-            except BaseException:
-                await worker.kill()
-                raise
-            info = ModelInfo(
-                name=manifest.model.name,
-                artifact=manifest.id,
-                digest=manifest.digest,
-                runtime=spec.name,
-                device=loaded.device,
-                context=loaded.context,
-                load_s=loaded.load_s,
-                memory_bytes=loaded.memory_bytes,
-                capabilities=loaded.capabilities,
-                facts={"kv_tokens": options.kv_tokens, "threads": options.threads},
-            )
-            log.info("model_loaded", artifact=manifest.id, runtime=spec.name, seconds=round(loaded.load_s, 3))
-            return worker, info
-
-        worker, info = await load()
-        return ServedModel(manifest, folder, load, worker, info, settings, self._on_event)
+    def _serve(self, loaded: LoadedModel) -> ServedModel:
+        return ServedModel(loaded, self._settings, self._on_event)
 
     async def _park(self, folder: Path) -> None:
         """Unload what serves, to make room; the new files are read into the page cache before the gap begins."""
@@ -284,13 +250,13 @@ class WorkerHost:
             return
         manifest, folder = self._parked
         try:
-            model = await self._load(self._spec(manifest), manifest, folder, self._plan(manifest))
+            loaded = await self._load(self._spec(manifest), manifest, folder, self._plan(manifest))
         except AgentError as error:
             self._reason = f"the model that served before does not load any more: {error}"
             log.error("restore_failed", artifact=manifest.id, reason=str(error))
             self._on_event(HostEvent("gave_up", manifest.digest, error.code, self._reason))
         else:
-            self._active = model
+            self._active = self._serve(loaded)
         self._parked = None
         self._tell("swap_ended", manifest)
 
@@ -319,9 +285,9 @@ class WorkerHost:
 
     async def _drop_proven(self) -> None:
         self._cancel_expiry()
-        model, self._proven = self._proven, None
-        if model is not None:
-            await model.close()
+        loaded, self._proven = self._proven, None
+        if loaded is not None:
+            await loaded.worker.close()
 
     def _expire(self) -> None:
         log.warning("proven_expired", seconds=self._settings.proven_keep_s)
@@ -337,13 +303,3 @@ class WorkerHost:
     def _tell(self, kind: str, manifest: Manifest) -> None:
         log.info(f"model_{kind}", artifact=manifest.id, digest=manifest.digest)
         self._on_event(HostEvent(kind, manifest.digest))
-
-
-def _stops(manifest: Manifest) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text for text in (*manifest.chat.stop, manifest.chat.eos_token) if text))
-
-
-def _cores() -> int:
-    """Physical cores that this process may use: a second thread on a core only costs in a matrix product."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))

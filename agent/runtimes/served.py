@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 
 import structlog
 
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import Manifest
 from agent.core.inference import (
     DoneEvent,
     FinishReason,
@@ -22,14 +20,12 @@ from agent.core.inference import (
     ModelInfo,
 )
 from agent.errors import RuntimeLoadError
+from agent.runtimes.loading import LoadedModel
 from agent.runtimes.settings import HostEvent, HostSettings
 from agent.runtimes.supervisor import Death, WorkerProcess
 from agent.runtimes.waiting import FairQueue
 
 log = structlog.get_logger(__name__)
-
-Loader = Callable[[], Awaitable[tuple[WorkerProcess, ModelInfo]]]
-"""Starts a worker and loads this artifact into it."""
 
 
 class Ticket:
@@ -57,23 +53,12 @@ class ModelStats:
 class ServedModel:
     """Takes requests as long as it is open; those that wait outlive a worker, those in flight do not."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        folder: Path,
-        loader: Loader,
-        worker: WorkerProcess,
-        info: ModelInfo,
-        settings: HostSettings,
-        on_event: Callable[[HostEvent], None],
-    ) -> None:
-        self.manifest = manifest
-        self.folder = folder
-        self.info = info
+    def __init__(self, loaded: LoadedModel, settings: HostSettings, on_event: Callable[[HostEvent], None]) -> None:
+        self.manifest = loaded.manifest
+        self.folder = loaded.folder
         self.restarts = 0
         self.failed = ""
-        self._loader = loader
-        self._worker = worker
+        self._loaded = loaded
         self._settings = settings
         self._on_event = on_event
         self._queue: FairQueue[Ticket] = FairQueue(settings.queue_limit)
@@ -84,21 +69,26 @@ class ServedModel:
         self._recycling = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._keeper = asyncio.create_task(self._keep(), name=f"keep-{manifest.id}")
+        self._keeper = asyncio.create_task(self._keep(), name=f"keep-{loaded.manifest.id}")
 
     @property
     def worker(self) -> WorkerProcess:
         """The process that holds it now."""
-        return self._worker
+        return self._loaded.worker
+
+    @property
+    def info(self) -> ModelInfo:
+        """As it was loaded last."""
+        return self._loaded.info
 
     def stats(self) -> ModelStats:
         """Now."""
-        figures = self._worker.stats
+        figures = self.worker.stats
         return ModelStats(
             queued=len(self._queue),
-            active=self._worker.requests,
+            active=self.worker.requests,
             restarts=self.restarts,
-            memory_bytes=self._worker.memory_bytes(),
+            memory_bytes=self.worker.memory_bytes(),
             kv_used_tokens=figures.get("kv_used_tokens", 0.0),
             kv_capacity_tokens=figures.get("kv_capacity_tokens", 0.0),
         )
@@ -122,11 +112,11 @@ class ServedModel:
     async def count_tokens(self, text: str) -> int:
         """Tokens of ``text``; waits for a restart."""
         deadline = asyncio.get_running_loop().time() + self._settings.load_timeout_s
-        while not self._worker.alive and not self.failed:
+        while not self.worker.alive and not self.failed:
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(0.05)
-        return await self._worker.count_tokens(text)
+        return await self.worker.count_tokens(text)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new; whether everything ended within ``timeout_s``."""
@@ -141,7 +131,7 @@ class ServedModel:
         self._keeper.cancel()
         await asyncio.gather(self._keeper, return_exceptions=True)
         self._flush(InferenceError("unavailable", "the model is being unloaded", retry_after_s=1.0))
-        await self._worker.close()
+        await self.worker.close()
 
     def _enter(self, request: GenerationRequest) -> Ticket:
         if self.failed:
@@ -169,7 +159,7 @@ class ServedModel:
         if self._queue.remove(ticket):
             self._end(ticket)
         else:
-            self._worker.cancel(ticket.request.id)
+            self.worker.cancel(ticket.request.id)
 
     def _end(self, ticket: Ticket) -> None:
         ticket.ended = True
@@ -179,14 +169,14 @@ class ServedModel:
 
     def _pump(self) -> None:
         """Hand over as many as the engine takes at once; the rest waits here, where a crash does not reach it."""
-        while self._worker.alive and not self._recycling:
-            if self._worker.requests >= self.info.capabilities.max_sequences:
+        while self.worker.alive and not self._recycling:
+            if self.worker.requests >= self.info.capabilities.max_sequences:
                 return
             ticket = self._queue.pop()
             if ticket is None:
                 return
             ticket.begun = asyncio.get_running_loop().time()
-            self._worker.submit(ticket.request, lambda event, ticket=ticket: self._arrive(ticket, event))  # type: ignore[misc]
+            self.worker.submit(ticket.request, lambda event, ticket=ticket: self._arrive(ticket, event))  # type: ignore[misc]
 
     def _arrive(self, ticket: Ticket, event: GenerationEvent | InferenceError) -> None:
         ticket.events.put_nowait(event)
@@ -210,9 +200,9 @@ class ServedModel:
         while not self.failed:
             death = await self._watch()
             self._report("crashed", death)
-            worker = await self._again(death)
-            if worker is not None:
-                self._worker = worker
+            loaded = await self._again(death)
+            if loaded is not None:
+                self._loaded = loaded
                 self.restarts += 1
                 self._event("restarted", None, f"serving again after {self.info.load_s:.2f} s of loading")
                 self._pump()
@@ -221,31 +211,31 @@ class ServedModel:
         """Until the worker is dead, by itself or by our hand."""
         settings = self._settings
         while True:
-            done, _ = await asyncio.wait({self._worker.died}, timeout=settings.watch_s)
+            done, _ = await asyncio.wait({self.worker.died}, timeout=settings.watch_s)
             if done:
-                return self._worker.died.result()
-            silent = self._worker.silent_s()
+                return self.worker.died.result()
+            silent = self.worker.silent_s()
             if silent > settings.hang_s:
-                message = f"no sign of life for {silent:.1f} s with {self._worker.requests} sequences in flight"
-                await self._worker.kill(Death(FailureCode.RUNTIME_HUNG, message))
+                message = f"no sign of life for {silent:.1f} s with {self.worker.requests} sequences in flight"
+                await self.worker.kill(Death(FailureCode.RUNTIME_HUNG, message))
             limit = settings.memory_limit_bytes
-            if limit and (held := self._worker.memory_bytes()) > limit:
+            if limit and (held := self.worker.memory_bytes()) > limit:
                 await self._recycle(held, limit)
 
     async def _recycle(self, held: int, limit: int) -> None:
         """It grew past its limit: let those in flight finish if there is time, then start afresh."""
         self._recycling = True
         deadline = asyncio.get_running_loop().time() + self._settings.recycle_grace_s
-        while self._worker.requests and asyncio.get_running_loop().time() < deadline:
-            if self._worker.memory_bytes() > limit * 1.25:
+        while self.worker.requests and asyncio.get_running_loop().time() < deadline:
+            if self.worker.memory_bytes() > limit * 1.25:
                 break
             await asyncio.sleep(0.05)
         mib = 1 << 20
         message = f"the worker holds {held // mib} MiB, past its limit of {limit // mib} MiB"
-        await self._worker.kill(Death(FailureCode.RUNTIME_MEMORY, message))
+        await self.worker.kill(Death(FailureCode.RUNTIME_MEMORY, message))
         self._recycling = False
 
-    async def _again(self, death: Death) -> WorkerProcess | None:
+    async def _again(self, death: Death) -> LoadedModel | None:
         """A new worker, after a pause that grows with the deaths in the window; None when there were too many."""
         while True:
             now = asyncio.get_running_loop().time()
@@ -258,13 +248,10 @@ class ServedModel:
                 return None
             await asyncio.sleep(self._settings.backoff_s(count))
             try:
-                worker, info = await self._loader()
+                return await self._loaded.again()
             except RuntimeLoadError as error:
                 death = Death(error.code, str(error))
                 self._report("crashed", death)
-                continue
-            self.info = replace(info, facts=self.info.facts)
-            return worker
 
     def _give_up(self, death: Death, count: int) -> None:
         window = self._settings.crash_window_s

@@ -77,9 +77,10 @@ class StopStrings:
         if not self._stop:
             return text
         self._held += text
-        found = [(at, word) for word in self._stop if (at := self._held.find(word)) >= 0]
+        found = [(at + len(word), at, word) for word in self._stop if (at := self._held.find(word)) >= 0]
         if found:
-            at, self.matched = min(found, key=lambda pair: pair[0])
+            # The one complete first, so that it does not matter how the text was cut into pieces.
+            _, at, self.matched = min(found)
             shown, self._held = self._held[:at], ""
             return shown
         keep = self._beginning()

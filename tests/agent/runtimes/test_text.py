@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.runtimes.text import StopStrings, Utf8Stream, WindowDetokenizer
+
+_letters = st.text("ab\n<é", max_size=30)
+_stops = st.lists(st.text("ab<é", min_size=1, max_size=4), max_size=4)
+
+
+def _pieces(text: str, cuts: list[int]) -> list[str]:
+    edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[start:end] for start, end in pairwise(edges)]
+
+
+def _first_stop(text: str, stops: list[str]) -> str:
+    """By definition: the text before the stop string that is complete first."""
+    for end in range(len(text) + 1):
+        starts = [end - len(word) for word in stops if text[:end].endswith(word)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@given(_letters, _stops, st.lists(st.integers(0, 100), max_size=8))
+def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    stream = StopStrings(stops)
+    shown = "".join(stream.feed(piece) for piece in _pieces(text, cuts)) + stream.flush()
+    assert shown == _first_stop(text, stops)
+    assert (stream.matched is not None) == (shown != text)
+
+
+@given(st.text(max_size=20), st.lists(st.integers(0, 100), max_size=8))
+def test_bytes_come_out_as_the_text_they_are(text: str, cuts: list[int]) -> None:
+    text = text.encode("utf-8", "replace").decode()
+    data = text.encode()
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    stream = Utf8Stream()
+    shown = [stream.feed(data[start:end]) for start, end in pairwise(edges)]
+    assert "".join(shown) + stream.flush() == text
+    assert not any("�" in piece for piece in shown) or "�" in text
+
+
+def test_a_character_cut_off_at_the_end_is_shown_as_replaced() -> None:
+    stream = Utf8Stream()
+    assert stream.feed("é".encode()[:1]) == ""
+    assert stream.flush() == "�"
+
+
+@given(st.text("aé😀 b", max_size=40))
+def test_a_window_of_tokens_decodes_to_the_whole(text: str) -> None:
+    data = text.encode()
+    stream = WindowDetokenizer(lambda tokens: bytes(tokens).decode("utf-8", "replace"))
+    shown = [stream.feed(byte) for byte in data]
+    assert "".join(shown) + stream.flush() == text
+    assert not any("�" in piece for piece in shown)
+
+
+def test_a_window_stays_short_on_long_texts() -> None:
+    longest = 0
+
+    def decode(tokens: object) -> str:
+        nonlocal longest
+        data = bytes(tokens)  # type: ignore[call-overload]
+        longest = max(longest, len(data))
+        return str(data.decode())
+
+    stream = WindowDetokenizer(decode)
+    assert "".join(stream.feed(97) for _ in range(1000)) + stream.flush() == "a" * 1000
+    assert longest < 8
