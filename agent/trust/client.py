@@ -6,22 +6,19 @@ tuf, securesystemslib and cryptography (10 MiB) are imported when something is v
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-import structlog
-
-from agent.contract.base import MalformedMessageError, sha256_hex
+from agent.contract.base import MalformedMessageError
 from agent.contract.director import DirectorKeys
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest, manifest_target
 from agent.contract.messages import ArtifactRef, Desired, SignedDesired
 from agent.core.ports import Clock, Link
 from agent.errors import TrustError
-from agent.trust.files import write_atomic
+from agent.trust.accepted import Accepted, load_accepted, save_accepted
 from agent.trust.identity import Identity
 from agent.trust.requests import MetadataRequests, Patience
 from agent.trust.time import VerifiedClock
@@ -33,18 +30,7 @@ if TYPE_CHECKING:
 #: An order names a few artifacts and limits.
 MAX_ORDER_BYTES = 128 * 1024
 
-#: Orders by unknown keys make the device look for newer keys, but not more often than this.
-REFRESH_FOR_UNKNOWN_KEY_S = 30.0
-
-_log = structlog.get_logger(__name__)
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, slots=True)
-class _Accepted:
-    signed: SignedDesired
-    desired: Desired
-    monotonic: float
 
 
 class TrustClient:
@@ -59,45 +45,31 @@ class TrustClient:
         self._lock = asyncio.Lock()
         self._director: DirectorKeys | None = None
         self._updates_made: Updates | None = None
-        self._accepted: _Accepted | None = None
-        self._looked_for_keys: float | None = None
+        self._order_path = self._folder / "order.json"
+        self._accepted = load_accepted(self._order_path, identity.device)
 
     def verify_desired(self, payload: bytes, newest_sequence: int) -> Desired:
-        """The order in a ``SignedDesired`` payload, with the director's keys as last verified. No network.
+        """The order in a ``SignedDesired`` payload, by the director's keys as last verified. No network; blocking.
 
-        ``newest_sequence`` is the largest ever accepted; the order that has it may come again (it is retained),
-        and is then not checked for expiry.
+        The order must have a larger sequence number than ``newest_sequence``. One that was accepted before and
+        comes again (the broker retains it) is not checked for expiry, and costs no cryptography.
 
         Raises:
-            TrustError: signature, expiry, replay, another device, or malformed.
+            TrustError: signature (a refresh may bring the key that it is signed with), expiry, replay, another
+                device, or malformed.
         """
         signed = _parsed(payload)
-        known = self._same_as_accepted(payload, newest_sequence)
-        if known is not None:
-            return known
+        before = self._accepted
+        if before is not None and before.payload == payload and before.desired.sequence > newest_sequence:
+            return before.desired
         from agent.trust.orders import verified_order
 
         if self._director is None:
             self._director = self._updates().director()
         desired = verified_order(signed, self._director)
         self._check(desired, newest_sequence)
-        self._remember(payload, signed, desired)
+        self._remember(Accepted(payload, desired, self.clock.monotonic()))
         return desired
-
-    async def accept(self, payload: bytes, newest_sequence: int) -> Desired:
-        """As ``verify_desired``, off the event loop; looks for newer director keys where the order has an unknown one.
-
-        Raises:
-            TrustError: as ``verify_desired`` and ``refresh``.
-        """
-        try:
-            return await asyncio.to_thread(self.verify_desired, payload, newest_sequence)
-        except TrustError as error:
-            if not self._may_look_for_keys(error):
-                raise
-            _log.info("refreshing for an unknown director key", reason=str(error))
-        await self.refresh()
-        return await asyncio.to_thread(self.verify_desired, payload, newest_sequence)
 
     async def refresh(self) -> None:
         """Bring TUF metadata and the director's keys up to date over the link.
@@ -156,12 +128,12 @@ class TrustClient:
             raise TrustError(
                 f"the order is for device {desired.device}, this is {self._device}", FailureCode.TRUST_WRONG_DEVICE
             )
-        if desired.sequence < newest_sequence:
+        if desired.sequence <= newest_sequence:
             raise TrustError(
-                f"order {desired.sequence} is older than order {newest_sequence}, which was taken before",
+                f"order {desired.sequence} is not newer than order {newest_sequence}, which was taken before",
                 FailureCode.TRUST_REPLAY,
             )
-        if desired.sequence > newest_sequence and self.clock.now() >= desired.expires_at:
+        if self.clock.now() >= desired.expires_at:
             raise self._expired(desired)
 
     def _expired(self, desired: Desired) -> TrustError:
@@ -171,45 +143,26 @@ class TrustClient:
         )
 
     def _check_order_again(self, ref: ArtifactRef) -> None:
-        accepted = self._accepted
-        if accepted is None or ref not in accepted.desired.artifacts:
+        order = self._accepted
+        if order is None or ref not in order.desired.artifacts:
             return
         from agent.trust.orders import verified_order
 
-        verified_order(accepted.signed, self._director)
+        verified_order(SignedDesired.from_json(order.payload), self._director)
+        if order.confirmed:
+            return
         # The refresh may have told a device without a clock what time it was when it took the order.
-        since = timedelta(seconds=self.clock.monotonic() - accepted.monotonic)
-        if self.clock.now() - since >= accepted.desired.expires_at:
-            raise self._expired(accepted.desired)
+        since = 0.0 if order.monotonic is None else self.clock.monotonic() - order.monotonic
+        if self.clock.now() - timedelta(seconds=since) >= order.desired.expires_at:
+            raise self._expired(order.desired)
+        self._remember(replace(order, confirmed=True))
 
-    def _may_look_for_keys(self, error: TrustError) -> bool:
-        from agent.trust.orders import UnknownKeyError
-
-        now = self.clock.monotonic()
-        recently = self._looked_for_keys is not None and now - self._looked_for_keys < REFRESH_FOR_UNKNOWN_KEY_S
-        if not isinstance(error, UnknownKeyError) or recently:
-            return False
-        self._looked_for_keys = now
-        return True
-
-    def _remember(self, payload: bytes, signed: SignedDesired, desired: Desired) -> None:
-        self._accepted = _Accepted(signed, desired, self.clock.monotonic())
-        document = {"payload_sha256": sha256_hex(payload), "desired": desired.model_dump(mode="json")}
+    def _remember(self, order: Accepted) -> None:
         try:
-            write_atomic(self._folder / "order.json", json.dumps(document).encode())
+            save_accepted(self._order_path, order)
         except OSError as error:
             raise TrustError(f"the trust store cannot be written: {error}", FailureCode.STORE_IO) from error
-
-    def _same_as_accepted(self, payload: bytes, newest_sequence: int) -> Desired | None:
-        """The order that was taken last, retained by the broker: it changes nothing, so it need not be verified."""
-        try:
-            document = json.loads((self._folder / "order.json").read_bytes())
-            if document["payload_sha256"] != sha256_hex(payload):
-                return None
-            desired = Desired.model_validate(document["desired"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return desired if desired.sequence == newest_sequence and desired.device == self._device else None
+        self._accepted = order
 
 
 def _parsed(payload: bytes) -> SignedDesired:

@@ -17,16 +17,11 @@ from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired, SignedDesired
 from agent.errors import TrustError
 
 
-class UnknownKeyError(TrustError):
-    """Signed by a key that is not known here: it may be newer than the metadata, so a refresh may help."""
-
-
 def verified_order(signed: SignedDesired, keys: DirectorKeys | None) -> Desired:
     """The order, when at least the threshold of the director's keys has signed it.
 
     Raises:
-        UnknownKeyError: not enough of the signatures are by known keys.
-        TrustError: a signature is wrong, or what is signed is no order.
+        TrustError: a signature is wrong or by an unknown key, or what is signed is no order.
     """
     if signed.payloadType != DESIRED_PAYLOAD_TYPE:
         raise TrustError(f"the order is of type {signed.payloadType[:80]!r}, not {DESIRED_PAYLOAD_TYPE!r}")
@@ -34,7 +29,7 @@ def verified_order(signed: SignedDesired, keys: DirectorKeys | None) -> Desired:
     known = set(keys.keys) & set(envelope.signatures) if keys else set()
     if keys is None or len(known) < keys.threshold:
         signers = ", ".join(sorted(keyid[:12] for keyid in envelope.signatures))
-        raise UnknownKeyError(f"the order is signed by {signers}, which is no key of the director as known here")
+        raise TrustError(f"the order is signed by {signers}, which is no key of the director as far as known here")
     try:
         envelope.verify([Key.from_dict(keyid, dict(keys.keys[keyid])) for keyid in sorted(known)], keys.threshold)
         return Desired.from_json(envelope.payload)
