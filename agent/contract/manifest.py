@@ -26,6 +26,15 @@ class Toolchain(StrEnum):
     MLX = "mlx"
 
 
+#: The runtime on the device that loads what a toolchain makes, by its name in ``Facts.runtimes``.
+RUNTIME_OF = {
+    Toolchain.ONNX_GENAI: "onnx_genai",
+    Toolchain.OPENVINO: "openvino_genai",
+    Toolchain.LLAMACPP: "llamacpp",
+    Toolchain.MLX: "mlx",
+}
+
+
 class Precision(StrEnum):
     """Of the weights."""
 

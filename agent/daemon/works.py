@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import Manifest
+from agent.contract.manifest import RUNTIME_OF, Manifest
 from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
 from agent.core import deployment as core
 from agent.core.ports import ArtifactStore, Clock, ModelHost, Transfer, Trust
@@ -98,12 +98,13 @@ class Works:
         usable = {fact.name: fact for fact in await self._parts.host.runtimes()}
         for ref in desired.artifacts:
             manifest = await self._manifest(ref)
-            runtime = usable.get(manifest.toolchain.value)
+            name = RUNTIME_OF[manifest.toolchain]
+            runtime = usable.get(name)
             if runtime is not None and runtime.usable:
                 fit.append(ref)
             else:
                 why = runtime.reason if runtime else "this agent does not know it"
-                reasons.append(f"{ref.id} needs the runtime {manifest.toolchain.value}: {why}")
+                reasons.append(f"{ref.id} needs the runtime {name}: {why}")
         if not fit:
             raise RuntimeLoadError("; ".join(reasons), FailureCode.RUNTIME_MISSING)
         return core.Resolved(tuple(fit))

@@ -7,19 +7,12 @@ from datetime import UTC, datetime
 
 
 class SystemClock:
-    """Implements ``ports.Clock``; a lower bound lifts the wall clock of a device that woke up in 1970."""
-
-    def __init__(self) -> None:
-        self._floor = datetime.fromtimestamp(0, UTC)
+    """Implements ``ports.Clock``, for better or worse as the host has it; trust bounds it by what it verified."""
 
     def now(self) -> datetime:
-        """UTC, never before the newest verified time."""
-        return max(datetime.now(UTC), self._floor)
+        """UTC."""
+        return datetime.now(UTC)
 
     def monotonic(self) -> float:
         """Seconds."""
         return time.monotonic()
-
-    def at_least(self, verified: datetime) -> None:
-        """A signed document proves that it is at least this late."""
-        self._floor = max(self._floor, verified)

@@ -1,0 +1,222 @@
+"""`phifleet-agent`: the command line, and the one place that names the concrete parts of an agent."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import structlog
+
+from agent import settings as config
+from agent.contract import topics
+from agent.contract.manifest import Manifest
+from agent.contract.messages import Presence
+from agent.daemon.agent import Agent, Body
+from agent.daemon.deployer import Deployer
+from agent.daemon.monitor import Monitor
+from agent.daemon.reporter import Identity as Reporting
+from agent.daemon.reporter import Reporter
+from agent.daemon.works import Parts, Works
+from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits
+from agent.endpoint.chat import render
+from agent.errors import AgentError
+from agent.host import facts, logs
+from agent.host.clock import SystemClock
+from agent.link import LinkSettings, MqttLink
+from agent.link.settings import Will
+from agent.runtimes.host import WorkerHost
+from agent.runtimes.settings import HostEvent, HostSettings
+from agent.settings import AgentSettings
+from agent.store.artifacts import ArtifactStore
+from agent.store.fetch import Fetcher
+from agent.store.journal import FileJournal
+from agent.trust import identity
+from agent.trust.client import TrustClient
+
+log = structlog.get_logger()
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "file", type=click.Path(path_type=Path), help="TOML file of settings.")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Folder of artifacts, journal, trust and identity.")
+@click.option("--log-level", help="debug, info, warning or error.")
+@click.option("--log-format", help="auto, json or console.")
+@click.version_option(version("phifleet"), prog_name="phifleet-agent")
+@click.pass_context
+def cli(ctx: click.Context, /, file: Path | None, **flags: Any) -> None:
+    """Runs Phi on this device, as the fleet orders it."""
+    ctx.obj = (file, flags)
+
+
+@cli.command()
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="From `phifleet device add`; needed at the first start."
+)
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Folder of artifacts, journal, trust and identity.")
+@click.option("--broker", help="mqtt://host:port or mqtts://host:port; else the bundle's.")
+@click.option("--host", help="Address the endpoint listens on.")
+@click.option("--port", type=int, help="TCP port of the endpoint; 0 takes a free one.")
+@click.option("--unix-socket", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
+@click.option("--show-config", is_flag=True, help="Print each setting and where it came from, then end.")
+@click.pass_obj
+def run(outer: tuple[Path | None, dict[str, Any]], /, bundle: Path | None, show_config: bool, **flags: Any) -> None:
+    """Run the agent in the foreground, as a service manager wants it."""
+    file, common = outer
+    settings, source = config.load(common | {name: value for name, value in flags.items() if value is not None}, file)
+    if show_config:
+        for name, value, origin in config.provenance(settings, source):
+            click.echo(f"{name} = {value}    ({origin})")
+        return
+    logs.configure(settings.log_level, settings.log_format)
+    who = _identity(settings, bundle)
+    asyncio.run(_run(settings, who))
+
+
+@cli.command()
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="From `phifleet device add`.")
+@click.option("--replace", is_flag=True, help="Even if this device is enrolled as another, or in another fleet.")
+@click.pass_obj
+def enrol(outer: tuple[Path | None, dict[str, Any]], /, bundle: Path, replace: bool) -> None:
+    """Import a bundle: who this device is, where its broker is, and what it believes."""
+    file, common = outer
+    settings, _ = config.load(common, file)
+    who = identity.enrol(identity.read_bundle(bundle), settings.state_dir, replace=replace)
+    click.echo(f"enrolled as {who.device} ({who.profile}); broker {who.broker}; state in {settings.state_dir}")
+
+
+def _identity(settings: AgentSettings, bundle: Path | None) -> identity.Identity:
+    if bundle is None:
+        return identity.load(settings.state_dir)
+    return identity.enrol(identity.read_bundle(bundle), settings.state_dir)
+
+
+async def _run(settings: AgentSettings, who: identity.Identity) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop.set)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    await Agent(compose(settings, who)).run(stop)
+
+
+def compose(settings: AgentSettings, who: identity.Identity) -> Body:
+    """An agent of the real parts."""
+    link = MqttLink(_link_settings(settings, who))
+    trust = TrustClient(who, link, SystemClock())
+    clock = trust.clock
+    store = ArtifactStore(settings.state_dir)
+    watchers: list[Monitor] = []
+    host = WorkerHost(
+        render,
+        _host_settings(settings),
+        on_event=lambda event: _heard(event, watchers),
+    )
+    monitor = Monitor(host, clock, _render_prompt, lambda: host.stats().memory_bytes)
+    watchers.append(monitor)
+    reporter = Reporter(
+        Reporting(who.device, who.profile, version("phifleet")),
+        link,
+        clock,
+        host.active,
+        lambda found: facts.collect(
+            who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
+        ),
+    )
+    parts = Parts(trust, store, Fetcher(link, store, who.device), host, monitor, clock)
+    works = Works(parts, reporter.progress)
+    deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
+    reporter.rejected = lambda: deployer.rejected
+    server = EndpointServer(
+        host, _endpoint_config(settings), stats=host.stats, on_finished=lambda done: _finished(done, monitor)
+    )
+    return Body(
+        link,
+        server,
+        host,
+        deployer,
+        monitor,
+        reporter,
+        restarts=lambda: host.stats().restarts,
+        health_interval_s=settings.health_interval_s,
+        canary_interval_s=settings.canary_interval_s,
+    )
+
+
+def _heard(event: HostEvent, watchers: list[Monitor]) -> None:
+    if event.kind == "crashed":
+        for monitor in watchers:
+            monitor.worker_died()
+
+
+def _finished(done: FinishedRequest, monitor: Monitor) -> None:
+    if done.error is None or done.failed:
+        monitor.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, done.failed)
+
+
+def _render_prompt(manifest: Manifest, prompt: str) -> str:
+    return render(manifest, [{"role": "user", "content": prompt}])
+
+
+def _link_settings(settings: AgentSettings, who: identity.Identity) -> LinkSettings:
+    will = Presence(device=who.device, online=False, agent_version=version("phifleet"))
+    return LinkSettings(
+        url=settings.broker or who.broker,
+        client_id=who.device,
+        ca_file=who.broker_ca,
+        cert_file=who.certificate,
+        key_file=who.private_key,
+        will=Will(topics.presence(who.device), will.to_json()),
+    )
+
+
+def _host_settings(settings: AgentSettings) -> HostSettings:
+    return HostSettings(
+        load_timeout_s=settings.load_timeout_s,
+        hang_s=settings.hang_timeout_s,
+        queue_limit=settings.queue_limit,
+        threads=settings.threads or 0,
+        memory_limit_bytes=settings.memory_limit_bytes or 0,
+        cache_file=settings.state_dir / "runtimes.json",
+    )
+
+
+def _endpoint_config(settings: AgentSettings) -> EndpointConfig:
+    keys = tuple(ApiKey(f"key-{n}", key.get_secret_value()) for n, key in enumerate(settings.api_keys, start=1))
+    return EndpointConfig(
+        host=settings.host,
+        port=settings.port,
+        unix_socket=settings.unix_socket,
+        keys=keys,
+        cors_origins=settings.cors_origins,
+        tls_cert=settings.tls_cert,
+        tls_key=settings.tls_key,
+        allow_plain_http=settings.allow_plain_http,
+        limits=Limits(request_timeout_s=settings.request_timeout_s),
+    )
+
+
+def main() -> None:
+    """The command line; an error that we know is a line, not a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
+    except AgentError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()
