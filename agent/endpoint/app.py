@@ -13,7 +13,7 @@ from agent.endpoint.answers import new_id
 from agent.endpoint.auth import Cors, Keyring, check_host, is_open
 from agent.endpoint.config import EndpointConfig
 from agent.endpoint.connections import GuardedConnection
-from agent.endpoint.context import ARRIVED, CLIENT, CONTEXT, Context, too_large
+from agent.endpoint.context import ASKER, CONTEXT, Asker, Context, too_large
 from agent.endpoint.errors import ApiError
 from agent.endpoint.generation import OnFinished, Runner
 from agent.endpoint.metrics import FinishedRequest, Metrics, StatsSource
@@ -87,8 +87,7 @@ def _gate(config: EndpointConfig) -> Middleware:
     async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
         if isinstance(request.protocol, GuardedConnection):
             request.protocol.began()
-        request["id"] = new_id("req_")
-        request[ARRIVED] = asyncio.get_running_loop().time()
+        request[ASKER] = Asker(new_id("req_"), asyncio.get_running_loop().time())
         status = 500
         try:
             response = await _admitted(request, handler, keyring, cors, config)
@@ -110,15 +109,15 @@ async def _admitted(
     request: web.Request, handler: Handler, keyring: Keyring, cors: Cors, config: EndpointConfig
 ) -> web.StreamResponse:
     check_host(request, config)
-    origin = cors.check(request)
-    request["origin"] = origin
+    asker = request[ASKER]
+    asker.origin = origin = cors.check(request)
     if origin is not None and request.method == "OPTIONS":
         return cors.preflight(origin)
-    request[CLIENT] = request.remote or "local"
+    asker.client = request.remote or asker.client
     holder = None if is_open(request.path) else keyring.holder(request)
     if holder is None:
         return await handler(request)
-    request[CLIENT] = holder.key.name
+    asker.client = holder.key.name
     with holder.request():
         return await handler(request)
 
@@ -142,7 +141,10 @@ def _route(request: web.Request) -> str:
 
 
 async def _headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Request-Id"] = request.get("id", "")
     response.headers["X-Content-Type-Options"] = "nosniff"
-    if (origin := request.get("origin")) is not None:
-        response.headers.update(Cors.headers(origin))
+    asker = request.get(ASKER)
+    if asker is None:
+        return
+    response.headers["X-Request-Id"] = asker.id
+    if asker.origin is not None:
+        response.headers.update(Cors.headers(asker.origin))

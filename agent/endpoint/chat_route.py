@@ -11,7 +11,7 @@ from aiohttp import web
 
 from agent.core.inference import DoneEvent, GenerationRequest, ModelInfo, TokenEvent
 from agent.endpoint.answers import ChatChoice, new_id, usage
-from agent.endpoint.context import CLIENT, CONTEXT, call, read_body
+from agent.endpoint.context import ASKER, CONTEXT, call, read_body
 from agent.endpoint.errors import invalid
 from agent.endpoint.generation import check_model
 from agent.endpoint.prompting import checked, plain_messages, prompt_of, sequence
@@ -72,7 +72,7 @@ def prepare(request: web.Request, asked: ChatRequest, info: ModelInfo) -> Job:
     sampling = for_chat(asked, info, plan.guidance or guidance)
     prompt = prompt_of(context, plain_messages(asked.messages), plan.tools)
     identifier = new_id("chatcmpl-")
-    client = request[CLIENT]
+    client = request[ASKER].client
     return Job(
         id=identifier,
         created=int(time.time()),

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from agent.core.inference import DoneEvent, GenerationRequest, ModelInfo, TokenEvent
 from agent.endpoint.answers import CompletionLogprobs, finish_reason, new_id, usage
-from agent.endpoint.context import CLIENT, CONTEXT, call, read_body
+from agent.endpoint.context import ASKER, CONTEXT, call, read_body
 from agent.endpoint.errors import invalid
 from agent.endpoint.generation import check_model
 from agent.endpoint.prompting import checked, sequence
@@ -83,7 +83,7 @@ def _prepare(request: web.Request, asked: CompletionRequest, info: ModelInfo) ->
     sampling = for_completion(asked, info)
     identifier = new_id("cmpl-")
     every = [prompt for prompt in prompts for _ in range(each)]
-    client = request[CLIENT]
+    client = request[ASKER].client
     requests = tuple(sequence(identifier, index, prompt, sampling, client) for index, prompt in enumerate(every))
     return _Job(identifier, int(time.time()), info, requests, each, bool(asked.echo), asked.logprobs)
 

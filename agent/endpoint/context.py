@@ -27,14 +27,24 @@ class Context:
 
 
 CONTEXT = web.AppKey("context", Context)
-#: Who asks: the name of the bearer key, or the address.
-CLIENT = "client"
-ARRIVED = "arrived"
+
+
+@dataclass(slots=True)
+class Asker:
+    """Of one request. ``client`` is the name of the bearer key, or the address; ``origin`` a page's, where allowed."""
+
+    id: str
+    arrived: float
+    client: str = "local"
+    origin: str | None = None
+
+
+ASKER = web.RequestKey("asker", Asker)
 
 
 def call(request: web.Request, prompt_param: str) -> Call:
     """Whom this request's sequences are for."""
-    return Call(request[CLIENT], prompt_param, request[ARRIVED])
+    return Call(request[ASKER].client, prompt_param, request[ASKER].arrived)
 
 
 async def read_body(request: web.Request) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from agent.core.inference import GenerationRequest, Guidance, ModelInfo, TokenEvent
-from agent.endpoint.context import CLIENT, CONTEXT, call, read_body
+from agent.endpoint.context import ASKER, CONTEXT, call, read_body
 from agent.endpoint.errors import ApiError, invalid
 from agent.endpoint.generation import check_model
 from agent.endpoint.prompting import checked, plain_messages, prompt_of, sequence
@@ -79,7 +79,7 @@ async def retrieve(request: web.Request) -> web.Response:
 async def delete(request: web.Request) -> web.Response:
     """``DELETE /v1/responses/{id}``."""
     identifier = request.match_info["id"]
-    if not request.app[CONTEXT].store.delete(request[CLIENT], identifier, _now()):
+    if not request.app[CONTEXT].store.delete(request[ASKER].client, identifier, _now()):
         raise _not_found(identifier)
     return json_reply({"id": identifier, "object": "response", "deleted": True})
 
@@ -109,7 +109,7 @@ def _prepare(request: web.Request, asked: ResponseRequest, info: ModelInfo) -> _
     prompt = prompt_of(request.app[CONTEXT], [*plain_messages(system), *messages], plan.tools, "input")
     sampling = for_response(asked, info, plan.guidance or guidance)
     builder = ResponseBuilder(asked, info.name, int(time.time()), plan.parser())
-    generation = sequence(builder.response["id"], 0, prompt, sampling, request[CLIENT])
+    generation = sequence(builder.response["id"], 0, prompt, sampling, request[ASKER].client)
     return _Job(asked, info, generation, builder, messages)
 
 
@@ -120,7 +120,7 @@ def _tool(tool: FunctionTool) -> Tool:
 
 def _guidance(asked: ResponseRequest, info: ModelInfo) -> Guidance | None:
     wanted = asked.text.format if asked.text else None
-    return format_guidance(_wrapped(wanted), info.capabilities, "text.format") if wanted else None
+    return format_guidance(_wrapped(wanted), info.capabilities, "text.format", "text.format.schema") if wanted else None
 
 
 def _wrapped(wanted: TextFormat) -> ResponseFormat:
@@ -195,7 +195,7 @@ def _keep(request: web.Request, job: _Job) -> None:
     response = job.builder.response
     answer = _answer(response["output"])
     stored = Stored.of(response, _inputs(job.asked.input, response["id"]), [*job.messages, answer], _now())
-    request.app[CONTEXT].store.put(request[CLIENT], stored)
+    request.app[CONTEXT].store.put(request[ASKER].client, stored)
 
 
 def _answer(output: list[dict[str, Any]]) -> Mapping[str, Any]:
@@ -225,7 +225,7 @@ def _listed(item: Item) -> dict[str, Any]:
 
 
 def _stored(request: web.Request, identifier: str, param: str | None = None) -> Stored:
-    stored = request.app[CONTEXT].store.get(request[CLIENT], identifier, _now())
+    stored = request.app[CONTEXT].store.get(request[ASKER].client, identifier, _now())
     if stored is None:
         raise _not_found(identifier, param)
     return stored

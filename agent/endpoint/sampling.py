@@ -104,9 +104,12 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def format_guidance(
-    wanted: ResponseFormat | None, capabilities: Capabilities, param: str = "response_format"
+    wanted: ResponseFormat | None,
+    capabilities: Capabilities,
+    param: str = "response_format",
+    schema_at: str = "response_format.json_schema.schema",
 ) -> Guidance | None:
-    """The constraint of a ``response_format``.
+    """The constraint of a ``response_format``; ``param`` and ``schema_at`` are what the API calls them.
 
     Raises:
         ApiError: 400, the schema is none, or the runtime cannot constrain.
@@ -116,13 +119,11 @@ def format_guidance(
     if wanted.type == "json_object":
         return _json_object(capabilities, param)
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-        raise invalid(f"{param}.json_schema.schema is missing", f"{param}.json_schema.schema")
-    return schema_guidance(wanted.json_schema.schema_, capabilities, f"{param}.json_schema.schema", param)
+        raise invalid(f"{schema_at} is missing", schema_at)
+    return schema_guidance(wanted.json_schema.schema_, capabilities, schema_at, param)
 
 
-def schema_guidance(
-    schema: Mapping[str, Any], capabilities: Capabilities, where: str, param: str = "response_format"
-) -> Guidance:
+def schema_guidance(schema: Mapping[str, Any], capabilities: Capabilities, where: str, param: str) -> Guidance:
     """Constrained to a schema.
 
     Raises:

@@ -1,0 +1,184 @@
+"""The responses API, through the official client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from agent.endpoint import ApiKey
+from agent.endpoint.stored import ResponseStore, Stored
+from tests.agent.endpoint.conftest import MODEL, Endpoint, Serve
+from tests.simulators.inference import SimulatedInference
+
+ANSWER = "The capital of France is Paris."
+TOOL: Any = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": False,
+}
+CALL = '<|tool_call|>[{"name": "weather", "arguments": {"city": "Paris"}}]<|/tool_call|>'
+
+
+async def test_text(endpoint: Endpoint):
+    response = await endpoint.openai.responses.create(model=MODEL, input="hello", instructions="Be brief.")
+    assert response.output_text == ANSWER
+    assert response.status == "completed"
+    assert response.usage is not None and response.usage.output_tokens == 9
+    assert endpoint.inference.requests[0].prompt == "<|system|>Be brief.<|end|><|user|>hello<|end|><|assistant|>"
+
+
+async def test_streamed(endpoint: Endpoint):
+    async with endpoint.openai.responses.stream(model=MODEL, input="hello") as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_response()
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert final.output_text == ANSWER
+
+
+async def test_a_conversation_goes_on(endpoint: Endpoint):
+    create = endpoint.openai.responses.create
+    first = await create(model=MODEL, input="one", instructions="Only once.")
+    second = await create(model=MODEL, input="two", previous_response_id=first.id)
+    assert endpoint.inference.requests[1].prompt == (
+        f"<|user|>one<|end|><|assistant|>{ANSWER}<|end|><|user|>two<|end|><|assistant|>"
+    )
+    assert (await endpoint.openai.responses.retrieve(second.id)).output_text == ANSWER
+    listed = await endpoint.openai.responses.input_items.list(second.id)
+    assert [item.content[0].text async for item in listed] == ["two"]
+    await endpoint.openai.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        await endpoint.openai.responses.retrieve(second.id)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await create(model=MODEL, input="x", previous_response_id=second.id)
+    assert caught.value.param == "previous_response_id"
+
+
+async def test_not_stored_when_told_so(endpoint: Endpoint):
+    response = await endpoint.openai.responses.create(model=MODEL, input="x", store=False)
+    with pytest.raises(openai.NotFoundError):
+        await endpoint.openai.responses.retrieve(response.id)
+
+
+async def test_each_key_has_its_own(serve: Serve):
+    endpoint = await serve(keys=(ApiKey("a", "secret-a"), ApiKey("b", "secret-b")))
+    response = await endpoint.openai.responses.create(model=MODEL, input="x")
+    other = endpoint.openai.with_options(api_key="secret-b")
+    with pytest.raises(openai.NotFoundError):
+        await other.responses.retrieve(response.id)
+    with pytest.raises(openai.BadRequestError):
+        await other.responses.create(model=MODEL, input="x", previous_response_id=response.id)
+
+
+async def test_function_calls_and_their_results(serve: Serve):
+    endpoint = await serve(SimulatedInference(answer=CALL))
+    first = await endpoint.openai.responses.create(model=MODEL, input="Weather?", tools=[TOOL])
+    call = first.output[0]
+    assert (call.type, call.name, call.arguments) == ("function_call", "weather", '{"city": "Paris"}')
+    endpoint.inference.answer = "It rains."
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    second = await endpoint.openai.responses.create(
+        model=MODEL, input=[output], previous_response_id=first.id, tools=[TOOL]
+    )
+    assert second.output_text == "It rains."
+    assert f"<|assistant|>{CALL}<|end|><|tool|>rain<|end|>" in endpoint.inference.requests[1].prompt
+    stateless: Any = [{"role": "user", "content": "Weather?"}, *(item.model_dump() for item in first.output), output]
+    await endpoint.openai.responses.create(model=MODEL, input=stateless, store=False, tools=[TOOL])
+    assert endpoint.inference.requests[2].prompt == endpoint.inference.requests[1].prompt
+
+
+async def test_function_calls_streamed(serve: Serve):
+    endpoint = await serve(SimulatedInference(answer="Wait. " + CALL))
+    async with endpoint.openai.responses.stream(model=MODEL, input="Weather?", tools=[TOOL]) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_response()
+    assert "response.function_call_arguments.delta" in kinds
+    assert [item.type for item in final.output] == ["message", "function_call"]
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+async def test_structured_output(endpoint: Endpoint):
+    parsed = await endpoint.openai.responses.parse(model=MODEL, input="hello", text_format=Person)
+    assert parsed.output_parsed == Person(name="text", age=7)
+
+
+async def test_cut_by_max_output_tokens(endpoint: Endpoint):
+    response = await endpoint.openai.responses.create(model=MODEL, input="hello", max_output_tokens=2)
+    assert response.status == "incomplete"
+    assert response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+
+
+async def test_a_crash_in_the_middle_of_a_stream(serve: Serve):
+    endpoint = await serve(SimulatedInference(crash_after=3))
+    events = [event async for event in await endpoint.openai.responses.create(model=MODEL, input="x", stream=True)]
+    assert events[-1].type == "response.failed"
+    assert "SIGKILL" in events[-1].response.error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"type": "image", "url": "x"}]}, "input[0]"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0].type",
+        ),
+        ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "x", "conversation": "conv_1"}, "conversation"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format"),
+        (
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}},
+            "text.format.schema.type",
+        ),
+        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+    ],
+)
+async def test_refused_by_name(endpoint: Endpoint, body: dict[str, Any], param: str):
+    status, answer = await endpoint.post("/v1/responses", {"model": MODEL, **body})
+    assert status == 400
+    assert answer["error"]["param"] == param
+
+
+def stored(number: int, size: int, at: float) -> Stored:
+    return Stored({"id": f"r{number}"}, (), (), size, at)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 120), st.floats(0, 50)), max_size=40))
+def test_the_store_stays_within_its_bounds(puts: list[tuple[int, int, float]]):
+    store = ResponseStore(4, 200, 100.0)
+    now = 0.0
+    for number, (client, size, pause) in enumerate(puts):
+        now += pause
+        store.put(f"c{client}", stored(number, size, now))
+        assert len(store) <= 4
+        assert 0 <= store.bytes <= 200
+        found = store.get(f"c{client}", f"r{number}", now)
+        assert found is not None and found.size == size
+        assert store.get("another", f"r{number}", now) is None
+    assert store.get("c0", "r0", now + 1000) is None
+    assert (len(store), store.bytes) == (0, 0)
