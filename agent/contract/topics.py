@@ -8,8 +8,9 @@ PREFIX = "phifleet/v1"
 
 METADATA_WANT = f"{PREFIX}/metadata/want"
 #: Controllers share the load of metadata requests and of wants: MQTT 5 section 4.8.2, shared subscriptions.
-METADATA_WANT_SHARED = f"$share/fleet/{METADATA_WANT}"
-ARTIFACT_WANT_SHARED = f"$share/fleet/{PREFIX}/artifacts/+/want"
+#: A group of its own for each filter: rumqttd keeps one filter a group and silently delivers to the newest alone.
+METADATA_WANT_SHARED = f"$share/phifleet-metadata/{METADATA_WANT}"
+ARTIFACT_WANT_SHARED = f"$share/phifleet-chunks/{PREFIX}/artifacts/+/want"
 
 ALL_PRESENCE = f"{PREFIX}/devices/+/presence"
 ALL_FACTS = f"{PREFIX}/devices/+/facts"
