@@ -170,9 +170,7 @@ class Works:
     async def _prove_one(self, ref: ArtifactRef) -> Proof:
         manifest = await self._manifest(ref)
         async with self.host_lock:
-            proof = await self._parts.host.prove(manifest, self._folder(ref))
-        log.info("proven", artifact=ref.id, **proof.model_dump())
-        return proof
+            return await self._parts.host.prove(manifest, self._folder(ref))
 
     async def _activate(self, ref: ArtifactRef | None, desired: Desired) -> core.Activated:
         if ref is None:

@@ -254,7 +254,7 @@ def _refuse_failure(reported: Reported) -> None:
 
 def _ask(teller: Teller, endpoint: str, manifest: Manifest, watch: _Watch) -> Outcome:
     with teller.step("ask") as step:
-        answer = chat(endpoint, QUESTION)
+        answer = chat(endpoint, manifest.model.name, QUESTION)
         step.done(f"{QUESTION} -> [bold]{answer}[/bold]")
     with teller.step("health") as step:
         watch.until(lambda: watch.health() is not None, "a health report")
@@ -264,13 +264,13 @@ def _ask(teller: Teller, endpoint: str, manifest: Manifest, watch: _Watch) -> Ou
     return Outcome(answer, endpoint, manifest, watch.reported(), health, teller.seconds)
 
 
-def chat(endpoint: str, question: str) -> str:
+def chat(endpoint: str, model: str, question: str) -> str:
     """Ask over HTTP, as any client would.
 
     Raises:
         DemoError: the endpoint refuses or does not answer.
     """
-    body = {"model": "phi", "temperature": 0, "max_tokens": 40, "messages": [{"role": "user", "content": question}]}
+    body = {"model": model, "temperature": 0, "max_tokens": 40, "messages": [{"role": "user", "content": question}]}
     request = urllib.request.Request(  # noqa: S310 - our own endpoint, over http
         f"{endpoint}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
