@@ -48,7 +48,7 @@ class VerifiedClock:
         Raises:
             OSError: the disk refuses.
         """
-        if signed_at <= self.bound() and sorted(keyids) == self._keyids:
+        if signed_at <= self._bound and sorted(keyids) == self._keyids:
             return
         self._bound, self._keyids = max(signed_at, self.bound()), sorted(keyids)
         self._since = self._clock.monotonic()

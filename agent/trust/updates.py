@@ -50,6 +50,7 @@ class Updates:
         with self._mapped():
             self._metadata.mkdir(parents=True, exist_ok=True)
             self._targets.mkdir(parents=True, exist_ok=True)
+            self._clean()
             updater = self._refresh(fetcher)
             self._bound_clock(updater)
             for path in (*self._metadata.glob("*.json"), self._metadata):
@@ -139,6 +140,12 @@ class Updates:
             issued_at = datetime.fromisoformat(str(text)).astimezone(UTC)
             if issued_at < trusted.timestamp.expires:
                 self._clock.verified(issued_at, keyids)
+
+    def _clean(self) -> None:
+        # What a killed agent had begun to write; ngclient's temporary files begin with tmp.
+        for leftovers in (self._metadata.glob("tmp*"), self._targets.glob(".new-*")):
+            for path in leftovers:
+                path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         manifests = [path for path in self._targets.glob("*.json") if path.name != DIRECTOR_TARGET]

@@ -137,7 +137,8 @@ class MetadataServer:
             self._cache.move_to_end(name)
             return self._cache[name]
         data = await asyncio.to_thread(self._source.read, name)
-        if data is not None and len(data) > MAX_CHUNK_BYTES:  # so it is one whose name says its version or hash
+        # Only what is read in several segments; and timestamp.json changes under its name, all others never do.
+        if data is not None and len(data) > MAX_CHUNK_BYTES and name != "timestamp.json":
             self._cache[name] = data
             while len(self._cache) > _CACHED_FILES:
                 self._cache.popitem(last=False)

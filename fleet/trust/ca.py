@@ -35,7 +35,7 @@ from agent.contract.base import DeviceId
 from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
-from fleet.trust.files import PRIVATE, write_atomic
+from fleet.trust.files import PRIVATE, remove_leftovers, write_atomic
 
 CA_DAYS = 3650
 DEVICE_DAYS = 397
@@ -218,6 +218,7 @@ class DeviceCA:
         with _boundary(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._lock:
+                remove_leftovers(self._folder)
                 yield
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 PRIVATE = 0o600
 PUBLIC = 0o644
 
+_PREFIX = ".new-"
+
 
 def write_atomic(path: Path, data: bytes, mode: int = PUBLIC) -> None:
     """Replace ``path``; a crash leaves the old file or the new one. The mode holds from the first byte on.
@@ -18,7 +20,7 @@ def write_atomic(path: Path, data: bytes, mode: int = PUBLIC) -> None:
         OSError: the disk refuses; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_PREFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -31,6 +33,12 @@ def write_atomic(path: Path, data: bytes, mode: int = PUBLIC) -> None:
             Path(temporary).unlink()
         raise
     sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process had begun to write; only for whoever holds the lock of ``folder``."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 
 from agent.contract.director import DIRECTOR_TARGET, ISSUED_AT_FIELD, DirectorKeys
 from fleet.errors import RepositoryError
-from fleet.trust.files import write_atomic
+from fleet.trust.files import remove_leftovers, write_atomic
 from fleet.trust.keyring import Keyring
 
 #: A device in the middle of a download may still want what was current a moment ago.
@@ -205,6 +205,11 @@ class Release:
         if len(opened) < threshold:
             raise RepositoryError(f"{role} needs {threshold} keys, {len(opened)} can be opened: {'; '.join(problems)}")
         return opened
+
+    def clean(self) -> None:
+        """Delete what a killed process had begun to write."""
+        for folder in (self.metadata, self.targets, self.targets / "artifacts"):
+            remove_leftovers(folder)
 
     def _prune(self, state: Signatures) -> None:
         current = {"snapshot": state.snapshot.signed.version, "targets": state.targets.signed.version}

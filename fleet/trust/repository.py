@@ -31,7 +31,7 @@ from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired
 from fleet.errors import RepositoryError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
-from fleet.trust.files import sync_folder
+from fleet.trust.files import remove_leftovers, sync_folder
 from fleet.trust.keyring import Keyring
 from fleet.trust.release import Expiry, Release, Signatures, blank
 
@@ -278,6 +278,8 @@ class Repository:
     @contextmanager
     def _writing(self) -> Iterator[Signatures]:
         with self._locked():
+            self._files.clean()
+            remove_leftovers(self._home.keys)
             state = self._files.load()
             broken = state.broken()
             if broken:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from tuf.api.metadata import Metadata
 
 from agent.contract.base import sha256_hex
 from agent.contract.manifest import (
@@ -20,6 +23,8 @@ from agent.contract.manifest import (
 )
 from agent.contract.messages import ArtifactRef, Desired
 from fleet.home import Home
+from fleet.trust.keyring import Keyring
+from fleet.trust.release import Release, Signatures
 from fleet.trust.repository import Repository
 from tests.simulators.clock import FakeClock
 
@@ -74,3 +79,24 @@ def make_repository(folder: Path, clock: FakeClock, **options: Any) -> Repositor
     repository = Repository(Home(folder), clock.now)
     repository.init(**options)
     return repository
+
+
+class Thief:
+    """Holds copies of the private keys, and makes metadata as the fleet's repository would."""
+
+    def __init__(self, home: Home, clock: FakeClock, copy_to: Path) -> None:
+        shutil.copytree(home.keys, copy_to)
+        self._release = Release(home.tuf, Keyring(copy_to), clock.now)
+        self._clock = clock
+
+    def now(self) -> Signatures:
+        """What the repository says now, to be changed."""
+        return self._release.load()
+
+    def sign(self, metadata: Metadata[Any], role: str, keys: int = 99) -> bytes:
+        """The metadata as edited, by at most `keys` of the role's keys as the root had them when they were stolen."""
+        holders = self._release.load().root.signed.roles[role].keyids
+        metadata.signatures.clear()
+        for signer in self._release.signers(role, holders, 0)[:keys]:
+            metadata.sign(signer, append=True)
+        return metadata.to_bytes()

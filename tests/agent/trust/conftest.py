@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +17,9 @@ from agent.trust.client import TrustClient
 from agent.trust.identity import Identity, enrol
 from agent.trust.requests import Patience
 from fleet.delivery.metadata import MetadataServer
+from fleet.home import Home
+from fleet.trust.keyring import Keyring
+from fleet.trust.release import Release
 from fleet.trust.repository import Repository
 from tests.simulators.clock import FakeClock
 from tests.simulators.link import Faults, MemoryBroker, MemoryLink
@@ -30,10 +34,8 @@ class Source:
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
         self.forged: dict[str, bytes | None] = {}
-        self.served: list[str] = []
 
     def read(self, name: str) -> bytes | None:
-        self.served.append(name)
         return self.forged[name] if name in self.forged else self.repository.read(name)
 
 
@@ -45,15 +47,49 @@ class World:
     broker: MemoryBroker
     source: Source
     server: MetadataServer
+    fleet_link: MemoryLink
     device_link: MemoryLink
     identity: Identity
     client: TrustClient
-    patience: Patience = field(default_factory=lambda: IMPATIENT)
+    patience: Patience
+    first_release: dict[str, bytes | None] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Home:
+        return Home(self.folder / "fleet")
+
+    @property
+    def keyring(self) -> Keyring:
+        return Keyring(self.home.keys)
+
+    @property
+    def release(self) -> Release:
+        return Release(self.home.tuf, self.keyring, self.clock.now)
+
+    def strangers_home(self) -> Home:
+        """Of a fleet that this device knows nothing of."""
+        make_repository(self.folder / "strangers", self.clock)
+        return Home(self.folder / "strangers")
+
+    def clock_at(self, now: datetime) -> FakeClock:
+        return FakeClock(now)
 
     def reboot(self, clock: FakeClock | None = None) -> TrustClient:
         """The agent starts again with what is on disk, and maybe with another time."""
         self.client = TrustClient(self.identity, self.device_link, clock or self.clock, self.patience)
         return self.client
+
+    async def stop_server(self) -> None:
+        await self.server.stop()
+
+    async def end_attack(self) -> None:
+        """The broker and the controller are good again."""
+        self.source.forged.clear()
+        self.broker.intercept = lambda message: message
+        self.device_link.restore()
+        await self.server.stop()
+        self.server = MetadataServer(self.fleet_link, self.source)
+        await self.server.start()
 
     def on_disk(self) -> dict[str, str]:
         """Every file of the trust store, by the hash of its bytes."""
@@ -76,16 +112,25 @@ def make_bundle(repository: Repository, now: datetime, **changes: object) -> Bun
     return Bundle.model_validate(fields | changes)
 
 
-MakeWorld = Callable[..., "AsyncIterator[World]"]
+MakeWorld = Callable[..., Awaitable[World]]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fleet as `phifleet init` leaves it, to be copied."""
+    folder = tmp_path_factory.mktemp("template") / "fleet"
+    make_repository(folder, FakeClock())
+    return folder
 
 
 @pytest.fixture
-async def make_world(tmp_path: Path) -> AsyncIterator[Callable[..., object]]:
+async def make_world(tmp_path: Path, template: Path) -> AsyncIterator[MakeWorld]:
     async with AsyncExitStack() as stack:
 
         async def make(faults: Faults | None = None, patience: Patience = IMPATIENT) -> World:
             clock = FakeClock()
-            repository = make_repository(tmp_path / "fleet", clock)
+            shutil.copytree(template, tmp_path / "fleet")
+            repository = Repository(Home(tmp_path / "fleet"), clock.now)
             identity = enrol(make_bundle(repository, clock.now()), tmp_path / "device")
             broker = MemoryBroker(faults)
             fleet_link = await stack.enter_async_context(broker.link("fleet"))
@@ -93,15 +138,16 @@ async def make_world(tmp_path: Path) -> AsyncIterator[Callable[..., object]]:
             source = Source(repository)
             server = MetadataServer(fleet_link, source)
             await server.start()
-            stack.push_async_callback(server.stop)
             client = TrustClient(identity, device_link, clock, patience)
-            return World(
-                tmp_path, clock, repository, broker, source, server, device_link, identity, client, patience
+            world = World(
+                tmp_path, clock, repository, broker, source, server, fleet_link, device_link, identity, client, patience
             )
+            stack.push_async_callback(world.stop_server)
+            return world
 
         yield make
 
 
 @pytest.fixture
-async def world(make_world: Callable[..., object]) -> World:
-    return await make_world()  # type: ignore[misc, no-any-return] # a coroutine; pytest's fixtures are not typed
+async def world(make_world: MakeWorld) -> World:
+    return await make_world()
