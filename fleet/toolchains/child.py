@@ -49,6 +49,10 @@ def main() -> int:
 
 
 def _run(request: dict[str, Any], tell: Any) -> dict[str, Any]:
+    if request["kind"] in ("reference", "measure"):
+        from fleet.toolchains import quality_job
+
+        return quality_job.run(request["kind"], request["job"], tell)
     from fleet.toolchains.registry import driver_of
 
     if request["kind"] == "convert":

@@ -16,14 +16,14 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from fleet.errors import BuildError, FleetError, ModelError, ProfileError
+from fleet.errors import BuildError, FleetError, ModelError, ProfileError, UsageError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.progress import Progress, ProgressCallback
 
 _TAIL_LINES = 15
 _TAIL_BYTES = 64 * 1024
 _GRACE_S = 3.0
-_KINDS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in (BuildError, ModelError, ProfileError)}
+_KINDS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in (BuildError, ModelError, ProfileError, UsageError)}
 _NO_SPACE_BYTES = 4 * 1024 * 1024
 #: No hub, no bars, no telemetry, and the same order of everything in every run.
 _ENVIRONMENT = {
@@ -37,6 +37,8 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONUNBUFFERED": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    # Threads that spin at a barrier while others hold the cores make torch ten times slower on a busy machine.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -58,6 +60,24 @@ def speak(job: SpeakJob, log: Path, progress: ProgressCallback) -> str:
         BuildError: the runtime cannot load it, or crashed.
     """
     return str(_Child("speak", job, log, progress).run()["result"]["text"])
+
+
+def run(kind: str, job: BaseModel, log: Path, progress: ProgressCallback) -> dict[str, Any]:
+    """Any other job that the child knows, such as a measurement; what it returned.
+
+    Raises:
+        BuildError: it failed or was killed; the message ends with the tail of its log.
+    """
+    return dict(_Child(kind, job, log, progress).run()["result"])
+
+
+#: What has failed, by the kind of job.
+_FAILED = {
+    "convert": "did not convert",
+    "speak": "built an artifact that its own runtime cannot run",
+    "reference": "could not run the FP32 model in transformers",
+    "measure": "built an artifact that its own runtime cannot measure",
+}
 
 
 @dataclass
@@ -119,7 +139,7 @@ class _Child:
         if answer.get("kind") in _KINDS:
             return _KINDS[answer["kind"]](answer["error"])
         toolchain = getattr(self.job, "toolchain", "toolchain")
-        what = "did not convert" if self.kind == "convert" else "built an artifact that its own runtime cannot run"
+        what = _FAILED[self.kind]
         reason = answer.get("error") or self._death(code)
         if _disk_is_full(self.job):
             reason = f"the disk is full ({reason})"

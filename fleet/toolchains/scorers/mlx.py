@@ -1,0 +1,136 @@
+"""MLX models in mlx-lm.
+
+On a Linux CPU, MLX multiplies matrices at about 2 GFLOP/s, so that scoring would take an hour. There, and
+there alone, the products of weights are computed by NumPy on the same dequantized weights, inside MLX's own model; a
+short sequence is first put through MLX's own kernels, and both must agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fleet.errors import BuildError
+from fleet.toolchains.scorers import Opened, Timing
+
+_SAMPLE_TOKENS = 12
+#: Of logits, which are around 10 to 20: rounding of float16 models, not a different result.
+_AGREE_WITHIN = 0.25
+
+
+class Mlx:
+    """A model, lazily evaluated."""
+
+    def __init__(self, opened: Opened) -> None:
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        self._mx = mx
+        self._model, _ = load_model(opened.path)
+        self._slow = not mx.metal.is_available()
+
+    def generate(self, prompt: Sequence[int], tokens: int) -> Timing:
+        """Greedily, with MLX's cache; a CPU gets an eighth of the prompt and the tokens, and the figures say so."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        if self._slow:
+            prompt, tokens = prompt[: max(8, len(prompt) // 8)], max(4, tokens // 8)
+        cache = make_prompt_cache(self._model)
+        began = time.perf_counter()
+        token = self._next(prompt, cache)
+        first = time.perf_counter()
+        for _ in range(tokens - 1):
+            token = self._next([token], cache)
+        each = (time.perf_counter() - first) / (tokens - 1)
+        return Timing((first - began) * 1e3, each * 1e3)
+
+    def prepare_logits(self) -> None:
+        """Where MLX has no fast kernels: put NumPy's matrix product in."""
+        if not self._slow:
+            return
+        ids = list(range(100, 100 + _SAMPLE_TOKENS))
+        own = self.logits(ids, 1)
+        _multiply_by_numpy(self._model)
+        difference = float(abs(own - self.logits(ids, 1)).max())
+        if difference > _AGREE_WITHIN:
+            raise BuildError(
+                f"MLX's own kernels and the same weights in floats differ by {difference:.3g} in the logits"
+            )
+
+    def logits(self, ids: Sequence[int], start: int) -> Any:
+        """In one pass."""
+        import numpy as np
+
+        found = self._model(self._mx.array([list(ids)]))[0, start - 1 : len(ids) - 1]
+        return np.array(found.astype(self._mx.float32))
+
+    def _next(self, ids: Sequence[int], cache: Any) -> int:
+        logits = self._model(self._mx.array([list(ids)]), cache=cache)[0, -1]
+        token: int = self._mx.argmax(logits).tolist()
+        return token
+
+
+def _multiply_by_numpy(model: Any) -> None:
+    import mlx.core as mx
+    from mlx import nn
+    from mlx.utils import tree_map
+
+    class Product(nn.Module):  # type: ignore[misc]  # mlx ships no types
+        """A linear layer, and the output of a tied embedding."""
+
+        def __init__(self, weight: Any, bias: Any) -> None:
+            super().__init__()
+            self.weight = weight
+            self._columns, self._bias = _numpy(weight).T, None if bias is None else _numpy(bias)
+
+        def __call__(self, inputs: Any) -> Any:
+            found = _numpy(inputs) @ self._columns
+            return mx.array(found if self._bias is None else found + self._bias)
+
+        def as_linear(self, inputs: Any) -> Any:
+            return self(inputs)
+
+    class Lookup(Product):
+        """An embedding; tied models use it for the output too."""
+
+        def __call__(self, inputs: Any) -> Any:
+            return self.weight[inputs]
+
+        def as_linear(self, inputs: Any) -> Any:
+            return super().__call__(inputs)
+
+    def replace(layer: Any) -> Any:
+        if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
+            return Lookup(_weights(layer), None)
+        if isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
+            return Product(_weights(layer), layer.get("bias"))
+        return layer
+
+    layers = tree_map(replace, model.leaf_modules(), is_leaf=nn.Module.is_module)
+    model.update_modules(layers)
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+
+
+def _weights(layer: Any) -> Any:
+    import mlx.core as mx
+
+    weight = layer.weight
+    if "scales" in layer:
+        weight = mx.dequantize(
+            weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+        )
+    return weight.astype(mx.float32)
+
+
+def _numpy(array: Any) -> Any:
+    import mlx.core as mx
+    import numpy as np
+
+    return np.array(array.astype(mx.float32), copy=False)
+
+
+def load(opened: Opened) -> Mlx:
+    """Open a model folder."""
+    return Mlx(opened)
