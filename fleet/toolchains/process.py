@@ -23,7 +23,8 @@ from fleet.toolchains.progress import Progress, ProgressCallback
 _TAIL_LINES = 15
 _TAIL_BYTES = 64 * 1024
 _GRACE_S = 3.0
-_KINDS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in (BuildError, ModelError, ProfileError, UsageError)}
+_RAISED = (BuildError, ModelError, ProfileError, UsageError)
+_KINDS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in _RAISED}
 _NO_SPACE_BYTES = 4 * 1024 * 1024
 #: No hub, no bars, no telemetry, and the same order of everything in every run.
 _ENVIRONMENT = {

@@ -83,7 +83,7 @@ def write(job: ReferenceJob, progress: ProgressCallback) -> None:
 def _continue(
     model: Any, tokenizer: Any, prompts: list[list[int]], progress: ProgressCallback
 ) -> list[tuple[list[int], int]]:
-    """Draw from the model's own distribution, temperature 1: over such text the mean divergence is that of the models."""
+    """Draw from the model's own distribution, temperature 1: over such text the mean divergence is the models' own."""
     found = []
     ends = model.generation_config.eos_token_id
     ends = {int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None}

@@ -67,8 +67,8 @@ class Mlx:
 
     def _next(self, ids: Sequence[int], cache: Any) -> int:
         logits = self._model(self._mx.array([list(ids)]), cache=cache)[0, -1]
-        token: int = self._mx.argmax(logits).tolist()
-        return token
+        token: Any = self._mx.argmax(logits).tolist()
+        return int(token)
 
 
 def _multiply_by_numpy(model: Any) -> None:
