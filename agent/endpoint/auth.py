@@ -102,12 +102,19 @@ def check_host(request: web.Request, config: EndpointConfig) -> None:
     """
     if config.unix_socket is not None or not config.loopback:
         return
-    host = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+    host = _hostname(request.headers.get("Host", ""))
     if host in _LOOPBACK_HOSTS or host == config.host or host in config.allowed_hosts:
         return
     if request.version < (1, 1) and not host:
         return
     raise ApiError(403, f"the Host {host[:128]!r} is not served here: use 127.0.0.1 or localhost", code="host_refused")
+
+
+def _hostname(header: str) -> str:
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return header
 
 
 class Cors:

@@ -92,9 +92,11 @@ def from_done(event: DoneEvent) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The deepest complaint, named as the client wrote it: ``messages[0].role: ...``."""
+    """The deepest complaint about the first parameter that is wrong, named like ``messages[0].role``."""
     problems = error.errors(include_url=False, include_input=False)
-    problem = max(problems, key=lambda one: len(one["loc"]))
+    # A union complains once for each branch; the branch of another type says least.
+    problems = [one for one in problems if one["loc"][:1] == problems[0]["loc"][:1]]
+    problem = max(problems, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem['msg']}", code="invalid_json")
     where = location(problem["loc"])

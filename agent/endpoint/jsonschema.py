@@ -5,6 +5,7 @@ Draft 2020-12's keywords where they hold schemas; only local references, none re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,10 @@ class _Check:
         self.nodes = 0
 
     def run(self) -> None:
+        try:
+            json.dumps(self.root, allow_nan=False)
+        except ValueError:
+            raise invalid(f"{self.where} holds a number that JSON does not have", self.where) from None
         self._schema(self.root, self.where, 0, ())
 
     def _schema(self, schema: Any, where: str, depth: int, following: tuple[str, ...]) -> None:

@@ -116,7 +116,7 @@ def _factory(server: web.Server, guard: ConnectionGuard) -> Callable[[], asyncio
         "max_line_size": limits.header_bytes,
         "max_field_size": limits.header_bytes,
         "max_headers": limits.headers,
-        "lingering_time": 1.0,
+        "lingering_time": 0.5,
         "access_log": None,
         # A body is taken as it comes: unpacking one could make gigabytes of kilobytes.
         "auto_decompress": False,
