@@ -23,11 +23,13 @@ from fleet.home import Home
 from fleet.registry import open_registry
 from fleet.registry.local import LocalArtifacts
 from fleet.settings import EMBEDDED, FleetSettings
+from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
 
 _log = structlog.get_logger("serve")
 
 BROKER_CHECK_S = 2.0
+CONNECT_CHECK_S = 0.05
 
 
 @click.command()
@@ -76,7 +78,8 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
             async with _broker(settings), control, bulk:
                 await _connected(control, settings.connect_timeout_s, stop)
                 servers = (ChunkServer(bulk, LocalArtifacts(home).by_digest), MetadataServer(control, repository))
-                await Controller(control, registry, repository, servers, notify=_notifier(ready)).run(stop)
+                ca = DeviceCA(home)
+                await Controller(control, registry, repository, servers, ca=ca, notify=_notifier(ready)).run(stop)
         except LinkError as error:
             raise BrokerError(str(error)) from None
 
@@ -104,19 +107,19 @@ def _notifier(ready: Callable[[], None] | None) -> Callable[[str], bool]:
 
 
 async def _connected(link: MqttLink, timeout_s: float, stop: asyncio.Event) -> None:
-    """Until the broker answers, or ``stop``: an operator who interrupts does not wait for a broker that is away."""
-    waits = {asyncio.create_task(link.wait_connected(timeout_s)), asyncio.create_task(_wait(stop))}
-    try:
-        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in waits:
-            task.cancel()
+    """Until the broker answers, or ``stop``: an operator who interrupts does not wait for a broker that is away.
 
-
-async def _wait(stop: asyncio.Event) -> None:
-    await stop.wait()
+    Raises:
+        BrokerError: it has not answered in time; says every reason there was, as a refusal may be followed by silence.
+    """
+    reasons: dict[str, None] = {}
+    end = asyncio.get_running_loop().time() + timeout_s
+    while not link.connected and not stop.is_set():
+        if link.reason:
+            reasons[link.reason] = None
+        if asyncio.get_running_loop().time() > end:
+            raise BrokerError(f"broker {link.address}: {'; '.join(reasons)} (waited {timeout_s:g} s)")
+        await asyncio.sleep(CONNECT_CHECK_S)
 
 
 @contextlib.asynccontextmanager

@@ -17,7 +17,7 @@ from fleet.registry.models import SCHEMA_VERSION, Base, SchemaRow
 
 #: How long a process waits for another's transaction before it gives up.
 BUSY_TIMEOUT_S = 10.0
-#: Of the advisory lock under which PostgreSQL's tables are made: two controllers may start at once.
+#: Of the advisory lock that PostgreSQL's writers hold; SQLite has BEGIN IMMEDIATE for it.
 _LOCK = 0x7068_6966
 
 
@@ -27,8 +27,8 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = _parse(url)
         self._engine = _engine(self.url)
-        # SQLite takes the write lock at BEGIN, not at the first write: a transaction that read first and was
-        # overtaken by another process could otherwise not be retried.
+        # One writer at a time, from the first statement on: a transaction that read first and was overtaken by
+        # another process would otherwise write over what that one decided.
         self._writer = self._engine.execution_options(phifleet_write=True)
         self._where = self.url.render_as_string(hide_password=True)
         with self._explained():
@@ -85,7 +85,9 @@ def _parse(url: str) -> URL:
 def _engine(url: URL) -> Engine:
     try:
         if url.get_backend_name() != "sqlite":
-            return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": int(BUSY_TIMEOUT_S)})
+            engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": int(BUSY_TIMEOUT_S)})
+            event.listen(engine, "begin", _begin_postgresql)
+            return engine
         if url.database and url.database != ":memory:":
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
@@ -111,10 +113,13 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get("phifleet_write"):
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+
+
 def _prepare(engine: Engine, where: str) -> None:
     with engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         if not inspect(connection).has_table(SchemaRow.__tablename__):
             Base.metadata.create_all(connection)
             connection.execute(insert(SchemaRow).values(version=SCHEMA_VERSION))

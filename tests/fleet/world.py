@@ -88,8 +88,8 @@ def topic_of(message: WireModel, device: str) -> str:
     return leaf.get(type(message).__name__, topics.health)(device)
 
 
-def make_world(folder: Path, url: str | None = None) -> World:
-    clock, home = FakeClock(), Home(folder)
+def make_world(folder: Path, url: str | None = None, clock: FakeClock | None = None) -> World:
+    clock, home = clock or FakeClock(), Home(folder)
     repository = make_repository(folder, clock)
     registry = open_registry(url or f"sqlite:///{home.database}")
     return World(home, clock, repository, registry, put_artifact(home), load_profile(PROFILE))

@@ -1,0 +1,192 @@
+"""`phifleet serve` as a process, on the embedded broker and on mosquitto, with faults injected for real."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agent.contract import topics
+from agent.contract.messages import MetadataWant
+from agent.link import LinkSettings, Message, MqttLink
+from fleet.registry.models import DeploymentRow
+from tests.fleet.world import World, make_world
+from tests.simulators.broker import free_port, mosquitto
+from tests.simulators.clock import FakeClock
+
+DEVICE = "pi-1"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = make_world(tmp_path / "home", clock=FakeClock(datetime.now(UTC)))  # the processes have the real one
+    made.add(DEVICE)
+    yield made
+    made.registry.close()
+
+
+@dataclass(frozen=True)
+class Served:
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        return "controller ready" in self.log.read_text()
+
+
+@contextmanager
+def serve(world: World, url: str, **environment: str) -> Iterator[Served]:
+    """A controller on a broker; an `embedded:PORT` is started by the controller itself."""
+    embedded = url.startswith("embedded:")
+    flags = ["--broker-port", url.removeprefix("embedded:")] if embedded else ["--broker", url]
+    log = world.home.root / f"serve-{time.monotonic_ns()}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fleet", "--home", str(world.home.root), "serve", *flags],
+            stderr=file,
+            env=os.environ | environment,
+        )
+    served = Served(process, f"mqtt://127.0.0.1:{url.removeprefix('embedded:')}" if embedded else url, log)
+    try:
+        yield served
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(10)
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s in vain until {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(params=["embedded", "mosquitto"])
+def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "embedded":
+        yield f"embedded:{free_port()}"
+    else:
+        with mosquitto(tmp_path / "mosquitto") as running:
+            yield running.url
+
+
+def newest(world: World) -> DeploymentRow:
+    return world.registry.newest()[DEVICE]
+
+
+async def retained(url: str, topic: str, timeout_s: float = 20) -> Message:
+    """What a device that connects now gets on a topic."""
+    came: asyncio.Queue[Message] = asyncio.Queue()
+    async with MqttLink(LinkSettings(url, "test-device")) as link:
+        await link.wait_connected(timeout_s)
+        await link.subscribe(topic, came.put_nowait)
+        async with asyncio.timeout(timeout_s):
+            return await came.get()
+
+
+async def ask_for_root(url: str) -> Message:
+    came: asyncio.Queue[Message] = asyncio.Queue()
+    async with MqttLink(LinkSettings(url, "test-asking")) as link:
+        await link.wait_connected(10)
+        await link.subscribe(topics.metadata(DEVICE), came.put_nowait)
+        want = MetadataWant(device=DEVICE, name="1.root.json").to_json()
+        for _ in range(5):  # as a device does, which asks again when no answer comes
+            await link.publish(topics.METADATA_WANT, want, response_topic=topics.metadata(DEVICE), correlation=b"1")
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(came.get(), 2)
+        pytest.fail("no answer to five requests")
+
+
+def test_it_serves_and_publishes_what_the_command_line_records_and_ends_in_good_order(
+    world: World, broker: str
+) -> None:
+    with serve(world, broker) as served:
+        until(served.ready, "it is ready")
+        (order,) = world.deploy(DEVICE)
+        until(lambda: newest(world).stage == "published", "the order is published", 5)
+        assert asyncio.run(retained(served.url, topics.desired(DEVICE))).payload == order.envelope
+        assert asyncio.run(ask_for_root(served.url)).payload == world.repository.root_bytes()
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(10) == 0
+        log = served.log.read_text()
+        assert "controller stopped" in log and "Traceback" not in log
+        assert f'"deployment": "{order.id}"' in log, "JSON when not on a terminal"
+
+
+def test_killed_and_started_again_it_goes_on(world: World, broker: str) -> None:
+    with serve(world, broker) as served:
+        until(served.ready, "it is ready")
+        (order,) = world.deploy(DEVICE)
+        until(lambda: newest(world).stage == "published", "the order is published")
+        served.process.kill()
+        served.process.wait(10)
+    with serve(world, broker) as again:
+        until(again.ready, "it is ready again")
+        assert asyncio.run(retained(again.url, topics.desired(DEVICE))).payload == order.envelope
+        until(lambda: "order published again" in again.log.read_text(), "it says so")
+
+
+def test_an_embedded_broker_that_dies_is_started_again_with_all_orders(world: World) -> None:
+    with serve(world, f"embedded:{free_port()}") as served:
+        until(served.ready, "it is ready")
+        (order,) = world.deploy(DEVICE)
+        until(lambda: newest(world).stage == "published", "the order is published")
+        children = psutil.Process(served.process.pid).children(recursive=True)
+        assert children, "the broker is a child"
+        for child in children:
+            child.kill()
+        until(lambda: "starting it again" in served.log.read_text(), "it is noticed")
+        assert asyncio.run(retained(served.url, topics.desired(DEVICE), 30)).payload == order.envelope
+
+
+def test_systemd_is_told_over_its_socket(world: World, tmp_path: Path) -> None:
+    address = tmp_path / "notify"
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
+        systemd.bind(str(address))
+        systemd.settimeout(30)
+        with serve(world, f"embedded:{free_port()}", NOTIFY_SOCKET=str(address)) as served:
+            assert systemd.recv(100) == b"READY=1"
+            assert systemd.recv(100) == b"WATCHDOG=1"
+            served.process.send_signal(signal.SIGINT)
+            while (said := systemd.recv(100)) == b"WATCHDOG=1":
+                pass
+            assert said == b"STOPPING=1"
+            assert served.process.wait(10) == 0
+
+
+def test_a_broker_that_cannot_be_reached_is_said_in_one_line(world: World) -> None:
+    url = f"mqtt://127.0.0.1:{free_port()}"
+    with serve(world, url, PHIFLEET_CONNECT_TIMEOUT_S="0.5") as served:
+        assert served.process.wait(20) == 7
+        last = served.log.read_text().splitlines()[-1]
+        assert last.startswith(f"error: broker {url}: ") and "refused" in last.lower()
+
+
+def test_a_broker_that_refuses_is_said_in_one_line(world: World, tmp_path: Path) -> None:
+    refusing = mosquitto(tmp_path / "m", listener="allow_anonymous false")
+    with refusing as running, serve(world, running.url, PHIFLEET_CONNECT_TIMEOUT_S="4") as served:
+        assert served.process.wait(20) == 7
+        assert "not authori" in served.log.read_text().splitlines()[-1].lower()
+
+
+def test_a_port_in_use_is_said_in_one_line(world: World) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    with closing(taken), serve(world, f"embedded:{taken.getsockname()[1]}") as served:
+        assert served.process.wait(30) == 7
+        last = served.log.read_text().splitlines()[-1]
+        assert last.startswith("error: ") and "--broker-port" in last
