@@ -9,7 +9,8 @@ Source: The Update Framework specification 1.0, sections 4, 6.1 and 6.2.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -219,14 +220,20 @@ class Release:
                 path.unlink(missing_ok=True)
 
 
+@contextmanager
+def signing(role: str, signer: Signer) -> Iterator[None]:
+    """A KMS or an HSM fails in its own ways; all of them become a ``RepositoryError``."""
+    try:
+        yield
+    except Exception as error:
+        raise RepositoryError(f"signing {role} with key {signer.public_key.keyid[:12]} failed: {error}") from error
+
+
 def _signed(metadata: Metadata[Any], signers: Iterable[Signer]) -> bytes:
     metadata.signatures.clear()
     for signer in signers:
-        try:
+        with signing(metadata.signed.type, signer):
             metadata.sign(signer, append=True)
-        except Exception as error:  # a KMS or an HSM fails in its own ways
-            keyid = signer.public_key.keyid
-            raise RepositoryError(f"signing {metadata.signed.type} with key {keyid[:12]} failed: {error}") from error
     return metadata.to_bytes()
 
 

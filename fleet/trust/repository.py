@@ -33,7 +33,7 @@ from fleet.home import Home
 from fleet.trust.clock import utc_now
 from fleet.trust.files import remove_leftovers, sync_folder
 from fleet.trust.keyring import Keyring
-from fleet.trust.release import Expiry, Release, Signatures, blank
+from fleet.trust.release import Expiry, Release, Signatures, blank, signing
 
 DIRECTOR = "director"
 ONLINE_ROLES = (Snapshot.type, Timestamp.type)
@@ -62,12 +62,18 @@ class RoleStatus:
 class Repository:
     """The repository in ``home.tuf`` and its keys in ``home.keys``. Safe to use from several processes at once."""
 
-    def __init__(self, home: Home, clock: Callable[[], datetime] = utc_now, offline_keys: Path | None = None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        clock: Callable[[], datetime] = utc_now,
+        offline_keys: Path | None = None,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+    ) -> None:
         self._home = home
         self._clock = clock
         self._keyring = Keyring(home.keys, offline_keys)
         self._files = Release(home.tuf, self._keyring, clock)
-        self._lock = FileLock(home.root / "trust.lock", timeout=LOCK_TIMEOUT_S)
+        self._lock = FileLock(home.root / "trust.lock", timeout=lock_timeout_s)
 
     @property
     def exists(self) -> bool:
@@ -234,7 +240,8 @@ class Repository:
         keys = self._files.director(self._load().targets.signed)
         envelope = Envelope(desired.to_json(), DESIRED_PAYLOAD_TYPE, {})
         for signer in self._files.signers(DIRECTOR, keys.keys, keys.threshold):
-            envelope.sign(signer)
+            with signing(DIRECTOR, signer):
+                envelope.sign(signer)
         return canonical_json(envelope.to_dict())
 
     def status(self) -> tuple[RoleStatus, ...]:
@@ -300,7 +307,7 @@ def _boundary(home: Home) -> Iterator[None]:
         yield
     except Timeout:
         raise RepositoryError(
-            f"another process has held {home.root / 'trust.lock'} for {LOCK_TIMEOUT_S:.0f} s: wait for it, or end it"
+            f"another process has held {home.root / 'trust.lock'} for too long: wait for it, or end it"
         ) from None
     except OSError as error:
         raise RepositoryError(f"the repository in {home.root} cannot be read or written: {error}") from error
