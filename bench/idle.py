@@ -7,7 +7,7 @@ import time
 import psutil
 
 from bench.figures import Figure
-from bench.rig import Rig
+from tests.rig import Rig
 
 SETTLE_S, WATCH_S = 8.0, 30.0
 

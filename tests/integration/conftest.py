@@ -1,0 +1,5 @@
+"""Artifacts built by the real toolchain, kept between runs."""
+
+from tests.models import sample_artifact, sample_dir, tiny_artifact, tiny_dir
+
+__all__ = ["sample_artifact", "sample_dir", "tiny_artifact", "tiny_dir"]

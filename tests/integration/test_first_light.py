@@ -1,0 +1,168 @@
+"""The whole way with real processes: over both brokers, through kills in every state, and what bad luck does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import MAX_CHUNK_BYTES, Manifest
+from agent.contract.messages import State, TransferLimits, Window
+from agent.store.artifacts import ArtifactStore
+from fleet.demo.run import chat
+from tests.models import Built
+from tests.rig import Rig
+
+WINDOW_BYTES = 1024 * 1024
+
+
+@pytest.fixture(params=["mosquitto", "embedded"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with Rig(request.param) as rig:
+        yield rig
+
+
+@pytest.fixture
+def mosquitto_rig() -> Iterator[Rig]:
+    with Rig("mosquitto") as rig:
+        yield rig
+
+
+def take(rig: Rig, built: Built) -> None:
+    rig.take_over(built.manifest, built.files)
+
+
+def test_an_order_becomes_an_answer(rig: Rig, sample_artifact: Built):
+    take(rig, sample_artifact)
+    rig.start_controller()
+    rig.start_agent()
+    rig.until(rig.online, "presence")
+    rig.order(sample_artifact.manifest)
+    reported = rig.settled(1)
+    assert reported.state is State.COMMITTED, reported.failure
+    assert reported.digest == sample_artifact.manifest.digest
+    assert reported.progress and reported.progress.bytes_received <= sample_artifact.manifest.size * 1.05
+    assert "Paris" in chat(
+        f"{reported.endpoint}/v1", sample_artifact.manifest.model.name, "What is the capital of France?"
+    )
+    health = rig.until(lambda: (found := rig.health()) and found["requests"] and found, "health")
+    assert health["tokens_per_s"] > 0
+    rig.kill(rig.agent)
+    rig.until(lambda: not rig.online(), "the will to be published")
+
+
+STATES = ["resolving", "transferring", "verifying", "proving", "activating", "probation"]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_an_agent_killed_in_any_state_comes_back_and_commits(mosquitto_rig: Rig, sample_artifact: Built, state: str):
+    rig = mosquitto_rig
+    take(rig, sample_artifact)
+    # Each state is held open by something real: a controller that is away or stopped, or a window not yet open.
+    wishes: dict[str, object] = {"transfer": TransferLimits(window_bytes=WINDOW_BYTES)}
+    if state == "activating":
+        wishes["window"] = Window(not_before=datetime.now(UTC) + timedelta(seconds=25))
+    if state == "probation":
+        wishes["probation_s"] = 4
+    controller = rig.start_controller()
+    rig.start_agent()
+    rig.until(rig.online, "presence")
+    rig.order(sample_artifact.manifest, **wishes)
+    rig.until(lambda: rig.journal()["state"] == state, state, every_s=0)
+    if state == "transferring":
+        time.sleep(0.25)
+    if state in ("resolving", "transferring"):
+        os.kill(controller, signal.SIGSTOP)
+    rig.kill(rig.agent)
+    killed_in = rig.journal()["state"]
+    there = bytes_on_disk(rig, sample_artifact.manifest) if killed_in == "transferring" else 0
+    os.kill(controller, signal.SIGCONT)
+    rig.start_agent()
+    reported = rig.settled(1)
+    assert reported.state is State.COMMITTED, rig.logs()
+    assert killed_in in (state, STATES[min(STATES.index(state) + 1, 5)])
+    if state == "transferring":
+        # What came before the kill is on disk: at most the window in flight is sent again.
+        assert there > MAX_CHUNK_BYTES, "the kill came before any chunk"
+        assert reported.progress
+        assert reported.progress.bytes_received <= sample_artifact.manifest.size - there + WINDOW_BYTES
+
+
+def bytes_on_disk(rig: Rig, manifest: Manifest) -> int:
+    """Of chunks with the right bytes, of an artifact that is not complete."""
+    store = ArtifactStore(rig.state_dir)
+    partial = store.begin(manifest)
+    try:
+        return sum(partial.table.sizes[index] for index in partial.present(lambda: False))
+    finally:
+        store.abandon(partial)
+
+
+def test_a_controller_killed_during_a_transfer_comes_back_and_the_device_commits(rig: Rig, sample_artifact: Built):
+    take(rig, sample_artifact)
+    rig.start_controller()
+    rig.start_agent()
+    rig.until(rig.online, "presence")
+    rig.order(sample_artifact.manifest, transfer=TransferLimits(window_bytes=WINDOW_BYTES))
+    rig.until(lambda: rig.journal()["state"] == "transferring", "the transfer", every_s=0)
+    rig.kill(rig.controller)
+    time.sleep(1)
+    rig.start_controller()
+    reported = rig.settled(1)
+    assert reported.state is State.COMMITTED, rig.logs()
+    assert reported.progress
+    assert reported.progress.bytes_received <= sample_artifact.manifest.size + WINDOW_BYTES + MAX_CHUNK_BYTES
+
+
+def test_offline_a_device_boots_and_serves_what_it_has(mosquitto_rig: Rig, tiny_artifact: Built):
+    rig = mosquitto_rig
+    take(rig, tiny_artifact)
+    rig.start_controller()
+    rig.start_agent("--port", "0")
+    rig.order(tiny_artifact.manifest)
+    assert rig.settled(1).state is State.COMMITTED
+    rig.kill(rig.agent)
+    rig.kill(rig.controller)
+    rig.stop_broker()
+    port = 18000 + os.getpid() % 1000
+    rig.start_agent("--port", str(port))
+
+    def ready() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=2) as response:
+                return response.status == 200
+        except OSError:
+            return False
+
+    rig.until(ready, "the endpoint without any broker")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as response:
+        assert json.load(response)["data"][0]["id"] == tiny_artifact.manifest.model.name
+
+
+def test_a_model_that_fails_its_signed_probe_leaves_the_old_one_serving(
+    mosquitto_rig: Rig, sample_artifact: Built, tiny_artifact: Built
+):
+    rig = mosquitto_rig
+    probe = sample_artifact.manifest.probes[0]
+    mute = tiny_artifact.manifest.model_copy(update={"probes": (probe.model_copy(update={"expect": ("Paris",)}),)})
+    take(rig, sample_artifact)
+    rig.take_over(mute, tiny_artifact.files)
+    rig.start_controller()
+    rig.start_agent()
+    rig.order(sample_artifact.manifest)
+    assert rig.settled(1).state is State.COMMITTED
+    rig.order(mute)
+    reported = rig.settled(2)
+    assert (reported.state, reported.failure and reported.failure.code) == (State.FAILED, FailureCode.PROBE_FAILED)
+    assert reported.digest == sample_artifact.manifest.digest
+    assert "Paris" in chat(
+        f"{reported.endpoint}/v1", sample_artifact.manifest.model.name, "What is the capital of France?"
+    )
+    rig.until(lambda: not (rig.state_dir / "artifacts" / mute.digest).exists(), "the failed artifact to be collected")

@@ -1,0 +1,179 @@
+"""A whole fleet on this machine, of real processes: a broker, a controller, an agent. For tests and benchmarks.
+
+with Rig(broker="mosquitto") as rig:
+    rig.start_controller(); rig.start_agent()
+    rig.order(manifest); rig.until(State.COMMITTED)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from agent.contract.manifest import Manifest
+from agent.contract.messages import ArtifactRef, Desired, Reported, State
+from agent.contract.profile import HealthLimits, QualityGate
+from fleet.cli.context import Context
+from fleet.cli.devices import add_device
+from fleet.demo.processes import Process
+from fleet.home import Home
+from fleet.profiles_loader import load_profile
+from fleet.registry import Actor
+from fleet.trust.repository import Repository
+from tests.simulators import broker as brokers
+
+PATIENCE_S = 90.0
+
+
+class Rig:
+    """Everything in one temporary folder; processes are ended with it, however it ends."""
+
+    def __init__(self, broker: str = "mosquitto", device: str = "pi-1", folder: Path | None = None) -> None:
+        self.device = device
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="phifleet-rig-"))
+        self.state_dir = self.folder / "device"
+        self.bundle = self.folder / "bundle.json"
+        self.controller: Process | None = None
+        self.agent: Process | None = None
+        self._broker_kind = broker
+        self._stack = contextlib.ExitStack()
+        self._processes: list[Process] = []
+
+    def __enter__(self) -> Self:
+        start = brokers.mosquitto(self.folder) if self._broker_kind == "mosquitto" else brokers.embedded()
+        self.broker = self._stack.enter_context(start)
+        self.context = Context.load({"home": self.folder / "fleet", "broker": self.broker.url}, None)
+        Repository(self.home).init()
+        profile = load_profile("iot-x86").model_copy(update={"quality": QualityGate()})
+        add_device(self.context, self.device, profile, self.bundle, custom=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes):
+            process.stop()
+        self._stack.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def home(self) -> Home:
+        return self.context.home
+
+    @property
+    def broker_url(self) -> str:
+        return self.broker.url
+
+    def stop_broker(self) -> None:
+        assert self.broker.process is not None
+        self.broker.process.terminate()
+        self.broker.process.wait(5)
+
+    def start_controller(self) -> int:
+        environment = {"PHIFLEET_HOME": str(self.home.root), "PHIFLEET_BROKER": self.broker.url}
+        self.controller = self._start("controller", ["fleet", "serve"], environment)
+        return self.controller.pid
+
+    def start_agent(self, *arguments: str, **environment: str) -> int:
+        command = ["agent", "run", "--bundle", str(self.bundle), "--state-dir", str(self.state_dir), "--port", "0"]
+        quick = {"PHIFLEET_AGENT_HEALTH_INTERVAL_S": "0.5"}
+        self.agent = self._start("agent", [*command, *arguments], quick | environment)
+        return self.agent.pid
+
+    def _start(self, name: str, arguments: list[str], environment: dict[str, str]) -> Process:
+        process = Process(name, arguments, self.folder / f"{name}.log", environment)
+        self._processes.append(process)
+        return process
+
+    @staticmethod
+    def kill(process: Process | None) -> None:
+        """kill -9, and see it gone."""
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.stop()
+
+    def take_over(self, manifest: Manifest, files: Path) -> None:
+        """Put an artifact that was built elsewhere into this home."""
+        folder = self.home.artifacts / manifest.id
+        folder.mkdir(parents=True)
+        (folder / "files").symlink_to(files)
+        (folder / "manifest.json").write_bytes(manifest.to_json())
+
+    def order(self, *manifests: Manifest, **wishes: Any) -> None:
+        """Publish and order, with anything of ``Desired`` as wished."""
+        repository = Repository(self.home)
+        for manifest in manifests:
+            repository.publish(manifest)
+        now = datetime.now(UTC)
+        fields: dict[str, Any] = {
+            "issued_at": now,
+            "expires_at": now + timedelta(days=1),
+            "artifacts": tuple(ArtifactRef(id=each.id, digest=each.digest) for each in manifests),
+            "limits": HealthLimits(),
+            "probation_s": 0.5,
+        }
+
+        def draft(device: str, sequence: int, deployment: str) -> Desired:
+            return Desired.model_validate(
+                fields | {"device": device, "sequence": sequence, "deployment": deployment} | wishes
+            )
+
+        with contextlib.closing(self.context.open_registry()) as registry:
+            for manifest in manifests:
+                registry.record_artifact(manifest, Actor("rig", now))
+            registry.deploy([self.device], draft, repository.sign_desired, Actor("rig", now))
+
+    def reported(self) -> Reported | None:
+        """What the controller recorded of the device."""
+        with contextlib.closing(self.context.open_registry()) as registry:
+            found = registry.device(self.device).reported
+        return Reported.model_validate(found) if found else None
+
+    def health(self) -> dict[str, Any] | None:
+        with contextlib.closing(self.context.open_registry()) as registry:
+            return registry.device(self.device).health
+
+    def online(self) -> bool:
+        with contextlib.closing(self.context.open_registry()) as registry:
+            return bool(registry.device(self.device).online)
+
+    def journal(self) -> dict[str, Any]:
+        """The device's own memory, as it is on its disk now."""
+        try:
+            return dict(json.loads((self.state_dir / "journal").read_bytes().partition(b"\n")[2]))
+        except (FileNotFoundError, ValueError):
+            return {"state": "idle", "newest_sequence": 0}
+
+    def until(
+        self, reached: Callable[[], Any], what: str, patience_s: float = PATIENCE_S, every_s: float = 0.05
+    ) -> Any:
+        """Wait; with both logs in the error when it does not come about."""
+        end = time.monotonic() + patience_s
+        while not (found := reached()):
+            if time.monotonic() > end:
+                raise AssertionError(f"waited {patience_s:g} s for {what}\n{self.logs()}")
+            time.sleep(every_s)
+        return found
+
+    def settled(self, sequence: int) -> Reported:
+        """The device's last word on that order."""
+        over = (State.COMMITTED, State.ROLLED_BACK, State.FAILED)
+
+        def ended() -> Reported | None:
+            reported = self.reported()
+            return reported if reported and reported.sequence == sequence and reported.state in over else None
+
+        found: Reported = self.until(ended, f"order {sequence} to end")
+        return found
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {process.name}\n{process.tail()}" for process in (self.controller, self.agent) if process
+        )
