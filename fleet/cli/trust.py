@@ -11,12 +11,13 @@ import click
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from securesystemslib.signer import SSlibKey
 
 from fleet.cli.context import Context
 from fleet.errors import UsageError
-from fleet.trust.ca import DeviceCA
+from fleet.trust.ca import Credentials, DeviceCA
+from fleet.trust.files import PRIVATE, write_atomic
 from fleet.trust.release import Expiry
 from fleet.trust.repository import ROLES, Repository, RoleStatus
 
@@ -70,9 +71,9 @@ def status_command(context: Context, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_as_json(row) for row in rows]))
         return
-    table = Table("role", "version", "signatures end", "threshold", "keys", box=None)
+    table = Table("role", "version", "signatures end", "threshold", Column("keys", overflow="fold"), box=None)
     for row in rows:
-        keys = "\n".join(f"{keyid[:12]} {uri}" for keyid, uri in row.keys.items())
+        keys = "\n".join(uri if keyid[:12] in uri else f"{keyid[:12]} {uri}" for keyid, uri in row.keys.items())
         table.add_row(row.role, str(row.version or "-"), _ends(row, now), f"{row.threshold} of {len(row.keys)}", keys)
     Console().print(table)
 
@@ -113,9 +114,7 @@ def rotate_command(
     made = Repository(context.home, offline_keys=offline_keys).rotate(role, keyid=keyid, external=external)
     click.echo(f"{role} is now held by {', '.join(key[:12] for key in made)}")
     if role == "director":
-        click.echo(
-            "orders signed before are refused now: a running `phifleet serve` must be restarted to sign them again"
-        )
+        click.echo("orders that devices have not finished are refused from now on: deploy them again")
 
 
 @trust.command("withdraw")
@@ -140,6 +139,34 @@ def revoke_command(context: Context, device: str) -> None:
     if count == 0:
         raise UsageError(f"no certificate of {device!r} is in force")
     click.echo(f"revoked {count} of {device}; the broker's list is {context.home.ca / 'crl.pem'}")
+
+
+@trust.command("issue-broker")
+@click.argument("hosts", metavar="HOST...", nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the PEM files.")
+@click.pass_obj
+def issue_broker_command(context: Context, hosts: tuple[str, ...], out: Path) -> None:
+    """Make a certificate for a broker that devices reach under these names or addresses."""
+    _write_credentials(out, "broker", DeviceCA(context.home).server_certificate(hosts))
+
+
+@trust.command("issue-controller")
+@click.option("--name", default="fleet.controller", show_default=True, help="For the broker's ACL; has a dot.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the PEM files.")
+@click.pass_obj
+def issue_controller_command(context: Context, name: str, out: Path) -> None:
+    """Make the client certificate with which `phifleet serve` connects to a broker."""
+    _write_credentials(out, "controller", DeviceCA(context.home).client_certificate(name))
+
+
+def _write_credentials(folder: Path, name: str, credentials: Credentials) -> None:
+    try:
+        write_atomic(folder / f"{name}-key.pem", credentials.private_key.encode(), PRIVATE)
+        write_atomic(folder / f"{name}.pem", credentials.certificate.encode())
+        write_atomic(folder / "ca.pem", credentials.ca.encode())
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
+    click.echo(f"{folder / name}.pem, {name}-key.pem and ca.pem; good until {credentials.expires:%Y-%m-%d}")
 
 
 def _as_json(row: RoleStatus) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_status(context: Context) -> None:
 def test_rotate_renew_and_refresh(context: Context) -> None:
     done(call(context, "init"))
     assert "timestamp is now held by" in done(call(context, "trust", "rotate", "timestamp"))
-    assert "must be restarted" in done(call(context, "trust", "rotate", "director"))
+    assert "deploy them again" in done(call(context, "trust", "rotate", "director"))
     assert "root is now version 3" in done(call(context, "trust", "renew", "root"))
     assert "nothing is due" in done(call(context, "trust", "refresh"))
     assert "has no key 'zz'" in refused(call(context, "trust", "rotate", "root", "--key", "zz"))
@@ -115,6 +115,22 @@ def test_withdraw_and_revoke(context: Context) -> None:
     assert "no certificate of 'pi-1' is in force" in refused(call(context, "trust", "revoke", "pi-1"))
     DeviceCA(context.home).enrol("pi-1")
     assert "revoked 1 of pi-1" in done(call(context, "trust", "revoke", "pi-1"))
+
+
+def test_issue_for_the_broker_and_the_controller(context: Context, tmp_path: Path) -> None:
+    done(call(context, "init"))
+    done(call(context, "trust", "issue-broker", "localhost", "127.0.0.1", "--out", str(tmp_path / "pem")))
+    assert "good until" in done(call(context, "trust", "issue-controller", "--out", str(tmp_path / "pem")))
+    names = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "pem").iterdir()}
+    assert names == {
+        "broker.pem": 0o644,
+        "broker-key.pem": 0o600,
+        "controller.pem": 0o644,
+        "controller-key.pem": 0o600,
+        "ca.pem": 0o644,
+    }
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(call(context, "trust", "issue-controller", "--out", str(tmp_path / "file")))
 
 
 def test_home_is_where_the_context_says(context: Context, tmp_path: Path) -> None:
