@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from agent.core.ports import Inference
-from agent.endpoint import chat_route, completion_route, ops_routes, response_route
+from agent.endpoint import chat_route, completion_route, ops_routes, page_routes, response_route
 from agent.endpoint.answers import new_id
 from agent.endpoint.auth import Cors, Keyring, check_host, is_open
 from agent.endpoint.config import EndpointConfig
@@ -52,7 +52,7 @@ def create_app(
         middlewares=[_gate(config)], client_max_size=config.limits.body_bytes, handler_args={"access_log": None}
     )
     runner = Runner(inference, stats, finished, config.limits.request_timeout_s)
-    app[CONTEXT] = Context(inference, config, runner, metrics, _store(config))
+    app[CONTEXT] = Context(inference, config, runner, metrics, _store(config), stats)
     _routes(app.router)
     app.on_response_prepare.append(_headers)
     return app
@@ -64,6 +64,8 @@ def _store(config: EndpointConfig) -> ResponseStore:
 
 
 def _routes(router: web.UrlDispatcher) -> None:
+    router.add_get("/", page_routes.index)
+    router.add_get("/static/{name}", page_routes.static)
     router.add_get("/v1/models", ops_routes.models)
     router.add_get("/v1/models/{name}", ops_routes.model)
     router.add_post("/v1/chat/completions", chat_route.chat_completions)

@@ -11,7 +11,7 @@ from agent.core.ports import Inference
 from agent.endpoint.config import EndpointConfig
 from agent.endpoint.errors import ApiError
 from agent.endpoint.generation import Call, Runner
-from agent.endpoint.metrics import Metrics
+from agent.endpoint.metrics import Metrics, StatsSource
 from agent.endpoint.stored import ResponseStore
 
 
@@ -24,6 +24,7 @@ class Context:
     runner: Runner
     metrics: Metrics
     store: ResponseStore
+    stats: StatsSource
 
 
 CONTEXT = web.AppKey("context", Context)

@@ -77,10 +77,11 @@ async def metrics(request: web.Request) -> web.Response:
 
 async def props(request: web.Request) -> web.Response:
     """``GET /props``: the signed facts, and what was measured here."""
-    inference = request.app[CONTEXT].inference
-    info, manifest = inference.active(), inference.active_manifest()
+    context = request.app[CONTEXT]
+    info, manifest = context.inference.active(), context.inference.active_manifest()
     if info is None:
-        return json_reply({"ready": False})
+        stats = context.stats()
+        return json_reply({"ready": False, "state": stats.state, "reason": stats.reason})
     return json_reply({"ready": True, **_loaded(info), **({} if manifest is None else _signed(manifest))})
 
 
