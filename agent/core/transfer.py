@@ -164,6 +164,11 @@ class TransferCore:
             self._last_event = max(self._last_event, now)
         return requests
 
+    def bytes_until_useful(self) -> int:
+        """How many bytes must come before another ``tick`` can ask for more, or has nothing left to ask for."""
+        room = self._window - self.in_flight_bytes
+        return max(1, min(self.in_flight_bytes, self._window // 4 - room))
+
     def link_lost(self) -> None:
         """The connection ended: nothing that was asked for will come, and nothing may be asked until it is back."""
         for index in list(self._asked):

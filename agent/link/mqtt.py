@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import structlog
-from paho.mqtt.matcher import MQTTMatcher
 
 from agent.core.ports import Handler, Message
 from agent.errors import LinkError
@@ -45,11 +45,12 @@ class MqttLink:
         self._network = Network(settings, Listener(self._connected, self._disconnected, self._received))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._subscriptions: dict[str, _Subscription] = {}
-        self._matcher = MQTTMatcher()  # type: ignore[no-untyped-call] # paho types it in part
+        self._routes: tuple[tuple[re.Pattern[str], _Subscription], ...] = ()
         self._retained: dict[str, tuple[bytes, int]] = {}
         self._waiting: deque[tuple[Handler, Message]] = deque()
         self._on_connected: list[Callable[[], None]] = []
         self._up = asyncio.Event()
+        self._told = "closed"
         self.dropped = 0
         self.reconnects = -1
 
@@ -139,7 +140,7 @@ class MqttLink:
         """
         subscription = _Subscription(handler, qos, bulk)
         self._subscriptions = {**self._subscriptions, topic: subscription}
-        self._rebuild_matcher()
+        self._rebuild_routes()
         outcome: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
         self._network.subscribe([(topic, qos)], self._resolver(outcome))
         refused = [reason for reason in await outcome if reason.is_failure]
@@ -152,13 +153,12 @@ class MqttLink:
         self._forget(topic)
         self._network.unsubscribe(topic)
 
-    def serve_bulk(self, source: BulkSource, *, window: int = 32) -> None:
-        """Publish what ``source`` gives at QoS 1, at most ``window`` unacknowledged; it runs on the link's thread.
+    def serve_bulk(self, source: BulkSource) -> None:
+        """Publish what ``source`` gives, at QoS 0, whenever the socket has room; it runs on the link's thread.
 
-        Pulled, so that a slow broker slows the source instead of filling memory. While disconnected it is not asked,
-        and what was under way is lost.
+        Pulled, so that a slow broker slows the source instead of filling memory. While disconnected it is not asked.
         """
-        self._network.serve_bulk(source, window)
+        self._network.serve_bulk(source)
 
     def wake_bulk(self) -> None:
         """The source of ``serve_bulk`` has something again."""
@@ -166,14 +166,11 @@ class MqttLink:
 
     def _forget(self, topic: str) -> None:
         self._subscriptions = {key: value for key, value in self._subscriptions.items() if key != topic}
-        self._rebuild_matcher()
+        self._rebuild_routes()
 
-    def _rebuild_matcher(self) -> None:
+    def _rebuild_routes(self) -> None:
         # Replaced as a whole: the link's thread reads it at any moment.
-        matcher = MQTTMatcher()  # type: ignore[no-untyped-call] # paho types it in part
-        for topic, subscription in self._subscriptions.items():
-            matcher[_inner_filter(topic)] = subscription
-        self._matcher = matcher
+        self._routes = tuple((filter_pattern(topic), entry) for topic, entry in self._subscriptions.items())
 
     def _resolver(self, future: asyncio.Future[Any]) -> Callable[[Any], None]:
         loop = asyncio.get_running_loop()
@@ -183,6 +180,7 @@ class MqttLink:
 
     def _connected(self) -> None:
         self.reconnects += 1
+        self._told = "closed"  # by us is no news
         subscriptions = [(topic, subscription.qos) for topic, subscription in self._subscriptions.items()]
         if subscriptions:
             self._network.subscribe(subscriptions, lambda reasons: self._log_refused(subscriptions, reasons))
@@ -193,12 +191,16 @@ class MqttLink:
             _on_loop(self._loop, self._tell_connected)
 
     def _disconnected(self, reason: str) -> None:
-        _log.warning("broker_not_connected", broker=self.address, reason=reason)
+        if reason not in (self._told, "closed"):  # once, not at each attempt
+            self._told = reason
+            _log.warning("broker_not_connected", broker=self.address, reason=reason)
         if self._loop is not None:
             _on_loop(self._loop, self._up.clear)
 
     def _received(self, message: Message) -> None:
-        for subscription in self._matcher.iter_match(message.topic):  # type: ignore[no-untyped-call] # paho types it in part
+        for pattern, subscription in self._routes:
+            if pattern.match(message.topic) is None:
+                continue
             if subscription.bulk:
                 _guard(subscription.handler, message)
             else:
@@ -231,9 +233,15 @@ class MqttLink:
             callback()
 
 
-def _inner_filter(topic: str) -> str:
-    """The filter that publications match: a shared subscription's comes after ``$share/<group>/``."""
-    return topic.split("/", 2)[2] if topic.startswith("$share/") else topic
+def filter_pattern(topic: str) -> re.Pattern[str]:
+    """What an MQTT filter matches (MQTT 5 section 4.7); a shared one, what comes after ``$share/<group>/``."""
+    inner = topic.split("/", 2)[2] if topic.startswith("$share/") else topic
+    levels = inner.split("/")
+    text = "/".join("[^/]*" if level == "+" else re.escape(level) for level in levels if level != "#")
+    if levels[-1] == "#":
+        text = f"{text}(/.*)?" if text else ".*"
+    hidden = "(?!\\$)" if levels[0] in ("+", "#") else ""
+    return re.compile(f"{hidden}{text}\\Z", re.DOTALL)
 
 
 def _guard(handler: Handler, message: Message) -> None:

@@ -29,8 +29,8 @@ from agent.link.settings import LinkSettings, parse_url
 
 #: How many QoS 1 publications of ours may be unacknowledged, unless the broker wants fewer.
 MAX_IN_FLIGHT = 64
-#: Left free of bulk, so that control never waits for a window of chunks to be acknowledged.
-CONTROL_SLOTS = 4
+#: Bulk publications in one turn of the loop, before it reads again.
+BULK_BURST = 8
 
 BulkSource = Callable[[], "tuple[str, bytes] | None"]
 """The next bulk publication as ``(topic, payload)``, or None when there is none now."""
@@ -60,8 +60,7 @@ class Network:
         self.address = parse_url(settings.url)
         self._client = make_client(settings, self.address)
         self._client.on_connect, self._client.on_disconnect = self._on_connect, self._on_disconnect
-        self._client.on_publish, self._client.on_subscribe = self._on_publish, self._on_subscribe
-        self._client.on_message = self._on_message
+        self._client.on_subscribe, self._client.on_message = self._on_subscribe, self._on_message
         self._reason = "not started"
         self._up = False
         self._stopping = threading.Event()
@@ -70,8 +69,7 @@ class Network:
         self._unacknowledged: dict[int, Done] = {}
         self._subscribing: dict[int, Callable[[Sequence[ReasonCode]], None]] = {}
         self._bulk: BulkSource | None = None
-        self._bulk_window = 0
-        self._bulk_in_flight = 0
+        self._bulk_more = False
         self._max_in_flight = MAX_IN_FLIGHT
         self._max_packet_bytes: int | None = None
         self._wake_in, self._wake_out = socket.socketpair()
@@ -113,9 +111,9 @@ class Network:
         """Best effort: the session forgets subscriptions anyhow when it ends."""
         self._do(lambda: self._unsubscribe(topic))
 
-    def serve_bulk(self, source: BulkSource, window: int) -> None:
-        """Take publications from ``source``, on the link's thread, keeping at most ``window`` unacknowledged."""
-        self._bulk, self._bulk_window = source, window
+    def serve_bulk(self, source: BulkSource) -> None:
+        """Take publications from ``source``, on the link's thread, whenever the socket has room for one."""
+        self._bulk = source
         self._wake()
 
     def wake_bulk(self) -> None:
@@ -141,6 +139,8 @@ class Network:
             while not self._stopping.is_set():
                 if self._connect():
                     backoff = self._converse(backoff)
+                if self._stopping.is_set():
+                    self._reason = "closed"
                 backoff = backoff.lost(time.monotonic(), self._settings.backoff)
                 self._ended()
                 self._wait(backoff.delay_s(self._settings.backoff, random.random()))  # noqa: S311 - jitter, not a secret
@@ -193,20 +193,26 @@ class Network:
     def _turn(self, sock: Any, selector: selectors.BaseSelector) -> None:
         client = self._client
         pending = getattr(sock, "pending", None)
-        ready = selector.select(0.0 if pending is not None and pending() else 1.0)
+        ready = selector.select(0.0 if self._bulk_more or (pending is not None and pending()) else 1.0)
         if pending is not None and pending():
-            client.loop_read()
+            self._read()
         for key, events in ready:
             if key.fileobj is self._wake_in:
                 self._drain_wake()
             elif events & selectors.EVENT_READ:
-                client.loop_read()
+                self._read()
         self._run_work()
         self._send_backlog()
-        self._send_bulk()
         if client.want_write():
             client.loop_write()
+        self._send_bulk()
         client.loop_misc()
+
+    def _read(self) -> None:
+        # Set only here: paho would build a reason code and properties for each QoS 0 packet that it writes.
+        self._client.on_publish = self._on_publish
+        self._client.loop_read()
+        self._client.on_publish = None
 
     def _drain_wake(self) -> None:
         try:
@@ -261,17 +267,17 @@ class Network:
             self._unacknowledged[info.mid] = publication.done
 
     def _send_bulk(self) -> None:
-        window = min(self._bulk_window, self._max_in_flight - CONTROL_SLOTS) or 1
-        while self._bulk is not None and self._up and self._bulk_in_flight < window:
+        client = self._client
+        self._bulk_more = False
+        for _ in range(BULK_BURST):
+            if self._bulk is None or not self._up or client.want_write():
+                return
             item = self._bulk()
             if item is None:
                 return
-            self._bulk_in_flight += 1
-            info = self._client.publish(item[0], item[1], 1)
-            self._unacknowledged[info.mid] = self._bulk_done
-
-    def _bulk_done(self, _error: str | None) -> None:
-        self._bulk_in_flight -= 1
+            client.publish(item[0], item[1], 0)
+            client.loop_write()
+        self._bulk_more = True
 
     def _subscribe(self, filters: Sequence[tuple[str, int]], done: Callable[[Sequence[ReasonCode]], None]) -> None:
         if not self._up:

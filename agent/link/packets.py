@@ -93,11 +93,12 @@ def publish_properties(publication: Publication) -> Properties | None:
 def to_message(topic: str, message: MQTTMessage) -> Message:
     """What the rest of the program sees of a publication."""
     properties = message.properties
+    pairs = getattr(properties, "UserProperty", None)
     return Message(
-        topic=topic,
-        payload=bytes(message.payload),
-        retained=message.retain,
-        response_topic=getattr(properties, "ResponseTopic", None),
-        correlation=getattr(properties, "CorrelationData", None),
-        properties=dict(getattr(properties, "UserProperty", ())),
+        topic,
+        bytes(message.payload),
+        message.retain,
+        getattr(properties, "ResponseTopic", None),
+        getattr(properties, "CorrelationData", None),
+        dict(pairs) if pairs else {},
     )

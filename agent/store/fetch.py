@@ -31,6 +31,8 @@ from agent.store.partial import Partial, Stop
 
 TICK_S = 0.25
 PROGRESS_S = 0.5
+#: Brought to the disk while more comes: a power cut then costs little, and the end does not wait for all of it.
+FLUSH_BYTES = 32 * 1024 * 1024
 
 T = TypeVar("T")
 
@@ -119,10 +121,15 @@ class _Session:
         self._error: StoreError | None = None
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._arrived_bytes = 0  # written by the link's thread alone
+        self._taken_bytes = 0
+        self._wake_at = 1
         self._wake_pending = False
         self._linked = True
         self._following = False
         self._requests: set[asyncio.Task[None]] = set()
+        self._flush: asyncio.Task[None] | None = None
+        self._flush_at = FLUSH_BYTES
         self._shared_filter = topics.shared_chunks(self._digest)
         self._own_filter = topics.own_chunks(device, self._digest)
 
@@ -141,6 +148,8 @@ class _Session:
                 await self._turn()
         finally:
             await self._end()
+        if self._error is not None:
+            raise self._error
 
     async def _follow(self) -> None:
         try:
@@ -155,6 +164,7 @@ class _Session:
         while not self._core.complete and self._monotonic() - reported < PROGRESS_S:
             self._take_arrivals()
             self._ask()
+            self._flush_now_and_then()
             await self._stop_following_when_told()
             self._raise_if_hopeless()
             await self._wait()
@@ -175,16 +185,21 @@ class _Session:
         now = self._monotonic()
         while self._arrivals:
             first, outcome, size, shared = self._arrivals.popleft()
+            self._taken_bytes += size
             self._core.arrived(first, outcome, size, shared=shared, now=now)
 
     def _ask(self) -> None:
         if self._linked != self._link.connected:
-            self._linked = self._link.connected
+            self._linked = not self._linked
             if not self._linked:
                 self._core.link_lost()
         if not self._linked:
             return
-        for request in self._core.tick(self._monotonic()):
+        requests = self._core.tick(self._monotonic())
+        self._wake_at = self._taken_bytes + self._core.bytes_until_useful()
+        if self._arrived_bytes >= self._wake_at:  # they came while we were looking
+            self._wake.set()
+        for request in requests:
             task = self._loop.create_task(self._send(request))
             self._requests.add(task)
             task.add_done_callback(self._requests.discard)
@@ -197,6 +212,18 @@ class _Session:
         except LinkError as error:
             _log.warning("want_not_sent", digest=self._digest, error=str(error))
             self._core.unsent(self._monotonic())
+
+    def _flush_now_and_then(self) -> None:
+        if self._taken_bytes < self._flush_at or (self._flush is not None and not self._flush.done()):
+            return
+        self._flush_at = self._taken_bytes + FLUSH_BYTES
+        self._flush = self._loop.create_task(self._flush_all())
+
+    async def _flush_all(self) -> None:
+        try:
+            await asyncio.to_thread(self._partial.flush)
+        except StoreError as error:
+            self._error = error
 
     async def _stop_following_when_told(self) -> None:
         if self._following and not self._core.following:
@@ -221,6 +248,8 @@ class _Session:
     async def _end(self) -> None:
         for task in self._requests:
             task.cancel()
+        if self._flush is not None:
+            await asyncio.wait([self._flush])
         for topic in (self._shared_filter, self._own_filter):
             await self._link.unsubscribe(topic)
 
@@ -231,8 +260,11 @@ class _Session:
             return
         first = self._partial.table.first[named[1]]
         shared = not message.topic.startswith(self._own_filter[:-1])
-        self._arrivals.append((first, self._accept(first, message.payload), len(message.payload), shared))
-        if not self._wake_pending:
+        size = len(message.payload)
+        self._arrivals.append((first, self._accept(first, message.payload), size, shared))
+        self._arrived_bytes += size
+        # Not for each chunk: a task switch costs as much as hashing one. The tick is there for what this misses.
+        if self._arrived_bytes >= self._wake_at and not self._wake_pending:
             self._wake_pending = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._wake.set)

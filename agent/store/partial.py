@@ -130,8 +130,19 @@ class Partial:
             except OSError:
                 continue  # a donor that does not read is none; the chunks come over the link
 
+    def flush(self) -> None:
+        """Bring what was written so far to the disk, beside further writes; blocking.
+
+        Raises:
+            agent.errors.StoreError: the disk refuses.
+        """
+        sync = getattr(os, "fdatasync", os.fsync)
+        for descriptor, file in zip(self._descriptors, self.manifest.files, strict=False):
+            with store_errors("write", self.folder / FILES / file.path):
+                sync(descriptor)
+
     def sync(self) -> None:
-        """Make all bytes durable; blocking.
+        """Make all bytes and names durable; blocking.
 
         Raises:
             agent.errors.StoreError: the disk refuses.

@@ -22,8 +22,6 @@ from fleet.delivery.send_queue import SendQueue
 
 #: Artifacts with open files; the least recently wanted is closed.
 MAX_OPEN = 16
-#: Chunks handed to the broker and not yet acknowledged.
-WINDOW = 32
 #: Distinct complaints that are logged; each is logged once.
 MAX_COMPLAINTS = 1000
 
@@ -44,8 +42,8 @@ class BulkLink(Protocol):
         """See ``agent.link.Link``."""
         ...
 
-    def serve_bulk(self, source: BulkSource, *, window: int) -> None:
-        """Publish what the source gives, within the window."""
+    def serve_bulk(self, source: BulkSource) -> None:
+        """Publish what the source gives, as fast as the socket takes it."""
         ...
 
     def wake_bulk(self) -> None:
@@ -89,7 +87,7 @@ class ChunkServer:
         Raises:
             agent.errors.LinkError: the broker refuses the subscription.
         """
-        self._link.serve_bulk(self._next, window=WINDOW)
+        self._link.serve_bulk(self._next)
         await self._link.subscribe(topics.ARTIFACT_WANT_SHARED, self._on_want, bulk=True)
 
     async def stop(self) -> None:

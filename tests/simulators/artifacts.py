@@ -21,7 +21,8 @@ from fleet.delivery.chunking import chunk_file
 
 
 def noise(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
+    source = random.Random(seed)  # in pieces: one call gives at most 256 MiB
+    return b"".join(source.randbytes(min(1 << 20, size - done)) for done in range(0, size, 1 << 20))
 
 
 def make_artifact(folder: Path, files: Mapping[str, bytes], name: str = "sample") -> Manifest:

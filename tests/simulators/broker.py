@@ -42,18 +42,24 @@ def have_mosquitto() -> bool:
 
 @contextmanager
 def mosquitto(
-    folder: Path, *, port: int = 0, listener: str = "allow_anonymous true", tls: bool = False, general: str = ""
+    folder: Path,
+    *,
+    port: int = 0,
+    listener: str = "allow_anonymous true",
+    tls: bool = False,
+    general: str = "",
+    address: str = "127.0.0.1",
 ) -> Iterator[Broker]:
     """mosquitto on loopback; ``listener`` holds the lines of its one listener, ``general`` those before it."""
     port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"mosquitto-{port}.conf"
-    config.write_text(f"per_listener_settings false\nuser root\n{general}\nlistener {port} 127.0.0.1\n{listener}\n")
+    config.write_text(f"per_listener_settings false\nuser root\n{general}\nlistener {port} {address}\n{listener}\n")
     with (folder / f"mosquitto-{port}.log").open("ab") as log:
         process = subprocess.Popen([MOSQUITTO, "-c", str(config)], stdout=log, stderr=log)
     try:
-        _wait_listening(port, process, folder / f"mosquitto-{port}.log")
-        yield Broker("localhost" if tls else "127.0.0.1", port, tls, process)
+        _wait_listening(address, port, process, folder / f"mosquitto-{port}.log")
+        yield Broker("localhost" if tls else address, port, tls, process)
     finally:
         process.terminate()
         process.wait(5)
@@ -66,13 +72,13 @@ def embedded(port: int = 0) -> Iterator[Broker]:
         yield Broker(broker.host, broker.port)
 
 
-def _wait_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_listening(address: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + 10
     while time.monotonic() < end:
         if process.poll() is not None:
             break
         with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
+            if sock.connect_ex((address, port)) == 0:
                 return
         time.sleep(0.02)
     raise RuntimeError(f"mosquitto does not listen on {port}: {log.read_text()[-2000:]}")

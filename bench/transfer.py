@@ -1,0 +1,327 @@
+"""An artifact over mosquitto to verified on disk, against the same bytes published plainly.
+
+Every part is a process of its own, as in the product: broker, controller's chunk server, agent. The plain run is paho
+to paho, QoS 1, 128 KiB a message, with nothing hashed, nothing written. Both run in turns on the same broker; compare
+the ratio. Where the system lets it (Linux, root), our side runs over emulated round trips too: network namespaces
+and netem.
+
+    python -m bench.transfer [--mib 96] [--rounds 5] [--no-wan] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from paho.mqtt.client import Client  # noqa: E402 - after the path
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion  # noqa: E402
+
+from agent.contract.manifest import Manifest  # noqa: E402
+from bench.figures import Figure, table  # noqa: E402
+from tests.simulators.artifacts import make_artifact, noise  # noqa: E402
+from tests.simulators.broker import embedded, free_port, mosquitto  # noqa: E402
+
+MESSAGE = 128 * 1024
+#: Below the 1000 messages that mosquitto queues for a client before it drops: the plain side has no flow control.
+MIB = 96
+WINDOW = 4 * 1024 * 1024
+#: Round trips of the emulated links, in ms, and their rate.
+WAN = ((20, "200mbit"), (100, "200mbit"))
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    if options.role:
+        ROLES[options.role](options)
+        return
+    measured = figures(options)
+    print(table(measured))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(figure) for figure in measured], indent=2) + "\n", encoding="utf-8")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=MIB, help="size of the artifact")
+    parser.add_argument("--rounds", type=int, default=5, help="the median counts")
+    parser.add_argument("--window", type=int, default=WINDOW, help="bytes in flight")
+    parser.add_argument("--no-wan", action="store_true", help="leave out the emulated round trips")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--role", choices=sorted(ROLES), help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def figures(options: argparse.Namespace | None = None) -> list[Figure]:
+    """For `make bench`: the ratio to a plain publication, then what is reported without a target."""
+    options = options or parse([])
+    with tempfile.TemporaryDirectory(prefix="phifleet-bench-", dir=Path.cwd()) as name:  # a disk, not a tmpfs
+        options.folder = Path(name)
+        manifest = make_artifact(
+            options.folder / "source", {"model.bin": noise(options.mib << 20), "config.json": b"{}"}
+        )
+        (options.folder / "manifest.json").write_bytes(manifest.to_json())
+        with mosquitto(options.folder / "broker") as broker:
+            options.url = broker.url
+            rounds = [(plain(options), ours(options)) for _ in range(options.rounds)]
+        measured = on_mosquitto(options, rounds)
+        with embedded() as broker:
+            options.url = broker.url
+            measured.append(Figure("the same over the embedded broker", ours(options)["mib_s"], "MiB/s"))
+        if not options.no_wan:
+            measured += [over_wan(options, rtt_ms, rate) for rtt_ms, rate in WAN]
+    return measured
+
+
+def on_mosquitto(options: argparse.Namespace, rounds: list[tuple[float, dict[str, Any]]]) -> list[Figure]:
+    plain_mib_s = statistics.median(pair[0] for pair in rounds)
+
+    def compared(name: str, key: str, at_least: float | None, note: str) -> Figure:
+        speed = statistics.median(pair[1][key] for pair in rounds)
+        ratio = statistics.median(pair[1][key] / pair[0] for pair in rounds)
+        return Figure(name, speed, "MiB/s", "plain publish to subscribe", plain_mib_s, ratio, at_least, note=note)
+
+    size = f"{options.mib} MiB, window {options.window >> 20} MiB, median of {len(rounds)} rounds in turn"
+    peak = max(pair[1]["peak_rss_mib"] for pair in rounds)
+    return [
+        compared("artifact over mosquitto to verified on disk", "mib_s", 0.6, size),
+        compared("and every file read and hashed once more", "mib_s_reread", None, ""),
+        Figure("agent's peak memory meanwhile", peak, "MiB"),
+    ]
+
+
+def plain(options: argparse.Namespace) -> float:
+    with role(options, "plain-subscribe") as subscriber:
+        subscriber.ready()
+        with role(options, "plain-publish"):
+            return float(subscriber.result()["mib_s"])
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    with role(options, "serve") as server:
+        server.ready()
+        with role(options, "fetch") as agent:
+            return agent.result()
+
+
+def over_wan(options: argparse.Namespace, rtt_ms: int, rate: str) -> Figure:
+    name = f"artifact over {rtt_ms} ms round trip, {rate}"
+    try:
+        with (
+            namespace(rtt_ms, rate) as (inside, address),
+            mosquitto(options.folder / "wan", port=free_port(), address=address) as broker,
+        ):
+            options.url = broker.url
+            with role(options, "serve") as server:
+                server.ready()
+                with role(options, "fetch", prefix=("ip", "netns", "exec", inside)) as agent:
+                    return Figure(name, agent.result()["mib_s"], "MiB/s", note="reported only")
+    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+        return Figure(name, 0.0, "MiB/s", note=f"not measured: {error}")
+
+
+@contextmanager
+def namespace(rtt_ms: int, rate: str) -> Iterator[tuple[str, str]]:
+    """The agent's network, joined to ours by a pair of interfaces that delay; yields its name and our address."""
+    name = f"bench{free_port()}"
+    outer, inner = f"o{name[5:]}", f"i{name[5:]}"
+
+    def ip(*arguments: str, inside: bool = False) -> None:
+        prefix = ("ip", "netns", "exec", name) if inside else ()
+        subprocess.run([*prefix, *arguments], check=True, capture_output=True)
+
+    ip("ip", "netns", "add", name)
+    try:
+        ip("ip", "link", "add", outer, "type", "veth", "peer", "name", inner)
+        ip("ip", "link", "set", inner, "netns", name)
+        ip("ip", "addr", "add", "10.213.77.1/30", "dev", outer)
+        ip("ip", "link", "set", outer, "up")
+        ip("ip", "addr", "add", "10.213.77.2/30", "dev", inner, inside=True)
+        ip("ip", "link", "set", inner, "up", inside=True)
+        delay = ("netem", "delay", f"{rtt_ms / 2}ms", "rate", rate, "limit", "100000")
+        ip("tc", "qdisc", "add", "dev", outer, "root", *delay)
+        ip("tc", "qdisc", "add", "dev", inner, "root", *delay, inside=True)
+        yield name, "10.213.77.1"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", outer], check=False, capture_output=True)
+
+
+class Role:
+    """One of our processes: says ``ready``, then its result as JSON, one line each."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ready(self) -> None:
+        self._line()
+
+    def result(self) -> dict[str, Any]:
+        return dict(json.loads(self._line()))
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
+        return line
+
+
+@contextmanager
+def role(options: argparse.Namespace, name: str, prefix: tuple[str, ...] = ()) -> Iterator[Role]:
+    command = [*prefix, sys.executable, __file__, "--role", name, "--url", options.url, "--folder", str(options.folder)]
+    command += ["--window", str(options.window)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Role(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()  # each ends with its standard input
+        process.wait(20)
+
+
+def until_told() -> None:
+    sys.stdin.read()
+
+
+def say(value: object) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def paho(options: argparse.Namespace) -> Client:
+    client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
+    host, port = options.url.removeprefix("mqtt://").split(":")
+    client.connect(host, int(port))
+    return client
+
+
+def plain_subscribe(options: argparse.Namespace) -> None:
+    total = Manifest.from_json((options.folder / "manifest.json").read_bytes()).size
+    received, started, done = 0, 0.0, threading.Event()
+
+    def on_message(_client: Client, _data: Any, message: Any) -> None:
+        nonlocal received, started
+        started = started or time.monotonic()
+        received += len(message.payload)
+        if received >= total:
+            say({"mib_s": total / 1048576 / (time.monotonic() - started)})
+            done.set()
+
+    client = paho(options)
+    client.on_message = on_message
+    client.on_subscribe = lambda *_: say("ready")
+    client.subscribe("bench/plain", 1)
+    client.loop_start()
+    done.wait()
+    until_told()
+
+
+def plain_publish(options: argparse.Namespace) -> None:
+    client = paho(options)
+    client.loop_start()
+    slots = threading.Semaphore(64)
+    client.on_publish = lambda *_: slots.release()
+    for path in sorted((options.folder / "source").iterdir()):
+        with path.open("rb") as file:
+            while data := file.read(MESSAGE):
+                slots.acquire()
+                client.publish("bench/plain", data, 1)
+    until_told()
+    client.disconnect()
+
+
+def serve(options: argparse.Namespace) -> None:
+    from agent.link import LinkSettings, MqttLink
+    from fleet.delivery.chunk_server import ChunkServer
+
+    manifest = Manifest.from_json((options.folder / "manifest.json").read_bytes())
+
+    async def run() -> None:
+        async with MqttLink(LinkSettings(options.url, "server")) as link:
+            await link.wait_connected(10)
+            server = ChunkServer(link, lambda digest: (manifest, options.folder / "source"))
+            await server.start()
+            say("ready")
+            await asyncio.to_thread(until_told)
+
+    with quiet():
+        asyncio.run(run())
+
+
+def fetch(options: argparse.Namespace) -> None:
+    import psutil
+
+    from agent.link import LinkSettings, MqttLink
+    from agent.store.artifacts import ArtifactStore
+    from agent.store.fetch import Fetcher
+
+    manifest = Manifest.from_json((options.folder / "manifest.json").read_bytes())
+
+    async def run(home: Path) -> None:
+        async with MqttLink(LinkSettings(options.url, "agent")) as link:
+            await link.wait_connected(10)
+            store = ArtifactStore(home)
+            started = time.monotonic()
+            fetcher = Fetcher(link, store, "agent")
+            progress = await fetcher.fetch(
+                manifest, window_bytes=options.window, stall_s=30, on_progress=lambda progress: None
+            )
+            seconds = time.monotonic() - started
+            store.verify(manifest.digest)
+            again = time.monotonic() - started
+            say(
+                {
+                    "mib_s": manifest.size / 1048576 / seconds,
+                    "mib_s_reread": manifest.size / 1048576 / again,
+                    "received": progress.bytes_received,
+                    "peak_rss_mib": _peak_rss(psutil.Process()),
+                }
+            )
+
+    with quiet(), tempfile.TemporaryDirectory(dir=options.folder) as home:
+        asyncio.run(run(Path(home)))
+    until_told()
+
+
+def _peak_rss(process: Any) -> float:
+    status = Path("/proc/self/status")  # getrusage would count the parent's, from before exec
+    if not status.exists():
+        return float(process.memory_info().rss) / 1048576
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    import logging
+
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    yield
+
+
+ROLES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "plain-subscribe": plain_subscribe,
+    "plain-publish": plain_publish,
+    "serve": serve,
+    "fetch": fetch,
+}
+
+if __name__ == "__main__":
+    main()
