@@ -110,10 +110,11 @@ def cli(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command; the exit code is the error's (fleet/errors.py), 2 for wrong usage, 130 when interrupted."""
-    sys.exit(_run(arguments))
+    sys.exit(run(arguments))
 
 
-def _run(arguments: list[str] | None) -> int:
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
     from fleet.errors import FleetError
 
     try:

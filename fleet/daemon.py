@@ -19,6 +19,7 @@ from fleet import systemd
 from fleet.errors import RegistryError, RepositoryError
 from fleet.registry import Heard, Recorder, Registry
 from fleet.registry.models import DeploymentRow
+from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
 
 _log = structlog.get_logger("controller")
@@ -61,12 +62,14 @@ class Controller:
         repository: Repository,
         servers: tuple[Server, ...] = (),
         *,
+        ca: DeviceCA | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         notify: Callable[[str], bool] = systemd.notify,
         poll_s: float = POLL_S,
     ) -> None:
         self._link, self._registry, self._repository, self._servers = link, registry, repository, servers
         self._clock, self._notify, self._poll_s = clock, notify, poll_s
+        self._ca = ca
         self.recorder = Recorder(registry)
         self._waiting: asyncio.Queue[Heard] = asyncio.Queue(MAX_WAITING)
         self._dropped = 0
@@ -211,10 +214,12 @@ class Controller:
             try:
                 if await asyncio.to_thread(self._repository.refresh_online):
                     _log.info("metadata signed again", roles="snapshot, timestamp")
+                if self._ca is not None and self._ca.exists and await asyncio.to_thread(self._ca.refresh_crl):
+                    _log.info("revocation list signed again; the broker must read it again")
                 await self._warn_of_expiry()
                 await asyncio.sleep(REFRESH_S)
             except RepositoryError as error:
-                _log.error("metadata not signed again, trying again", reason=str(error))
+                _log.error("not signed again, trying again", reason=str(error))
                 await asyncio.sleep(REFRESH_RETRY_S)
 
     async def _warn_of_expiry(self) -> None:
