@@ -43,6 +43,8 @@ class LazyGroup(click.Group):
             command: click.Command = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
             package = (error.name or "").split(".")[0]
+            if error.name == module:
+                raise click.ClickException(f"`phifleet {cmd_name}` is not part of this version") from None
             if package in ("agent", "fleet"):
                 raise
             extra = "fleet" if package in ("sqlalchemy", "rich", "iotcore", "fastcdc", "cryptography") else "quantize"

@@ -31,7 +31,9 @@ REFRESH_S = 3600.0
 REFRESH_RETRY_S = 60.0
 PUBLISH_TIMEOUT_S = 30.0
 #: Messages of devices that wait to be written; beyond it the oldest are dropped, as newer ones say more.
-MAX_WAITING = 50_000
+MAX_WAITING = 10_000
+#: No control message is near it. What is longer is cut, and so is malformed: memory stays bounded.
+MAX_MESSAGE_BYTES = 32 * 1024
 BATCH = 500
 #: The database may be away for a minute; then the process ends, says why, and is started again.
 DATABASE_TRIES = 30
@@ -117,7 +119,8 @@ class Controller:
         if self._waiting.full():
             self._waiting.get_nowait()
             self._dropped += 1
-        self._waiting.put_nowait(Heard(message.topic, message.payload, self._clock(), message.retained))
+        payload = message.payload[:MAX_MESSAGE_BYTES]
+        self._waiting.put_nowait(Heard(message.topic, payload, self._clock(), message.retained))
 
     async def _write(self) -> None:
         while True:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import click
 from rich.console import Console
@@ -32,6 +33,8 @@ from fleet.toolchains.artifacts import list_artifacts, load
 from fleet.trust.repository import Repository
 
 WAIT_POLL_S = 0.25
+#: A running controller publishes within half a second.
+UNPUBLISHED_HINT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,42 +47,42 @@ class Wishes:
 
 
 @click.command()
-@click.argument("artifact")
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True)
 @click.option("--device", "devices", multiple=True, help="A device's id; may be repeated.")
 @click.option("--profile", help="All devices of this profile.")
 @click.option("--probation", "probation_s", type=click.FloatRange(0), help="Seconds of health before commit.")
 @click.option("--deadline", "deadline_s", type=click.FloatRange(1), help="Seconds for the whole deployment.")
 @click.option("--force", metavar="REASON", help="Deploy although it does not fit; the reason is recorded.")
 @click.option("--wait", is_flag=True, help="Show the progress until all have ended; exit 9 unless all committed.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(1), help="With --wait: seconds, at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on standard output.")
 @click.pass_obj
-def deploy(  # noqa: PLR0913, PLR0917 - a parameter for each flag
+def deploy(
     context: Context,
-    artifact: str,
+    /,
+    artifacts: tuple[str, ...],
     devices: tuple[str, ...],
     profile: str | None,
-    probation_s: float | None,
-    deadline_s: float | None,
-    force: str | None,
     wait: bool,
+    timeout_s: float | None,
     as_json: bool,
+    **wishes: Any,
 ) -> None:
     """Order devices to run ARTIFACT: its id, its digest, or the beginning of either.
 
-    The artifact is published first, if it is not yet. A running `phifleet serve` passes the orders on.
+    Several are variants of one model: a device proves those that it can run, and serves the fastest. What is not
+    published yet is published first. A running `phifleet serve` passes the orders on.
     """
-    wishes = Wishes(probation_s, deadline_s, force)
     with contextlib.closing(context.open_registry()) as registry:
         targets = _targets(registry, devices, profile)
-        manifest = find(context.home, artifact)
-        if any(unmeasured(manifest, profile_of(target)) for target in targets):
-            click.echo(f"warning: the loss of {manifest.id} was not measured; no quality gate was applied", err=True)
-        orders = order(context, registry, manifest, targets, wishes)
+        variants = [find(context.home, text) for text in artifacts]
+        _warn_of_unmeasured(variants, targets)
+        orders = order(context, registry, variants, targets, Wishes(**wishes))
         if not as_json:
             for row in orders:
                 click.echo(f"{row.device}: ordered {row.artifact} as {row.id}")
         if wait:
-            orders = _wait(registry, orders, quiet=as_json)
+            orders = _wait(registry, orders, timeout_s, Console(stderr=True, quiet=as_json))
     if as_json:
         click.echo(json.dumps([describe_deployment(row) for row in orders]))
     if wait:
@@ -103,30 +106,39 @@ def find(home: Home, text: str) -> Manifest:
 
 
 def order(
-    context: Context, registry: Registry, manifest: Manifest, devices: Sequence[DeviceRow], wishes: Wishes
+    context: Context,
+    registry: Registry,
+    variants: Manifest | Sequence[Manifest],
+    devices: Sequence[DeviceRow],
+    wishes: Wishes,
 ) -> list[DeploymentRow]:
-    """Publish the artifact and record a signed order for each device, all or none.
+    """Publish the variants and record a signed order for each device, all or none.
+
+    A device is ordered those variants that fit it, in the order given.
 
     Raises:
-        UsageError: it does not fit a device, and was not forced; says every reason.
+        UsageError: none fits a device, and it was not forced; says every reason. Or they are of different models.
         RepositoryError: it cannot be signed.
     """
+    manifests = [variants] if isinstance(variants, Manifest) else list(variants)
+    if len({manifest.model.name for manifest in manifests}) != 1:
+        names = ", ".join(f"{manifest.id} of {manifest.model.name}" for manifest in manifests)
+        raise UsageError(f"variants must be of one model, and these are not: {names}")
     profiles = {device.id: profile_of(device) for device in devices}
-    reasons = _reasons(manifest, devices, profiles)
+    fitting, reasons = _fitting(manifests, devices, profiles)
     if reasons and wishes.force is None:
         lines = "\n  ".join(reasons)
-        raise UsageError(f"{manifest.id} does not fit:\n  {lines}\nforce it with --force REASON if you know better")
-    who = actor()
-    repository = Repository(context.home)
-    repository.publish(manifest)
-    registry.record_artifact(manifest, who, forced=wishes.force if reasons else None)
+        raise UsageError(f"it does not fit:\n  {lines}\nforce it with --force REASON if you know better")
+    who, repository = actor(), Repository(context.home)
+    for manifest in manifests:
+        repository.publish(manifest)
+        registry.record_artifact(manifest, who, forced=wishes.force if reasons else None)
     if reasons:
-        details = {"reason": wishes.force, "misfits": reasons, "devices": [device.id for device in devices]}
-        registry.audit(who, "deployment.force", manifest.id, details)
+        registry.audit(who, "deployment.force", manifests[0].id, {"reason": wishes.force, "misfits": reasons})
 
     def draft(device: str, sequence: int, deployment: str) -> Desired:
-        identity = (device, sequence, deployment)
-        return _desired(identity, manifest, profiles[device], wishes, who, context.settings.order_validity_s)
+        identity, chosen = (device, sequence, deployment), fitting.get(device, manifests)
+        return _desired(identity, chosen, profiles[device], wishes, who, context.settings.order_validity_s)
 
     return registry.deploy([device.id for device in devices], draft, repository.sign_desired, who)
 
@@ -154,17 +166,35 @@ def _targets(registry: Registry, devices: tuple[str, ...], profile: str | None) 
     return list(found.values())
 
 
-def _reasons(manifest: Manifest, devices: Sequence[DeviceRow], profiles: dict[str, DeviceProfile]) -> list[str]:
-    reasons = [
-        f"{device.id}: {why}" for device in devices for why in misfits(manifest, profiles[device.id], facts_of(device))
-    ]
-    gates = {profile.name: profile for profile in profiles.values()}
-    return reasons + [why for profile in gates.values() for why in gate_misfits(manifest, profile)]
+def _warn_of_unmeasured(variants: Sequence[Manifest], devices: Sequence[DeviceRow]) -> None:
+    profiles = [profile_of(device) for device in devices]
+    for manifest in variants:
+        if any(unmeasured(manifest, profile) for profile in profiles):
+            click.echo(f"warning: the loss of {manifest.id} was not measured; no quality gate was applied", err=True)
+
+
+def _fitting(
+    manifests: Sequence[Manifest], devices: Sequence[DeviceRow], profiles: dict[str, DeviceProfile]
+) -> tuple[dict[str, list[Manifest]], list[str]]:
+    """What fits each device; and for the devices that nothing fits, why."""
+    fitting: dict[str, list[Manifest]] = {}
+    reasons: list[str] = []
+    for device in devices:
+        profile = profiles[device.id]
+        wrong = {
+            manifest.id: misfits(manifest, profile, facts_of(device)) + gate_misfits(manifest, profile)
+            for manifest in manifests
+        }
+        fitting[device.id] = [manifest for manifest in manifests if not wrong[manifest.id]]
+        if not fitting[device.id]:
+            del fitting[device.id]
+            reasons += [f"{device.id}: {artifact}: {why}" for artifact, whys in wrong.items() for why in whys]
+    return fitting, reasons
 
 
 def _desired(
     identity: tuple[str, int, str],
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     profile: DeviceProfile,
     wishes: Wishes,
     who: Actor,
@@ -178,7 +208,7 @@ def _desired(
         deployment=deployment,
         issued_at=who.at,
         expires_at=who.at + timedelta(seconds=validity_s),
-        artifacts=(ArtifactRef(id=manifest.id, digest=manifest.digest),),
+        artifacts=tuple(ArtifactRef(id=manifest.id, digest=manifest.digest) for manifest in manifests),
         limits=HealthLimits.model_validate(profile.health.model_dump()),
         transfer=TransferLimits(window_bytes=profile.delivery.window_bytes),
         probation_s=profile.probation_s if wishes.probation_s is None else wishes.probation_s,
@@ -186,14 +216,20 @@ def _desired(
     )
 
 
-def _wait(registry: Registry, orders: Sequence[DeploymentRow], quiet: bool) -> list[DeploymentRow]:
-    console = Console(stderr=True, quiet=quiet)
+def _wait(
+    registry: Registry, orders: Sequence[DeploymentRow], timeout_s: float | None, console: Console
+) -> list[DeploymentRow]:
+    began, hinted = time.monotonic(), False
     with Live(console=console, auto_refresh=False) as live:
         while True:
             rows = [registry.deployment(row.id) for row in orders]
             live.update(table([(registry.device(row.device), row) for row in rows]), refresh=True)
-            if not any(TABLE[Stage(row.stage)].outstanding for row in rows):
+            waited = time.monotonic() - began
+            if not any(TABLE[Stage(row.stage)].outstanding for row in rows) or (timeout_s and waited > timeout_s):
                 return rows
+            if not hinted and waited > UNPUBLISHED_HINT_S and any(row.stage == Stage.QUEUED for row in rows):
+                hinted = True
+                live.console.print("no controller has published it yet: is `phifleet serve` running on this home?")
             time.sleep(WAIT_POLL_S)
 
 

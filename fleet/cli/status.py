@@ -43,7 +43,8 @@ def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool
             rows = _rows(registry, devices)
             console.print(table(rows) if rows else "no devices yet; add one with `phifleet device add`")
             return
-        with Live(console=console, auto_refresh=False, screen=False) as live:
+        # An interrupt is how a person ends it, and no failure.
+        with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(table(_rows(registry, devices)), refresh=True)
                 time.sleep(REFRESH_S)

@@ -103,13 +103,16 @@ class DeploymentRow(Base):
     artifact: Mapped[str] = mapped_column(String(128))
     digest: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"))
     sequence: Mapped[int]
-    envelope: Mapped[bytes]
+    #: A kilobyte and a half that only publishing needs.
+    envelope: Mapped[bytes] = mapped_column(deferred=True)
     stage: Mapped[str] = mapped_column(String(16))
     presumed: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
     deadline_s: Mapped[float]
     probation_s: Mapped[float]
+    #: When the controller gives up; None once nothing is awaited.
+    due_at: Mapped[datetime | None] = mapped_column(index=True)
     published_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]

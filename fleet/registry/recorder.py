@@ -23,6 +23,9 @@ from fleet.registry.registry import Registry, keep_newest_health, store, view
 _log = structlog.get_logger("recorder")
 
 Said = Presence | Facts | Reported | HealthReport
+#: Devices whose faulty messages are counted one by one; what comes past that is counted as "*".
+MAX_NAMES = 10_000
+
 _TYPES: dict[str, type[Said]] = {
     "presence": Presence,
     "facts": Facts,
@@ -92,9 +95,8 @@ class Recorder:
         return lambda session: self._apply(session, device, message, heard)
 
     def _reject(self, device: str, leaf: str, reason: str) -> Entry:
-        if not self.malformed[device]:
+        if _count(self.malformed, device):
             _log.warning("malformed message ignored", device=device, leaf=leaf, reason=reason[:500])
-        self.malformed[device] += 1
         counted = update(DeviceRow).where(DeviceRow.id == device).values(malformed=DeviceRow.malformed + 1)
 
         def count(session: Session) -> None:
@@ -105,9 +107,8 @@ class Recorder:
     def _apply(self, session: Session, device: str, message: Said, heard: Heard) -> None:
         row = session.get(DeviceRow, device)
         if row is None or row.removed_at is not None:
-            if not self.unknown[device]:
+            if _count(self.unknown, device):
                 _log.warning("message of a device that was not added", device=device, topic=heard.topic)
-            self.unknown[device] += 1
             return
         match message:
             case Presence():
@@ -125,6 +126,13 @@ class Recorder:
                 session.flush()
                 keep_newest_health(session, device)
         row.last_seen = _seen(row.last_seen, message, heard)
+
+
+def _count(counter: Counter[str], device: str) -> bool:
+    """Count, and say whether it is this device's first: names that somebody makes up must not fill memory or log."""
+    key = device if device in counter or len(counter) < MAX_NAMES else "*"
+    counter[key] += 1
+    return counter[key] == 1
 
 
 def _seen(before: datetime | None, message: Said, heard: Heard) -> datetime | None:

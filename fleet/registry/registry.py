@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
@@ -159,6 +159,7 @@ class Registry:
                 .join(DeviceRow, DeviceRow.id == DeploymentRow.device)
                 .where(DeviceRow.removed_at.is_(None), DeploymentRow.sequence == DeviceRow.sequence)
                 .order_by(DeploymentRow.created_at)
+                .options(undefer(DeploymentRow.envelope))
             )
             if not after_restart:
                 return list(session.scalars(query.where(DeploymentRow.stage == Stage.QUEUED.value)))
@@ -176,16 +177,15 @@ class Registry:
 
     def tick(self, at: datetime) -> list[DeploymentRow]:
         """Give up on what is past its deadline; returns those."""
+        late = select(DeploymentRow).where(DeploymentRow.due_at <= at)
         with self._database.read() as session:
-            late = [row.id for row in _outstanding(session) if _is_late(row, at)]
-        if not late:
-            return []
+            if session.scalar(late.limit(1)) is None:
+                return []
         with self._database.write() as session:
-            rows = [session.get_one(DeploymentRow, deployment) for deployment in late]
-            late_rows = [row for row in rows if _is_late(row, at)]
-            for row in late_rows:
+            rows = list(session.scalars(late))
+            for row in rows:
                 store(row, core.decide(view(row), core.Tick(at)), at)
-            return late_rows
+            return rows
 
     def deployment(self, deployment: str) -> DeploymentRow:
         """One deployment by its id.
@@ -194,7 +194,7 @@ class Registry:
             UsageError: no such deployment.
         """
         with self._database.read() as session:
-            row = session.get(DeploymentRow, deployment)
+            row = session.get(DeploymentRow, deployment, options=[undefer(DeploymentRow.envelope)])
         if row is None:
             raise UsageError(f"no deployment has the id {deployment}")
         return row
@@ -263,6 +263,7 @@ def store(row: DeploymentRow, decided: core.Deployment, at: datetime) -> None:
     row.stage, row.presumed, row.started_at = decided.stage.value, decided.presumed, decided.started_at
     row.failure_code = decided.failure.code.value if decided.failure else None
     row.failure_message = decided.failure.message if decided.failure else None
+    row.due_at = core.due_at(decided)
     row.finished_at = None if TABLE[decided.stage].outstanding else row.finished_at or at
 
 
@@ -301,6 +302,7 @@ def _deploy(session: Session, name: str, draft: Draft, sign: Sign, actor: Actor)
         deadline_s=desired.deadline_s,
         probation_s=desired.probation_s,
     )
+    row.due_at = core.due_at(view(row))
     session.add(row)
     details = {"device": name, "artifact": ref.id, "sequence": desired.sequence}
     _audit(session, actor, "deployment.create", desired.deployment, details)
@@ -318,14 +320,9 @@ def _device(session: Session, device: str) -> DeviceRow:
     return row
 
 
-def _outstanding(session: Session, device: str | None = None) -> Sequence[DeploymentRow]:
-    query = select(DeploymentRow).where(DeploymentRow.stage.in_(OUTSTANDING))
-    return session.scalars(query.where(DeploymentRow.device == device) if device else query).all()
-
-
-def _is_late(row: DeploymentRow, at: datetime) -> bool:
-    due = core.due_at(view(row))
-    return due is not None and at >= due
+def _outstanding(session: Session, device: str) -> Sequence[DeploymentRow]:
+    query = select(DeploymentRow).where(DeploymentRow.device == device, DeploymentRow.stage.in_(OUTSTANDING))
+    return session.scalars(query).all()
 
 
 def _audit(session: Session, actor: Actor, action: str, subject: str, details: dict[str, Any] | None = None) -> None:

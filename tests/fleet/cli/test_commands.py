@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import stat
@@ -13,9 +14,11 @@ import pytest
 
 from agent.contract.bundle import Bundle
 from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest
 from agent.contract.messages import Desired, Failure, Progress, SignedDesired, State
 from fleet import __main__ as entry
 from fleet.core.deployments import Stage
+from fleet.core.fit import misfits
 from fleet.registry import Heard, Recorder
 from fleet.trust.ca import DeviceCA
 from tests.fleet.cli.conftest import Phifleet
@@ -26,6 +29,10 @@ def hear(world: World, *messages: object) -> None:
     """As the controller writes down what devices say."""
     heard = [Heard(topic_of(m, m.device), m.to_json(), world.clock.now()) for m in messages]  # type: ignore[attr-defined]
     Recorder(world.registry).record(heard)
+
+
+def fits(world: World, manifest: Manifest) -> bool:
+    return misfits(manifest, world.profile, None) == ()
 
 
 def payload_of(envelope: bytes) -> Desired:
@@ -43,13 +50,13 @@ def test_help_lists_every_command_and_is_quick() -> None:
         assert name in shown and text.split()[0] in shown
 
 
-def test_status_imports_no_toolchain_and_no_broker() -> None:
+def test_status_imports_no_toolchain_and_no_broker(tmp_path: Path) -> None:
     heavy = "torch,transformers,onnxruntime_genai,iotcore,tuf,aiohttp"
     code = (
-        "import sys; from fleet.__main__ import run; code = run(['status', '--json']);"
+        "import sys; from fleet.__main__ import run; code = run(['--home', sys.argv[1], 'status', '--json']);"
         f"sys.exit(code or int(any(name in sys.modules for name in '{heavy}'.split(','))))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
 
 def test_version(phifleet: Phifleet) -> None:
@@ -62,7 +69,10 @@ def test_a_command_that_there_is_not_names_the_nearest(phifleet: Phifleet) -> No
 
 
 def test_every_command_that_is_listed_can_be_imported(phifleet: Phifleet) -> None:
-    for name in entry.COMMANDS:
+    for name, (place, _) in entry.COMMANDS.items():
+        if importlib.util.find_spec(place.split(":")[0]) is None:
+            assert phifleet(name, "--help").err.strip().endswith("is not part of this version")
+            continue
         result = phifleet(name, "--help")
         assert result.code == 0 and "Usage: phifleet" in result.out, name
 
@@ -200,7 +210,7 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
         ("pi-2", 1, "queued"),
     ]
     assert world.repository.published() == (world.manifest.digest,)
-    desired = payload_of(world.registry.newest()["pi-1"].envelope)
+    desired = payload_of(world.registry.to_publish(False, world.clock.now())[0].envelope)
     assert (desired.device, desired.sequence, desired.probation_s) == ("pi-1", 1, 5)
     assert desired.artifacts[0].digest == world.manifest.digest
     assert desired.transfer.window_bytes == world.profile.delivery.window_bytes
@@ -224,7 +234,7 @@ def test_an_artifact_that_does_not_fit_is_refused_with_every_reason(phifleet: Ph
     hear(world, world.facts("pi-1", disk_free_bytes=1))
     result = phifleet("deploy", wrong.id, "--device", "pi-1")
     assert result.code == 2
-    assert "pi-1: it was built for cuda" in result.err and "MiB free" in result.err
+    assert f"pi-1: {wrong.id}: it was built for cuda" in result.err and "MiB free" in result.err
     assert world.repository.published() == () and world.registry.newest() == {}
     forced = phifleet("deploy", wrong.id, "--device", "pi-1", "--force", "trying the new card")
     assert forced.code == 0
@@ -259,6 +269,37 @@ def test_an_artifact_that_is_not_one_names_those_that_are_near(
 def test_deploy_needs_to_be_told_where(phifleet: Phifleet, world: World) -> None:
     assert "--device ID" in phifleet("deploy", world.manifest.id).err
     assert "no device has the profile" in phifleet("deploy", world.manifest.id, "--profile", "x86-server").err
+
+
+def test_of_several_variants_each_device_is_ordered_those_that_fit_it(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1")
+    other = put_artifact(world.home, b"openvino", toolchain="openvino")
+    wrong = put_artifact(world.home, b"cuda", target="cuda")
+    result = phifleet("deploy", wrong.id, other.id, world.manifest.id, "--device", "pi-1")
+    assert result.code == 0, result.err
+    (row,) = world.registry.to_publish(False, world.clock.now())
+    expected = [one.digest for one in (other, world.manifest) if fits(world, one)]
+    assert [ref.digest for ref in payload_of(row.envelope).artifacts] == expected
+    assert world.manifest.digest in expected and wrong.digest not in expected
+
+
+def test_variants_are_of_one_model(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1")
+    model = world.manifest.model.model_copy(update={"name": "another"})
+    other = put_artifact(world.home, b"other", id="another-onnx", model=model)
+    result = phifleet("deploy", world.manifest.id, other.id, "--device", "pi-1")
+    assert result.code == 2 and "must be of one model" in result.err
+    assert world.repository.published() == ()
+
+
+def test_waiting_ends_in_time_and_says_what_is_missing(
+    phifleet: Phifleet, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleet.cli.deploy.UNPUBLISHED_HINT_S", 0.1)
+    world.add("pi-1")
+    result = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--wait", "--timeout", "1")
+    assert result.code == 9
+    assert "is `phifleet serve` running" in result.err and "pi-1: queued" in result.err
 
 
 def settle(world: World, phifleet: Phifleet, monkeypatch: pytest.MonkeyPatch, state: State, **fields: object) -> None:

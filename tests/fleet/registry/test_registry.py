@@ -37,7 +37,7 @@ def test_what_is_written_is_there_after_opening_again(world: World, url: str) ->
     world.registry.close()
     with closing(open_registry(url)) as again:
         assert again.device("pi-1").added_at == world.clock.now()
-        assert again.newest()["pi-1"].envelope == order.envelope
+        assert again.deployment(order.id).envelope == order.envelope
         assert again.published() == {world.manifest.digest: world.manifest.id}
 
 
