@@ -20,7 +20,9 @@ class _Job(BaseModel):
 
 
 class ConvertJob(_Job):
-    """One conversion. ``out`` and ``scratch`` exist and are empty; ``options`` are complete, see ``resolve``."""
+    """One conversion. ``out`` and ``scratch`` exist and are empty; ``options`` are complete, see ``resolve``.
+
+    ``calibration`` holds texts where the options ask for a calibration."""
 
     toolchain: Toolchain
     source: Path
@@ -32,6 +34,7 @@ class ConvertJob(_Job):
     options: dict[str, Any]
     context: int
     threads: int
+    calibration: tuple[str, ...] = ()
 
 
 class Converted(_Job):

@@ -17,7 +17,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
-from fleet.toolchains import artifacts, durable, process
+from fleet.toolchains import artifacts, calibration, durable, process
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob, ToolchainDriver, installed_versions
 from fleet.toolchains.chat import render
 from fleet.toolchains.checkpoint import Checkpoint
@@ -39,6 +39,7 @@ class BuildPlan:
     options: dict[str, Any]
     versions: dict[str, str]
     context: int
+    calibration: tuple[str, ...] = ()
 
 
 def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> BuildPlan:
@@ -50,6 +51,10 @@ def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> Bui
     """
     driver = driver_of(recipe.toolchain)
     options = driver.resolve(recipe, model)
+    texts: tuple[str, ...] = ()
+    if options.get("calibration"):
+        found = calibration.load(str(options["calibration"]), model.chat)
+        texts, options = found.texts, options | {"calibration": found.label}
     versions = installed_versions(driver)
     context = min(profile.context, model.facts.max_context)
     inputs = {
@@ -64,7 +69,7 @@ def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> Bui
     }
     key = sha256_hex(canonical_json(inputs))[:12]
     name = f"{model.name}-{recipe.toolchain}-{recipe.precision}-{recipe.target}-{key}"
-    return BuildPlan(name, model, profile, recipe, options, versions, context)
+    return BuildPlan(name, model, profile, recipe, options, versions, context, texts)
 
 
 def build(
@@ -105,7 +110,7 @@ def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallb
     job = ConvertJob(
         toolchain=plan.recipe.toolchain, source=plan.model.path.resolve(), out=files.resolve(),
         scratch=scratch.resolve(), name=plan.model.name, precision=plan.recipe.precision, target=plan.recipe.target,
-        options=plan.options, context=plan.context, threads=threads,
+        options=plan.options, context=plan.context, threads=threads, calibration=plan.calibration,
     )  # fmt: skip
     converted = process.convert(job, log, progress)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -24,6 +24,8 @@ def main() -> int:
     """Run one job. 0: done; 1: failed, and told why."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
+    # Importing openvino sends a message to its makers, unasked. Without this package it cannot.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # what the import system takes for absent
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
 

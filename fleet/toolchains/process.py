@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from pydantic import BaseModel
@@ -38,6 +39,8 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONUNBUFFERED": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    # NNCF sends no telemetry where this is set; see also ``child``.
+    "NNCF_CI": "1",
     # Threads that spin at a barrier while others hold the cores make torch ten times slower on a busy machine.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
@@ -118,7 +121,10 @@ class _Child:
             with contextlib.suppress(BrokenPipeError):  # it died at once; the log says why
                 child.stdin.write(json.dumps(request).encode() + b"\n")
                 child.stdin.flush()
-            for line in child.stdout:
+            # Not the end of the pipe is waited for: what a toolchain forks holds it open, and may outlive its parent.
+            events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            threading.Thread(target=_read, args=(child.stdout, events), daemon=True).start()
+            while not answer and (line := _next(events, child)):
                 event = json.loads(line)
                 if "progress" in event:
                     self.progress(Progress(**event["progress"]))
@@ -158,6 +164,24 @@ class _Child:
         return f"its process was killed by {name}; {held}"
 
 
+def _read(pipe: IO[bytes], events: queue.SimpleQueue[bytes | None]) -> None:
+    with contextlib.suppress(ValueError):  # closed meanwhile
+        for line in pipe:
+            events.put(line)
+    events.put(None)
+
+
+def _next(events: queue.SimpleQueue[bytes | None], child: subprocess.Popen[bytes]) -> bytes | None:
+    """The next line; None once there is no more, or the child has been gone for a while."""
+    while True:
+        gone = child.poll() is not None
+        try:
+            return events.get(timeout=0.5)
+        except queue.Empty:
+            if gone:
+                return None
+
+
 def tail(log: Path) -> str:
     """The last lines of a log, without the frames of progress bars."""
     try:
@@ -182,6 +206,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
                 child.wait(_GRACE_S)
             except subprocess.TimeoutExpired:
                 continue
+    _signal_group(child, "SIGKILL")
     if child.stdout is not None:
         child.stdout.close()
 
@@ -190,9 +215,9 @@ def _signal_group(child: subprocess.Popen[bytes], name: str) -> None:
     if hasattr(os, "killpg"):
         try:
             os.killpg(child.pid, getattr(signal, name))
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # PermissionError: macOS, of a group of zombies
             return
-    else:
+    elif child.poll() is None:
         child.kill()
 
 

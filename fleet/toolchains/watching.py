@@ -15,7 +15,7 @@ from fleet.toolchains.progress import Progress, ProgressCallback
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """A line that matches ``pattern`` means ``phase``; its group 1, if any, counts up to ``total``."""
+    """A line that matches ``pattern`` means ``phase``; its group 1 counts up to ``total``, or to its group 2."""
 
     pattern: re.Pattern[str]
     phase: str
@@ -26,9 +26,10 @@ class Watch:
         match = self.pattern.search(line)
         if match is None:
             return None
-        if not self.total or not match.groups():
+        total = int(match[2]) if len(match.groups()) > 1 else self.total
+        if not total:
             return Progress(self.phase)
-        return Progress(self.phase, min(1.0, (int(match[1]) + 1) / self.total))
+        return Progress(self.phase, min(1.0, (int(match[1]) + 1) / total))
 
 
 class _Tee(io.TextIOBase):

@@ -1,0 +1,105 @@
+"""MLX safetensors through mlx-lm, on Apple silicon and on Linux alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import Recipe
+from fleet.errors import BuildError, ProfileError
+from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
+from fleet.toolchains.checkpoint import Checkpoint
+from fleet.toolchains.options import Option, complete
+from fleet.toolchains.phi3_writer import write_json
+from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.source import mirror
+
+#: Bits of a weight by the share of the layers that mlx-lm thinks sensitive; ``v_proj`` matches all of ``qkv_proj``.
+MIXED = (None, "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+_GROUPS: Option = (64, (32, 64, 128))
+_INT4_OPTIONS: dict[str, Option] = {"group_size": _GROUPS, "mixed": (None, MIXED)}
+_INT8_OPTIONS: dict[str, Option] = {"group_size": _GROUPS}
+_BITS = {Precision.INT4: 4, Precision.INT8: 8}
+_DTYPES = {Precision.FP16: "float16", Precision.BF16: "bfloat16", Precision.FP32: "float32"}
+
+
+class Mlx:
+    """4 and 8 bits, FP16, BF16 and FP32. What is not quantized beside quantized weights is FP16."""
+
+    name: ClassVar[Toolchain] = Toolchain.MLX
+    extra: ClassVar[str] = "quantize"
+    packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers")
+    overhead_bytes: ClassVar[int] = 128 * 1024 * 1024
+
+    def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
+        """Group size, and at INT4 one of mlx-lm's mixed recipes."""
+        what = f"mlx {recipe.precision}"
+        if recipe.target not in (Target.CPU, Target.METAL):
+            raise ProfileError(f"{what}: MLX runs on metal and cpu, not on {recipe.target}")
+        known = {Precision.INT4: _INT4_OPTIONS, Precision.INT8: _INT8_OPTIONS}.get(recipe.precision, {})
+        options = complete(what, recipe.options, known)
+        group = options.get("group_size", 1)
+        if model.shape.hidden % group or model.shape.intermediate % group:
+            raise ProfileError(f"{what}: rows of {model.shape.hidden} and {model.shape.intermediate} weights do not "
+                               f"divide into groups of {group}")  # fmt: skip
+        return options
+
+    def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
+        """Weights are read lazily; what is written is held."""
+        return model.weights_bytes + 2 * model.facts.parameters + 2**30
+
+    def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
+        """Convert with mlx-lm."""
+        progress(Progress("loading the toolchain"))
+        source = mirror(job.source, job.scratch / "source")
+        notes = _bake_short_factors(source / "config.json", job.context)
+        from mlx_lm.convert import convert
+
+        bits = _BITS.get(job.precision)
+        out = job.scratch / "mlx"
+        progress(Progress("quantizing" if bits else "converting"))
+        convert(
+            str(source), mlx_path=str(out), quantize=bits is not None, q_bits=bits,
+            q_group_size=job.options.get("group_size"), dtype=_DTYPES.get(job.precision, "float16"),
+            quant_predicate=job.options.get("mixed"),
+        )  # fmt: skip
+        _keep(out, job.out)
+        return Converted(entry=".", kv_element_bytes=4 if job.precision is Precision.FP32 else 2, notes=notes)
+
+    def speak(self, job: SpeakJob) -> str:
+        """Greedy; on Linux without fast kernels, a few tokens a second."""
+        from mlx_lm import load
+        from mlx_lm.generate import generate
+
+        model, tokenizer, *_ = load(str(job.folder / job.entry))
+        ids = tokenizer.encode(job.prompt, add_special_tokens=False)
+        return str(generate(model, tokenizer, prompt=ids, max_tokens=job.max_tokens))
+
+
+def _bake_short_factors(path: Path, context: int) -> dict[str, Any]:
+    """MLX ignores LongRoPE's ``short_factor`` and takes ``long_factor`` at every length.
+
+    Within the original context the short factors alone are right, so there they are given in both places. Beyond it
+    an artifact would be wrong for short prompts.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("type") not in ("longrope", "su"):
+        return {}
+    original = int(config["original_max_position_embeddings"])
+    if context > original:
+        raise BuildError(f"MLX is wrong for LongRoPE beyond {original} tokens, and the profile's context is {context}; "
+                         "lower the profile's context or take another toolchain")  # fmt: skip
+    write_json(path, config | {"rope_scaling": scaling | {"long_factor": scaling["short_factor"]}})
+    return {"rope_factors": "short"}
+
+
+def _keep(made: Path, out: Path) -> None:
+    """mlx-lm writes a model card with its version and the path it read from; nothing needs it."""
+    for file in sorted(made.iterdir()):
+        if file.is_file() and file.name != "README.md":
+            file.replace(out / file.name)
+    if not any(out.glob("*.safetensors")):
+        raise BuildError("mlx-lm wrote no weights; the log says why")

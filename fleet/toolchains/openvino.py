@@ -1,0 +1,207 @@
+"""OpenVINO IR: exported by optimum-intel, its weights compressed by NNCF, tokenizer and detokenizer beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import Recipe
+from fleet.errors import BuildError, ProfileError
+from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
+from fleet.toolchains.checkpoint import Checkpoint
+from fleet.toolchains.openvino_unstamp import unstamp
+from fleet.toolchains.options import Option, complete
+from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.source import mirror
+from fleet.toolchains.watching import Watch, watching
+
+MODEL = "openvino_model.xml"
+_TARGETS = (Target.CPU, Target.GPU, Target.NPU)
+_INT4_OPTIONS: dict[str, Option] = {
+    "symmetric": (False, (True, False)),
+    # Weights that share a scale; -1 is a whole row. Rows that are no multiple take the next smaller that fits.
+    "group_size": (64, (-1, 32, 64, 128, 256)),
+    # Share of the weights at INT4; the rest, the most sensitive ones, at INT8.
+    "ratio": (1.0, (int, float)),
+    # Embeddings and the last layer at INT4 too.
+    "all_layers": (False, (True, False)),
+    "calibration": (None, (None, str)),
+    "awq": (False, (True, False)),
+    "scale_estimation": (False, (True, False)),
+    "gptq": (False, (True, False)),
+    "lora_correction": (False, (True, False)),
+}
+_INT8_OPTIONS: dict[str, Option] = {"symmetric": (False, (True, False))}
+_NEEDS_TEXT = ("scale_estimation", "gptq", "lora_correction")
+#: Tokens of one calibration sample: statistics grow with it, and so does memory.
+_SAMPLE_TOKENS = 256
+
+
+class OpenVino:
+    """INT4, INT8, FP16 and FP32 for CPU, GPU and NPU."""
+
+    name: ClassVar[Toolchain] = Toolchain.OPENVINO
+    extra: ClassVar[str] = "quantize"
+    packages: ClassVar[tuple[str, ...]] = (
+        "openvino", "openvino-tokenizers", "openvino-genai", "optimum-intel", "nncf", "torch", "transformers",
+    )  # fmt: skip
+    overhead_bytes: ClassVar[int] = 256 * 1024 * 1024
+
+    def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
+        """See ``_INT4_OPTIONS``. An NPU takes symmetric INT4 in groups of 128 or whole rows only."""
+        what = f"openvino {recipe.precision} for {recipe.target}"
+        if recipe.target not in _TARGETS:
+            raise ProfileError(f"{what}: OpenVINO has no such device; it has {', '.join(_TARGETS)}")
+        if recipe.precision is Precision.INT8:
+            return complete(what, recipe.options, _INT8_OPTIONS)
+        if recipe.precision is not Precision.INT4:
+            if recipe.precision is Precision.BF16:
+                raise ProfileError(f"{what}: OpenVINO keeps weights in FP16 or FP32")
+            return complete(what, recipe.options, {})
+        npu = {"symmetric": True, "group_size": 128} if recipe.target is Target.NPU else {}
+        options = complete(what, npu | recipe.options, _INT4_OPTIONS)
+        _check_int4(what, options, recipe.target)
+        return options
+
+    def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
+        """The checkpoint as loaded and as traced; a calibration runs it beside its compressed copy."""
+        calibrated = 4 * model.facts.parameters if recipe.options.get("calibration") else 0
+        return 2 * model.weights_bytes + calibrated + 3 * 2**30
+
+    def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
+        """Export, compress, and take out what differs from build to build."""
+        progress(Progress("loading the toolchain"))
+        source = mirror(job.source, job.scratch / "source")
+        quantized = job.precision in (Precision.INT4, Precision.INT8)
+        out = job.scratch / "whole" if quantized else job.out
+        _export(source, out, "fp16" if job.precision is Precision.FP16 else "fp32", progress)
+        notes: dict[str, Any] = {}
+        if quantized:
+            notes = _compress(job, out, progress)
+            for file in sorted(out.iterdir()):
+                if file.is_file() and file.stem != Path(MODEL).stem:
+                    file.replace(job.out / file.name)
+        progress(Progress("finishing"))
+        unstamp(job.out)
+        return Converted(entry=".", kv_element_bytes=2, notes=notes)
+
+    def speak(self, job: SpeakJob) -> str:
+        """Greedy, on the CPU, whatever device it was built for."""
+        import openvino_genai
+
+        pipeline = openvino_genai.LLMPipeline(str(job.folder / job.entry), "CPU")
+        answer = pipeline.generate(
+            job.prompt, max_new_tokens=job.max_tokens, do_sample=False, apply_chat_template=False
+        )
+        return str(answer)
+
+
+def _check_int4(what: str, options: dict[str, Any], target: Target) -> None:
+    if not 0 <= options["ratio"] <= 1:
+        raise ProfileError(f"{what}: ratio is a share from 0 to 1, not {options['ratio']}")
+    if wanting := [name for name in _NEEDS_TEXT if options[name] and not options["calibration"]]:
+        raise ProfileError(f"{what}: {', '.join(wanting)} needs a calibration: 'bundled', or a text file")
+    if options["gptq"] and options["lora_correction"]:
+        raise ProfileError(f"{what}: gptq and lora_correction exclude each other")
+    if target is not Target.NPU:
+        return
+    if not options["symmetric"] or options["ratio"] != 1 or options["group_size"] not in (-1, 128):
+        raise ProfileError(f"{what}: an NPU compiles symmetric weights with ratio 1.0 and group_size -1 or 128 only")
+
+
+def _export(source: Path, out: Path, dtype: str, progress: ProgressCallback) -> None:
+    from optimum.exporters.openvino.__main__ import main_export
+    from optimum.intel.openvino.configuration import OVConfig
+
+    progress(Progress("exporting"))
+    main_export(
+        model_name_or_path=str(source), output=out, task="text-generation-with-past", library_name="transformers",
+        ov_config=OVConfig(dtype=dtype), stateful=True, convert_tokenizer=True,
+    )  # fmt: skip
+    for name in (MODEL, "openvino_tokenizer.xml", "openvino_detokenizer.xml"):
+        if not (out / name).is_file():
+            raise BuildError(f"optimum-intel wrote no {name}; the log says why")
+
+
+def _compress(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[str, Any]:
+    import nncf
+    import openvino
+
+    # NNCF says what it did in its log only; the table of precisions is kept there.
+    logging.getLogger("nncf").setLevel(logging.INFO)
+    model = openvino.Core().read_model(whole / MODEL)
+    arguments = _arguments(job)
+    if job.options.get("calibration"):
+        samples = list(_samples(whole, model, job.calibration))
+        arguments |= {"dataset": nncf.Dataset(samples), "subset_size": len(samples)}
+    watches = (
+        Watch(re.compile(r"Statistics collection .*?(\d+)/(\d+)"), "collecting statistics"),
+        Watch(re.compile(r"Applying AWQ .*?(\d+)%"), "AWQ", 100),
+        Watch(re.compile(r"Applying Scale Estimation .*?(\d+)%"), "estimating scales", 100),
+        Watch(re.compile(r"Applying GPTQ .*?(\d+)%"), "GPTQ", 100),
+        Watch(re.compile(r"Applying Weight Compression .*?(\d+)%"), "compressing", 100),
+    )
+    with watching(watches, progress):
+        compressed = nncf.compress_weights(model, **arguments)
+    openvino.save_model(compressed, job.out / MODEL, compress_to_fp16=False)
+    return {"weights": _count_types(compressed)}
+
+
+def _arguments(job: ConvertJob) -> dict[str, Any]:
+    import nncf
+
+    suffix = "SYM" if job.options["symmetric"] else "ASYM"
+    if job.precision is Precision.INT8:
+        return {"mode": nncf.CompressWeightsMode[f"INT8_{suffix}"]}
+    fallback = nncf.GroupSizeFallbackMode.ADJUST
+    return {
+        "mode": nncf.CompressWeightsMode[f"INT4_{suffix}"],
+        "group_size": job.options["group_size"],
+        "ratio": float(job.options["ratio"]),
+        "all_layers": job.options["all_layers"],
+        "awq": job.options["awq"],
+        "scale_estimation": job.options["scale_estimation"],
+        "gptq": job.options["gptq"],
+        "lora_correction": job.options["lora_correction"],
+        "advanced_parameters": nncf.AdvancedCompressionParameters(group_size_fallback_mode=fallback),
+    }
+
+
+def _samples(whole: Path, model: Any, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Inputs of the exported model: shapes (1, tokens), and (1) for ``beam_idx``."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    names = {name for port in model.inputs for name in port.get_names()}
+    for text in texts:
+        ids = tokenizer(text, return_tensors="np", add_special_tokens=False).input_ids[:, :_SAMPLE_TOKENS]
+        ids = ids.astype(np.int64)
+        sample = {"input_ids": ids, "attention_mask": np.ones_like(ids), "beam_idx": np.zeros(1, np.int32)}
+        if "position_ids" in names:
+            sample["position_ids"] = np.arange(ids.shape[1], dtype=np.int64)[None]
+        yield sample
+
+
+def _count_types(model: Any) -> dict[str, int]:
+    """Weights by element type, as they were written: the proof that an option took effect."""
+    counts: dict[str, int] = {}
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and len(node.get_output_shape(0)) >= 2:
+            size = 1
+            for extent in node.get_output_shape(0):
+                size *= int(extent)
+            name = node.get_output_element_type(0).get_type_name()
+            counts[name] = counts.get(name, 0) + size
+    return {name: count for name, count in sorted(counts.items()) if count >= 4096}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as optimum-intel wrote it."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config

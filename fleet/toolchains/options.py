@@ -1,0 +1,35 @@
+"""Options of recipes: defaults, and what each may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fleet.errors import ProfileError
+
+#: An option's default, and its allowed values; a type allows all of it, None beside it allows None too.
+Option = tuple[Any, tuple[Any, ...]]
+
+
+def complete(what: str, given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """``given`` with the defaults of ``known`` filled in; ``what`` names the recipe in messages.
+
+    Raises:
+        ProfileError: an option is unknown, or has a value that it cannot have.
+    """
+    if unknown := sorted(set(given) - set(known)):
+        raise ProfileError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
+    options = {}
+    for name, (default, allowed) in known.items():
+        value = given.get(name, default)
+        if not any(_is(value, one) for one in allowed):
+            listed = ", ".join(one.__name__ if isinstance(one, type) else repr(one) for one in allowed)
+            raise ProfileError(f"{what}: option {name} cannot be {value!r}; it can be {listed}")
+        options[name] = value
+    return options
+
+
+def _is(value: Any, allowed: Any) -> bool:
+    if isinstance(allowed, type):
+        return isinstance(value, allowed) and not (isinstance(value, bool) and allowed is not bool)
+    return type(value) is type(allowed) and value == allowed
