@@ -88,7 +88,7 @@ class TrustClient:
         data = await self._in_thread(lambda fetcher: self._refresh(fetcher, manifest_target(ref.digest)))
         self._check_order_again(ref)
         try:
-            manifest = Manifest.from_json(data)
+            manifest = await asyncio.to_thread(Manifest.from_json, data)  # megabytes, on a small core
         except MalformedMessageError as error:
             raise TrustError(f"the signed manifest of {ref.id} cannot be read: {error}") from error
         if (manifest.digest, manifest.id) != (ref.digest, ref.id):

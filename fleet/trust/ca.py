@@ -38,7 +38,8 @@ from fleet.trust.clock import utc_now
 from fleet.trust.files import PRIVATE, remove_leftovers, write_atomic
 
 CA_DAYS = 3650
-DEVICE_DAYS = 397
+#: As long as the CA: no date may lock out devices that nobody visits. A device that is lost is revoked.
+DEVICE_DAYS = CA_DAYS
 SERVER_DAYS = 397
 CRL_DAYS = 30
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tuf.api.metadata import MetaFile, Root
 
+from agent.contract.director import ISSUED_AT_FIELD
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES, Manifest, manifest_target
 from agent.contract.messages import ArtifactRef, Desired
@@ -500,23 +501,43 @@ async def test_fast_forward_is_recovered_from_by_rotation(running: World) -> Non
     assert await running.client.manifest(ref(SECOND)) == SECOND
 
 
-async def test_a_clock_set_forward_by_a_stolen_key_is_recovered_from_by_rotation(running: World) -> None:
-    from agent.contract.director import ISSUED_AT_FIELD
-
-    stolen = thief(running)
-    state, later = stolen.now(), running.clock.now() + timedelta(days=300)
+def set_forward(world: World, days: float, *, snapshot_too: bool) -> datetime:
+    """With the timestamp key stolen, and maybe that of snapshot: signed in the future, as far as the thief says."""
+    stolen = thief(world)
+    state, later = stolen.now(), world.clock.now() + timedelta(days=days)
+    if snapshot_too:
+        state.snapshot.signed.version += 1
+        state.snapshot.signed.expires = later + timedelta(days=1)
+        data = stolen.sign(state.snapshot, "snapshot")
+        state.timestamp.signed.snapshot_meta = MetaFile.from_data(state.snapshot.signed.version, data, ["sha256"])
+        world.source.forged[f"{state.snapshot.signed.version}.snapshot.json"] = data
     state.timestamp.signed.version += 1
     state.timestamp.signed.expires = later + timedelta(days=1)
     state.timestamp.signed.unrecognized_fields[ISSUED_AT_FIELD] = later.isoformat()
-    running.source.forged["timestamp.json"] = stolen.sign(state.timestamp, "timestamp")
+    world.source.forged["timestamp.json"] = stolen.sign(state.timestamp, "timestamp")
+    return later
+
+
+@pytest.mark.parametrize(("days", "snapshot_too"), [(15, False), (370, True), (365 * 7900, True)])
+async def test_a_thief_of_online_keys_cannot_set_the_clock_past_the_other_roles(
+    running: World, days: float, snapshot_too: bool
+) -> None:
+    set_forward(running, days, snapshot_too=snapshot_too)
+    await running.client.refresh()
+    assert running.client.clock.now() == running.clock.now()
+
+
+async def test_a_clock_set_forward_by_stolen_keys_is_recovered_from_by_rotation(running: World) -> None:
+    later = set_forward(running, 300, snapshot_too=True)
     await running.client.refresh()
     assert running.client.clock.now() == later
     running.source.forged.clear()
-    running.repository.renew("snapshot")
-    running.repository.renew("timestamp")
+    for _ in range(2):
+        running.repository.renew("snapshot")
     with pytest.raises(TrustError) as caught:
         await running.client.refresh()
     assert caught.value.code is EXPIRED
+    running.repository.rotate("snapshot")
     running.repository.rotate("timestamp")
     await running.client.refresh()
     assert running.client.clock.now() == running.clock.now()

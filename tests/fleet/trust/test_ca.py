@@ -23,7 +23,7 @@ from agent.link.mqtt import MqttLink
 from agent.link.settings import LinkSettings
 from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
-from fleet.trust.ca import DEVICE_DAYS, Credentials, DeviceCA
+from fleet.trust.ca import Credentials, DeviceCA
 from tests.simulators.clock import FakeClock
 
 MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin:/opt/homebrew/sbin")
@@ -51,7 +51,8 @@ def test_a_device_certificate(ca: DeviceCA, home: Home) -> None:
     assert [name.value for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)] == ["pi-1"]
     certificate.verify_directly_issued_by(parsed(credentials.ca))
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
-    assert timedelta(0) <= datetime.now(UTC) + timedelta(days=DEVICE_DAYS) - credentials.expires < timedelta(minutes=1)
+    assert credentials.expires == parsed(credentials.ca).not_valid_after_utc
+    assert ca.enrol("pi-1", days=30).expires < datetime.now(UTC) + timedelta(days=31)
     assert "PRIVATE" not in repr(credentials)
     assert stat.S_IMODE((home.ca / "ca-key.pem").stat().st_mode) == 0o600
 
