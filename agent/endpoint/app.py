@@ -79,6 +79,7 @@ def _routes(router: web.UrlDispatcher) -> None:
     router.add_get("/health/ready", ops_routes.ready)
     router.add_get("/metrics", ops_routes.metrics)
     router.add_get("/props", ops_routes.props)
+    router.add_get("/openapi.json", ops_routes.openapi)
 
 
 def _gate(config: EndpointConfig) -> Middleware:

@@ -120,3 +120,12 @@ def _signed(manifest: Manifest) -> dict[str, Any]:
         "versions": manifest.versions,
         "chat": {"tools_in_template": "tools" in manifest.chat.template, "stop": list(manifest.chat.stop)},
     }
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """``GET /openapi.json``: the API's own description."""
+    # Made when it is asked for: few ask, and its schemas take memory.
+    from agent.endpoint.openapi import description
+
+    info = request.app[CONTEXT].inference.active()
+    return json_reply(description((info.name, info.artifact) if info else ()))

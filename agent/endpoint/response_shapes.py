@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field
 from pydantic import Tag as PydanticTag
 
-from agent.endpoint.shapes import ApiModel, ContentPart, Lenient, Name, Text
+from agent.endpoint.shapes import ApiModel, ContentPart, Lenient, Name, Text, Whole
 
 Identifier = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -41,6 +41,12 @@ class ReasoningItem(Lenient):
     """Handed back by clients that keep everything; these models have none, and it is left out."""
 
     type: Literal["reasoning"]
+
+
+def _not(value: bool) -> bool:
+    if value:
+        raise ValueError("responses are not made in the background here")
+    return value
 
 
 def _kind(item: Any) -> str:
@@ -104,14 +110,14 @@ class ResponseRequest(ApiModel):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    background: Literal[False] | None = None
+    background: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_not)] | None = None
     user: Annotated[str, Field(max_length=512, description="ignored")] | None = None
     include: Annotated[list[str], Field(description="ignored")] | None = None
     service_tier: Annotated[str, Field(description="ignored")] | None = None
