@@ -241,7 +241,7 @@ class TransferCore:
         return min(LONGEST_RETRY_S, max(SILENCE_S, 4 * self._longest_gap))
 
     def _all_lost(self, now: float) -> None:
-        self._window = max(LEAST_WINDOW_BYTES, self._window // 2)
+        self._window = min(self._limit, max(LEAST_WINDOW_BYTES, self._window // 2))
         for index in list(self._asked):
             self._settle(index)
             self._state[index] = _RETRY

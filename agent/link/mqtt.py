@@ -80,6 +80,8 @@ class MqttLink:
         Raises:
             agent.errors.LinkError: it has not within ``timeout_s``; the text says why.
         """
+        if not self.connected:  # its end may not have reached the event loop yet
+            self._up.clear()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
@@ -100,7 +102,7 @@ class MqttLink:
         await self.close()
 
     def on_connected(self, callback: Callable[[], None]) -> None:
-        """Run ``callback`` on the event loop after each connect, when subscriptions and state are on their way."""
+        """Run ``callback`` on the event loop after each connect, when the broker knows our subscriptions again."""
         self._on_connected.append(callback)
 
     async def publish(
@@ -181,14 +183,14 @@ class MqttLink:
     def _connected(self) -> None:
         self.reconnects += 1
         self._told = "closed"  # by us is no news
-        subscriptions = [(topic, subscription.qos) for topic, subscription in self._subscriptions.items()]
-        if subscriptions:
-            self._network.subscribe(subscriptions, lambda reasons: self._log_refused(subscriptions, reasons))
+        _log.info("broker_connected", broker=self.address, reconnects=self.reconnects)
         for topic, (payload, qos) in list(self._retained.items()):
             self._network.publish(Publication(topic, payload, lambda error: None, qos, retain=True))
-        _log.info("broker_connected", broker=self.address, reconnects=self.reconnects)
-        if self._loop is not None:
-            _on_loop(self._loop, self._tell_connected)
+        subscriptions = [(topic, subscription.qos) for topic, subscription in self._subscriptions.items()]
+        if subscriptions:
+            self._network.subscribe(subscriptions, lambda reasons: self._subscribed(subscriptions, reasons))
+        else:
+            self._subscribed([], [])
 
     def _disconnected(self, reason: str) -> None:
         if reason not in (self._told, "closed"):  # once, not at each attempt
@@ -214,10 +216,12 @@ class MqttLink:
         if self._loop is not None:
             _on_loop(self._loop, self._deliver)
 
-    def _log_refused(self, filters: Sequence[tuple[str, int]], reasons: Sequence[Any]) -> None:
+    def _subscribed(self, filters: Sequence[tuple[str, int]], reasons: Sequence[Any]) -> None:
         for (topic, _), reason in zip(filters, reasons, strict=False):
             if reason.is_failure:
                 _log.error("subscription_refused", broker=self.address, topic=topic, reason=str(reason))
+        if self._loop is not None:
+            _on_loop(self._loop, self._tell_connected)
 
     # And this on the event loop again.
 
@@ -239,7 +243,7 @@ def filter_pattern(topic: str) -> re.Pattern[str]:
     levels = inner.split("/")
     text = "/".join("[^/]*" if level == "+" else re.escape(level) for level in levels if level != "#")
     if levels[-1] == "#":
-        text = f"{text}(/.*)?" if text else ".*"
+        text = f"{text}(/.*)?" if len(levels) > 1 else ".*"
     hidden = "(?!\\$)" if levels[0] in ("+", "#") else ""
     return re.compile(f"{hidden}{text}\\Z", re.DOTALL)
 

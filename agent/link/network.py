@@ -32,6 +32,9 @@ MAX_IN_FLIGHT = 64
 #: Bulk publications in one turn of the loop, before it reads again.
 BULK_BURST = 8
 
+#: mosquitto answers a payload above this limit with a reason code that paho takes for a malformed packet.
+_HINTS = {"Protocol error": " (perhaps a payload above the broker's message_size_limit)"}
+
 BulkSource = Callable[[], "tuple[str, bytes] | None"]
 """The next bulk publication as ``(topic, payload)``, or None when there is none now."""
 
@@ -178,15 +181,13 @@ class Network:
             selector.register(self._wake_in, selectors.EVENT_READ)
             interest = selectors.EVENT_READ
             while self._client.socket() is sock and not self._stopping.is_set():
-                if self._up and backoff.up_since is None:
-                    backoff = backoff.connected(time.monotonic())
-                self._turn(sock, selector)
-                if self._client.socket() is not sock:
-                    break
                 wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
                 if wanted != interest:
                     selector.modify(sock, wanted)
                     interest = wanted
+                self._turn(sock, selector)
+                if self._up and backoff.up_since is None:
+                    backoff = backoff.connected(time.monotonic())
         self._goodbye()
         return backoff
 
@@ -330,7 +331,7 @@ class Network:
         if flags.is_disconnect_packet_from_server:
             self._reason = f"the broker disconnected us: {reason}"
         elif self._up:
-            self._reason = f"the connection ended: {reason}"
+            self._reason = f"the connection ended: {reason}{_HINTS.get(str(reason), '')}"
         self._up = False
 
     def _on_publish(self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
