@@ -36,7 +36,7 @@ from fleet.trust.repository import Repository
 DEVICE = "demo-device"
 PROFILE = "iot-x86"
 QUESTION = "What is the capital of France?"
-STEPS = 8
+STEPS = 9
 PROBATION_S = 3.0
 _POLL_S = 0.1
 _PATIENCE_S = 240.0

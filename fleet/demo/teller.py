@@ -12,6 +12,9 @@ from rich.table import Table
 
 from fleet.toolchains import progress as work
 
+#: Of what is printed where no terminal says how wide it is.
+WIDTH = 110
+
 
 class Step:
     """One step under way: a bar while it runs, a line when it is done."""
@@ -37,6 +40,8 @@ class Teller:
 
     def __init__(self, steps: int, *, to_stderr: bool) -> None:
         self.console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, WIDTH)
         self._steps = steps
         self._count = 0
         self._began = time.monotonic()
@@ -65,7 +70,7 @@ class Teller:
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as shown:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as shown:
             step = Step(shown, shown.add_task("", total=None, title=title))
             yield step
         took = time.monotonic() - began

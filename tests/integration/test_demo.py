@@ -1,0 +1,80 @@
+"""`phifleet demo` as a person types it: its answer, its object for machines, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+COMMAND = [sys.executable, "-m", "fleet", "demo"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(folder)}
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=False, env=environment(folder), capture_output=True, text=True, timeout=280)
+
+
+def test_the_demo_answers_and_cleans_up(tmp_path: Path):
+    done = run([*COMMAND, "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    told = json.loads(line)
+    assert "Paris" in told["answer"]
+    assert told["deployment"]["state"] == "committed"
+    assert told["deployment"]["runtime"] == "onnx_genai"
+    assert told["endpoint"].startswith("http://127.0.0.1:")
+    assert told["artifact"]["toolchain"] == "onnx_genai"
+    assert told["artifact"]["precision"] == "int4"
+    # The bytes told are the bytes there were: what came over the link is the artifact.
+    assert told["transfer"]["bytes"] >= told["artifact"]["bytes"] > 50e6
+    assert told["transfer"]["seconds"] > 0
+    assert all(told["health"][name] > 0 for name in ("ttft_ms", "tpot_ms", "tokens_per_s"))
+    assert told["seconds"] > 0
+    assert [each for each in tmp_path.iterdir() if each.name.startswith("phifleet-demo-")] == []
+
+
+@pytest.mark.parametrize(("number", "converting"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_interrupted_it_leaves_neither_processes_nor_files(tmp_path: Path, number: signal.Signals, converting: bool):
+    with subprocess.Popen(COMMAND, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as demo:
+        me = psutil.Process(demo.pid)
+        end = time.monotonic() + 120
+        while not (me.children(recursive=True) if converting else list(tmp_path.iterdir())):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        time.sleep(0.5)
+        children = me.children(recursive=True)
+        demo.send_signal(number)
+        output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, output
+    assert b"Traceback" not in output
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert [each for each in tmp_path.iterdir() if each.name.startswith("phifleet-demo-")] == []
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_made(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run([*COMMAND, "--port", port], tmp_path)
+    assert done.returncode == 2
+    assert f"port {port} is in use" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broker_that_is_none_is_refused(tmp_path: Path):
+    done = run([*COMMAND, "--broker", "http://x"], tmp_path)
+    assert done.returncode == 2
+    assert "mqtt://" in done.stderr
+    assert "Traceback" not in done.stderr
