@@ -64,16 +64,28 @@ class TokenSampler:
 
     def draw(self, logits: Logits) -> Drawn:
         """From ``logits`` of shape (vocabulary,), which are left as they are."""
+        return self.drawn(self._choose(logits), logits)
+
+    def redraw(self, masked: Logits, logits: Logits, refused: int) -> Drawn:
+        """Instead of ``refused``, which guidance forbids: from ``masked``, the logits with what it forbids at -inf.
+
+        Drawing, and drawing again among the allowed when the first is not, is a draw among the allowed.
+        """
+        if self._penalised:
+            self._counts[refused] -= 1
+            if not self._counts[refused]:
+                del self._counts[refused]
+        return self.drawn(self._choose(masked), logits)
+
+    def _choose(self, logits: Logits) -> int:
         adjusted = self._adjust(logits)
         if self._sampling.temperature <= 0:
-            token = int(adjusted.argmax())
-        else:
-            ids, weights = self._candidates(adjusted)
-            total = np.cumsum(weights, dtype=np.float64)
-            at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-            at = min(at, len(total) - 1)
-            token = int(ids[at]) if ids is not None else at
-        return self.drawn(token, logits)
+            return int(adjusted.argmax())
+        ids, weights = self._candidates(adjusted)
+        total = np.cumsum(weights, dtype=np.float64)
+        at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
+        at = min(at, len(total) - 1)
+        return int(ids[at]) if ids is not None else at
 
     def drawn(self, token: int, logits: Logits) -> Drawn:
         """``token`` was drawn (by whomever): remember it, and give the log probabilities asked for."""

@@ -1,0 +1,471 @@
+"""llama.cpp (GGUF) with continuous batching of our own: the Python package serialises whole requests on a lock.
+
+Every sequence has its own stream of the key/value cache, as large as the context that was signed: llama.cpp picks
+LongRoPE's factors by the context *allocated* to a sequence (its issue 24823), so it must not depend on how many there
+are. One step is one ``llama_decode`` over one token of each answering sequence and a piece of the waiting prompts.
+Checked against llama-cpp-python 0.3.36 by running it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.core.inference import (
+    Capabilities,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    GuidanceKind,
+    InferenceError,
+    TokenLogprob,
+)
+from agent.errors import RuntimeLoadError
+from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
+from agent.runtimes.generation import Generation, check_fits
+from agent.runtimes.text import Utf8Stream
+
+#: Tokens of one decode; and of prompts in it while others wait for their next token, which bounds their delay.
+_BATCH, _PREFILL_SHARED = 512, 128
+#: Copying another sequence's cache pays from here on; shorter prefixes are computed again.
+_WORTH_COPYING = 64
+_LOG_WARN, _LOG_ERROR = 3, 4
+
+
+class LlamaCppRuntime:
+    """See the module."""
+
+    name = "llamacpp"
+
+    def check(self) -> Check:
+        """Import it; loading the library is what fails when it was built for another processor."""
+        import llama_cpp
+
+        devices = ("CPU", "GPU") if llama_cpp.llama_supports_gpu_offload() else ("CPU",)
+        return Check(str(llama_cpp.__version__), devices)
+
+    def load(self, source: ModelSource, options: LoadOptions) -> Engine:
+        """Load one GGUF file."""
+        path = source.path if source.path.is_file() else next(iter(sorted(source.path.glob("*.gguf"))), source.path)
+        _check_file(path)
+        import llama_cpp
+
+        log = _Log(llama_cpp)
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0 if options.device == "CPU" else -1
+        params.use_extra_bufts = bool(options.extra.get("use_extra_bufts", not _has_amx()))
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise RuntimeLoadError(f"llama.cpp cannot load {path}: {log.last() or 'no reason given'}")
+        return LlamaCppEngine(llama_cpp, model, source, options, log)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One stream of the cache: its tokens are those whose keys and values it holds."""
+
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    sequence: _Sequence | None = None
+    used: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    generation: Generation
+    prompt: list[int]
+    sampler: Any
+    grammar: _Grammar | None
+    slot: _Slot | None = None
+    next: int | None = None
+
+    @property
+    def id(self) -> str:
+        return self.generation.request.id
+
+
+class LlamaCppEngine:
+    """See the module."""
+
+    def __init__(self, lib: Any, model: Any, source: ModelSource, options: LoadOptions, log: _Log) -> None:
+        import numpy as np
+
+        self._lib = lib
+        self._model = model
+        self._log = log
+        self._np = np
+        self._vocab = lib.llama_model_get_vocab(model)
+        self._size = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.context = min(options.context, int(lib.llama_model_n_ctx_train(model)))
+        self._sequences = max(1, min(options.max_sequences, options.kv_tokens // self.context))
+        self.device = "CPU" if options.device == "CPU" or not lib.llama_supports_gpu_offload() else options.device
+        self._context = self._make_context(options)
+        self._batch = _Batch(lib, np, _BATCH)
+        self._slots = [_Slot(number) for number in range(self._sequences)]
+        self._waiting: deque[_Sequence] = deque()
+        self._ended: list[GenerationEvent] = []
+        self._clock = 0
+        self._pieces: dict[int, bytes] = {}
+        self._ends = {ids[0] for text in source.stop_tokens if len(ids := self._encode(text)) == 1}
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Every sampling parameter, since the drawing is ours; guidance by llama.cpp's grammars (GBNF)."""
+        from agent.runtimes.sampling import PARAMETERS
+
+        kinds = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA, GuidanceKind.GRAMMAR})
+        return Capabilities(PARAMETERS, kinds, True, self._sequences)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        return bool(self._waiting or self._ended) or any(slot.sequence for slot in self._slots)
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Tokenize, check, and queue."""
+        from agent.runtimes.sampling import TokenSampler
+
+        prompt = self._encode(request.prompt)
+        limit = check_fits(len(prompt), request.sampling.max_tokens, self.context)
+        grammar = self._grammar(request)
+        generation = Generation(request, _Pieces(self._piece), len(prompt), limit)
+        self._waiting.append(_Sequence(generation, prompt, TokenSampler(request.sampling, prompt), grammar))
+
+    def cancel(self, request_id: str) -> None:
+        """Before the next token; what was computed stays for the next request that begins the same way."""
+        running = [slot.sequence for slot in self._slots if slot.sequence]
+        for sequence in [*running, *self._waiting]:
+            if sequence.id == request_id:
+                self._ended.extend(sequence.generation.finish(FinishReason.CANCELLED))
+                self._release(sequence)
+                return
+
+    def step(self) -> Sequence[GenerationEvent]:
+        """One decode over all sequences."""
+        events, self._ended = self._ended, []
+        while self._waiting and (free := [slot for slot in self._slots if slot.sequence is None]):
+            self._start(self._waiting.popleft(), free)
+        drawing = self._fill()
+        if not self._batch.size:
+            return events
+        status = self._lib.llama_decode(self._context, self._batch.struct())
+        if status != 0:
+            return [*events, *self._fail_all(status)]
+        for sequence, index in drawing:
+            events.extend(self._draw(sequence, index))
+        return events
+
+    def count_tokens(self, text: str) -> int:
+        """Special tokens in the text are parsed."""
+        return len(self._encode(text))
+
+    def stats(self) -> dict[str, float]:
+        """Cache cells in use, of those allocated."""
+        return {
+            "active": sum(slot.sequence is not None for slot in self._slots),
+            "waiting": len(self._waiting),
+            "kv_used_tokens": sum(len(slot.tokens) for slot in self._slots),
+            "kv_capacity_tokens": self.context * self._sequences,
+        }
+
+    def close(self) -> None:
+        """Grammars, context, model, in this order."""
+        for slot in self._slots:
+            slot.sequence = None
+        self._waiting.clear()
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def _make_context(self, options: LoadOptions) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = self.context * self._sequences
+        params.n_seq_max = self._sequences
+        params.kv_unified = False
+        params.n_batch = params.n_ubatch = _BATCH
+        if options.threads:
+            params.n_threads = params.n_threads_batch = options.threads
+        context = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            reason = self._log.last() or "no reason given"
+            raise RuntimeLoadError(f"llama.cpp makes no context of {self._sequences} x {self.context} tokens: {reason}")
+        return context
+
+    def _encode(self, text: str) -> list[int]:
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 8
+        buffer = (ctypes.c_int32 * room)()
+        # The chat template writes its own beginning; a second one changes the answer.
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, True)
+        if count < 0:
+            raise InferenceError("invalid", f"llama.cpp does not tokenize the prompt of {len(data)} bytes")
+        return list(buffer[:count])
+
+    def _piece(self, token: int) -> bytes:
+        known = self._pieces.get(token)
+        if known is None:
+            buffer = ctypes.create_string_buffer(256)
+            size = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+            if size < 0:
+                buffer = ctypes.create_string_buffer(-size)
+                size = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+            known = self._pieces[token] = buffer.raw[:size]
+        return known
+
+    def _grammar(self, request: GenerationRequest) -> _Grammar | None:
+        guidance = request.sampling.guidance
+        if guidance is None:
+            return None
+        return _Grammar(self._lib, self._np, self._vocab, _gbnf(guidance.kind, guidance.data))
+
+    def _start(self, sequence: _Sequence, free: list[_Slot]) -> None:
+        """Into the free slot that shares most with the prompt; or into the oldest, with another's cache copied."""
+        slot = max(free, key=lambda one: (_common(one.tokens, sequence.prompt), -one.used))
+        shared = _common(slot.tokens, sequence.prompt)
+        donor = max(self._slots, key=lambda one: _common(one.tokens, sequence.prompt))
+        memory = self._lib.llama_get_memory(self._context)
+        offered = _common(donor.tokens, sequence.prompt)
+        if offered > shared + _WORTH_COPYING:
+            slot = min(free, key=lambda one: one.used)
+            self._lib.llama_memory_seq_rm(memory, slot.number, -1, -1)
+            self._lib.llama_memory_seq_cp(memory, donor.number, slot.number, -1, -1)
+            shared = offered
+            slot.tokens = donor.tokens[:shared]
+        # The last token of the prompt is always computed: its logits are what is drawn from.
+        shared = min(shared, len(sequence.prompt) - 1)
+        self._lib.llama_memory_seq_rm(memory, slot.number, shared, -1)
+        del slot.tokens[shared:]
+        slot.sequence, sequence.slot = sequence, slot
+        sequence.generation.cached_tokens = shared
+
+    def _fill(self) -> list[tuple[_Sequence, int]]:
+        """Who draws, and from which row of the logits."""
+        batch, drawing = self._batch, []
+        batch.size = 0
+        running = [slot for slot in self._slots if slot.sequence]
+        for slot in running:
+            sequence = slot.sequence
+            if sequence is not None and sequence.next is not None:
+                drawing.append((sequence, batch.add(slot.number, len(slot.tokens), [sequence.next], draw=True)))
+                slot.tokens.append(sequence.next)
+                sequence.next = None
+        room = min(_PREFILL_SHARED, _BATCH - batch.size) if drawing else _BATCH
+        for slot in sorted(running, key=lambda one: len(one.sequence.prompt) - len(one.tokens) if one.sequence else 0):
+            sequence = slot.sequence
+            missing = len(sequence.prompt) - len(slot.tokens) if sequence is not None else 0
+            if sequence is None or missing <= 0 or room <= 0:
+                continue
+            piece = sequence.prompt[len(slot.tokens) : len(slot.tokens) + room]
+            index = batch.add(slot.number, len(slot.tokens), piece, draw=len(piece) == missing)
+            slot.tokens.extend(piece)
+            room -= len(piece)
+            if len(piece) == missing:
+                drawing.append((sequence, index))
+        return drawing
+
+    def _draw(self, sequence: _Sequence, index: int) -> list[GenerationEvent]:
+        row = self._lib.llama_get_logits_ith(self._context, index)
+        logits = self._np.ctypeslib.as_array(row, (self._size,))
+        drawn = sequence.sampler.draw(logits)
+        if sequence.grammar is not None and not sequence.grammar.allows(drawn.token):
+            drawn = sequence.sampler.redraw(sequence.grammar.masked(logits), logits, drawn.token)
+        if drawn.token in self._ends or self._lib.llama_vocab_is_eog(self._vocab, drawn.token):
+            events = sequence.generation.end_marker()
+        else:
+            if sequence.grammar is not None:
+                sequence.grammar.accept(drawn.token)
+            own = None if drawn.logprob is None else self._logprob(drawn.token, drawn.logprob)
+            events = sequence.generation.token(drawn.token, own, tuple(self._logprob(*pair) for pair in drawn.top))
+            sequence.next = drawn.token
+        if sequence.generation.done:
+            self._release(sequence)
+        return events
+
+    def _logprob(self, token: int, logprob: float) -> TokenLogprob:
+        return TokenLogprob(self._piece(token).decode("utf-8", "replace"), logprob, token)
+
+    def _release(self, sequence: _Sequence) -> None:
+        if sequence.slot is not None:
+            self._clock += 1
+            sequence.slot.used = self._clock
+            sequence.slot.sequence = None
+            sequence.slot = None
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def _fail_all(self, status: int) -> list[GenerationEvent]:
+        """A decode that fails leaves the cache in doubt: everything in it goes."""
+        events: list[GenerationEvent] = []
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        for slot in self._slots:
+            slot.tokens = []
+            if slot.sequence is not None:
+                reason = f"llama_decode failed with status {status}: {self._log.last()}"
+                events.extend(slot.sequence.generation.fail("crashed", reason))
+                self._release(slot.sequence)
+        return events
+
+
+class _Batch:
+    """``llama_batch`` over arrays that are filled in place."""
+
+    def __init__(self, lib: Any, np: Any, capacity: int) -> None:
+        self.size = 0
+        self._token = np.zeros(capacity, np.int32)
+        self._position = np.zeros(capacity, np.int32)
+        self._sequence = np.zeros(capacity, np.int32)
+        self._draw = np.zeros(capacity, np.int8)
+        self._one = np.ones(capacity, np.int32)
+        self._pointers = np.arange(capacity, dtype=np.uint64) * 4 + self._sequence.ctypes.data
+        self._np = np
+        self._struct = lib.llama_batch(
+            token=_pointer(self._token, ctypes.c_int32),
+            pos=_pointer(self._position, ctypes.c_int32),
+            n_seq_id=_pointer(self._one, ctypes.c_int32),
+            seq_id=_pointer(self._pointers, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(self._draw, ctypes.c_int8),
+        )
+
+    def add(self, sequence: int, position: int, tokens: list[int], *, draw: bool) -> int:
+        """Append; the row of the last token."""
+        start, self.size = self.size, self.size + len(tokens)
+        self._token[start : self.size] = tokens
+        self._position[start : self.size] = self._np.arange(position, position + len(tokens))
+        self._sequence[start : self.size] = sequence
+        self._draw[start : self.size] = 0
+        self._draw[self.size - 1] = draw
+        return self.size - 1
+
+    def struct(self) -> Any:
+        """What ``llama_decode`` takes."""
+        self._struct.n_tokens = self.size
+        return self._struct
+
+
+class _Grammar:
+    """llama.cpp's grammar sampler. Applied to one candidate first: masking a whole vocabulary is slow."""
+
+    def __init__(self, lib: Any, np: Any, vocab: Any, text: str) -> None:
+        self._lib = lib
+        self._np = np
+        self._type = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self._one = np.zeros(1, self._type)
+        self._sampler = lib.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+        if not self._sampler:
+            raise InferenceError("invalid", "llama.cpp refuses the grammar", param="response_format")
+
+    def __del__(self) -> None:
+        if getattr(self, "_sampler", None):
+            self._lib.llama_sampler_free(self._sampler)
+            self._sampler = None
+
+    def allows(self, token: int) -> bool:
+        """Whether it may come next; an end marker only where the grammar is complete."""
+        self._one[0] = (token, 1.0, 0.0)
+        return bool(self._apply(self._one)["logit"][0] > -1e30)
+
+    def masked(self, logits: Any) -> Any:
+        """The logits, with minus infinity where the grammar forbids."""
+        every = self._np.zeros(len(logits), self._type)
+        every["id"] = self._np.arange(len(logits))
+        every["logit"] = logits
+        return self._apply(every)["logit"].copy()
+
+    def accept(self, token: int) -> None:
+        """Advance; only for tokens that are allowed, others end the process."""
+        self._lib.llama_sampler_accept(self._sampler, token)
+
+    def _apply(self, candidates: Any) -> Any:
+        array = self._lib.llama_token_data_array(
+            data=ctypes.cast(candidates.ctypes.data, ctypes.POINTER(self._lib.llama_token_data)),
+            size=len(candidates),
+            selected=-1,
+            sorted=False,
+        )
+        self._lib.llama_sampler_apply(self._sampler, ctypes.byref(array))
+        return candidates
+
+
+class _Pieces:
+    """Bytes of tokens to text."""
+
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        self._piece = piece
+        self._stream = Utf8Stream()
+
+    def feed(self, token: int, /) -> str:
+        return self._stream.feed(self._piece(token))
+
+    def flush(self) -> str:
+        return self._stream.flush()
+
+
+class _Log:
+    """llama.cpp logs some hundred lines a load: only warnings pass, and the last error is kept for messages."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lines: deque[str] = deque(maxlen=3)
+
+        def receive(level: int, text: bytes, _data: Any) -> None:
+            if level in (_LOG_WARN, _LOG_ERROR):
+                line = text.decode("utf-8", "replace").strip()
+                if level == _LOG_ERROR:
+                    self._lines.append(line)
+                print(line, flush=True)  # noqa: T201 - the worker's output is the daemon's log
+
+        self._callback = lib.llama_log_callback(receive)
+        lib.llama_log_set(self._callback, None)
+
+    def last(self) -> str:
+        """The last errors."""
+        return "; ".join(self._lines)
+
+
+def _pointer(array: Any, kind: Any) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
+def _gbnf(kind: GuidanceKind, data: str) -> str:
+    from llama_cpp import llama_grammar
+
+    if kind is GuidanceKind.GRAMMAR:
+        return data
+    schema = '{"type":"object"}' if kind is GuidanceKind.JSON_OBJECT else data
+    try:
+        return str(llama_grammar.json_schema_to_gbnf(schema))
+    except Exception as error:
+        raise InferenceError(
+            "invalid", f"the JSON schema cannot become a grammar: {error}", param="response_format"
+        ) from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise RuntimeLoadError(f"{path} is no GGUF file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise RuntimeLoadError(f"{path} is no GGUF file: it begins with {magic!r}")
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for at, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return at
+    return min(len(left), len(right))
+
+
+def _has_amx() -> bool:
+    """llama.cpp's AMX path crashes on some of its machines (its issue 20824, and on ours): it is left out there."""
+    try:
+        return " amx_int8" in Path("/proc/cpuinfo").read_text("ascii", "replace")
+    except OSError:
+        return False
+
+
+RUNTIME = LlamaCppRuntime()
