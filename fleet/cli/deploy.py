@@ -20,7 +20,7 @@ from agent.contract.messages import ArtifactRef, Desired, TransferLimits
 from agent.contract.profile import DeviceProfile, HealthLimits
 from fleet.cli.context import Context, actor
 from fleet.cli.describe import describe_deployment
-from fleet.cli.status import table
+from fleet.cli.status import view
 from fleet.core.deployments import TABLE, Stage
 from fleet.core.fit import gate_misfits, misfits, unmeasured
 from fleet.errors import DeploymentError, UsageError
@@ -223,7 +223,7 @@ def _wait(
     with Live(console=console, auto_refresh=False) as live:
         while True:
             rows = [registry.deployment(row.id) for row in orders]
-            live.update(table([(registry.device(row.device), row) for row in rows]), refresh=True)
+            live.update(view([(registry.device(row.device), row) for row in rows], console.width), refresh=True)
             waited = time.monotonic() - began
             if not any(TABLE[Stage(row.stage)].outstanding for row in rows) or (timeout_s and waited > timeout_s):
                 return rows

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +23,8 @@ from fleet.registry.models import DeploymentRow, DeviceRow
 
 MIB = 1024 * 1024
 REFRESH_S = 1.0
+#: Columns of a terminal that has room for digest and runtime.
+WIDE = 115
 
 _STYLES = {Stage.COMMITTED: "green", Stage.FAILED: "red", Stage.ROLLED_BACK: "yellow", Stage.SUPERSEDED: "dim"}
 
@@ -41,12 +43,12 @@ def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool
         console = Console()
         if once or not console.is_terminal:
             rows = _rows(registry, devices)
-            console.print(table(rows) if rows else "no devices yet; add one with `phifleet device add`")
+            console.print(view(rows, console.width) if rows else "no devices yet; add one with `phifleet device add`")
             return
         # An interrupt is how a person ends it, and no failure.
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(table(_rows(registry, devices)), refresh=True)
+                live.update(view(_rows(registry, devices), console.width), refresh=True)
                 time.sleep(REFRESH_S)
 
 
@@ -59,44 +61,58 @@ def _rows(registry: Registry, names: tuple[str, ...]) -> list[Row]:
     return [(row, newest.get(row.id)) for row in devices]
 
 
-def document(rows: Iterable[Row]) -> dict[str, Any]:
+def document(rows: Sequence[Row]) -> dict[str, Any]:
     """The same as JSON; names of fields are those of the wire contract."""
-    return {"at": datetime.now(UTC).isoformat(), "devices": [describe(row, order) | _speed(row) for row, order in rows]}
+    return {
+        "at": datetime.now(UTC).isoformat(),
+        "devices": [describe(row, order) | {"health": row.health} for row, order in rows],
+    }
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """One line a device."""
-    made = Table("device", "", "state", "progress", "digest", "runtime", "TTFT ms", "TPOT ms", "tokens/s", "failure")
-    made.box = None
+def view(rows: Sequence[Row], width: int) -> RenderableType:
+    """One line a device, and below the table why something failed: a reason is longer than any column."""
+    made = Table(box=None, pad_edge=False)
+    wide = width >= WIDE
+    for name in ("device", "", "state", "progress", *(("digest", "runtime") if wide else ())):
+        made.add_column(name, no_wrap=True)
+    for name in ("TTFT ms", "TPOT ms", "tokens/s") if wide else ("TTFT", "TPOT", "tok/s"):
+        made.add_column(name, justify="right", no_wrap=True)
     for row, order in rows:
-        speed = _speed(row)["health"] or {}
-        proof = (order.proof if order else None) or {}
-        made.add_row(
-            row.id,
-            Text("online", "green") if row.online else Text("offline", "dim"),
-            Text(order.stage, _STYLES.get(Stage(order.stage), "cyan")) if order else "-",
-            progress_text(order.progress) if order and order.stage != Stage.COMMITTED else "",
-            (order.served_digest or "-")[:12] if order else "-",
-            (order.runtime if order else None) or "-",
-            _figure(speed.get("ttft_ms_p50") or proof.get("ttft_ms")),
-            _figure(speed.get("tpot_ms_p50") or proof.get("tpot_ms")),
-            _figure(speed.get("tokens_per_s")),
-            Text(f"{order.failure_code}: {order.failure_message}", "red") if order and order.failure_code else "",
-        )
-    return made
+        made.add_row(*_cells(row, order, wide))
+    reasons = [
+        Text.assemble((f"{row.id}: {order.failure_code}", "red"), f": {order.failure_message}")
+        for row, order in rows
+        if order and order.failure_code
+    ]
+    return Group(made, *reasons)
+
+
+def _cells(row: DeviceRow, order: DeploymentRow | None, wide: bool) -> list[str | Text]:
+    health, proof = row.health or {}, (order.proof if order else None) or {}
+    words = ("online", "offline") if wide else ("on", "off")
+    cells: list[str | Text] = [
+        row.id,
+        Text(words[0], "green") if row.online else Text(words[1], "dim"),
+        Text(order.stage, _STYLES.get(Stage(order.stage), "cyan")) if order else "-",
+        progress_text(order.progress) if order and order.stage == Stage.TRANSFERRING else "",
+    ]
+    if wide:
+        cells += [(order.served_digest or "-")[:12] if order else "-", (order.runtime if order else None) or "-"]
+    return [
+        *cells,
+        _figure(health.get("ttft_ms_p50") or proof.get("ttft_ms")),
+        _figure(health.get("tpot_ms_p50") or proof.get("tpot_ms")),
+        _figure(health.get("tokens_per_s")),
+    ]
 
 
 def progress_text(progress: dict[str, Any] | None) -> str:
-    """Such as ``63% 54.1/86.0 MiB, 41.2 MiB/s``."""
+    """Such as ``63% of 86.0 MiB, 41.2 MiB/s``."""
     if not progress or not progress["bytes_total"]:
         return ""
-    done, total, seconds = progress["bytes_done"], progress["bytes_total"], progress["seconds"]
+    total, seconds = progress["bytes_total"], progress["seconds"]
     rate = f", {progress['bytes_received'] / MIB / seconds:.1f} MiB/s" if seconds > 0 else ""
-    return f"{done / total:.0%} {done / MIB:.1f}/{total / MIB:.1f} MiB{rate}"
-
-
-def _speed(row: DeviceRow) -> dict[str, Any]:
-    return {"health": row.health}
+    return f"{progress['bytes_done'] / total:.0%} of {total / MIB:.1f} MiB{rate}"
 
 
 def _figure(value: float | None) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import structlog
-from sqlalchemy import update
+from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,8 @@ _log = structlog.get_logger("recorder")
 Said = Presence | Facts | Reported | HealthReport
 #: Devices whose faulty messages are counted one by one; what comes past that is counted as "*".
 MAX_NAMES = 10_000
+#: A device's old health reports are deleted at its first batch and then at every so many.
+PRUNE_EVERY = 32
 
 _TYPES: dict[str, type[Said]] = {
     "presence": Presence,
@@ -44,7 +46,13 @@ class Heard:
     retained: bool = False
 
 
-Entry = Callable[[Session], None]
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A publication that was parsed; ``said`` is None when it was malformed."""
+
+    device: str
+    said: Said | None
+    heard: Heard
 
 
 class Recorder:
@@ -54,6 +62,7 @@ class Recorder:
         self._registry = registry
         self.malformed: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
+        self._unpruned: Counter[str] = Counter()
 
     def record(self, batch: Sequence[Heard]) -> None:
         """Write a batch down.
@@ -61,71 +70,83 @@ class Recorder:
         Raises:
             RegistryError: the database cannot be used; nothing of the batch was written.
         """
-        entries = [entry for heard in batch if (entry := self._entry(heard)) is not None]
-        if not entries:
-            return
+        read = [found for heard in batch if (found := self._read(heard)) is not None]
+        if read and not self._written(read):
+            # One message that the database will not take must not cost the others of its batch.
+            for one in read:
+                self._written([one])
+
+    def _written(self, read: Sequence[_Read]) -> bool:
         try:
-            self._registry.record(entries)
+            self._registry.record(lambda session: self._write(session, read))
         except RegistryError as error:
             if not isinstance(error.__cause__, (DataError, IntegrityError)):
                 raise
-            self._record_singly(entries)
+            if len(read) == 1:
+                _log.warning("message dropped", device=read[0].device, reason=str(error))
+            return False
+        return True
 
-    def _record_singly(self, entries: Sequence[Entry]) -> None:
-        """One message that the database will not take must not cost the others of its batch."""
-        for entry in entries:
-            try:
-                self._registry.record([entry])
-            except RegistryError as error:
-                if not isinstance(error.__cause__, (DataError, IntegrityError)):
-                    raise
-                _log.warning("message dropped", reason=str(error))
-
-    def _entry(self, heard: Heard) -> Entry | None:
+    def _read(self, heard: Heard) -> _Read | None:
         found = topics.parse_device(heard.topic)
         if found is None or not heard.payload:  # an empty payload clears a retained message
             return None
         device, leaf = found
         try:
-            message = _TYPES[leaf].from_json(heard.payload)
+            said = _TYPES[leaf].from_json(heard.payload)
         except (MalformedMessageError, KeyError) as error:
-            return self._reject(device, leaf, str(error))
-        if message.device != device:
-            return self._reject(device, leaf, f"device is {message.device!r} on {heard.topic}")
-        return lambda session: self._apply(session, device, message, heard)
+            return self._malformed(device, heard, str(error))
+        if said.device != device:
+            return self._malformed(device, heard, f"device is {said.device!r}")
+        return _Read(device, said, heard)
 
-    def _reject(self, device: str, leaf: str, reason: str) -> Entry:
+    def _malformed(self, device: str, heard: Heard, reason: str) -> _Read:
         if _count(self.malformed, device):
-            _log.warning("malformed message ignored", device=device, leaf=leaf, reason=reason[:500])
-        counted = update(DeviceRow).where(DeviceRow.id == device).values(malformed=DeviceRow.malformed + 1)
+            _log.warning("malformed message ignored", device=device, topic=heard.topic, reason=reason[:500])
+        return _Read(device, None, heard)
 
-        def count(session: Session) -> None:
-            session.execute(counted)
+    def _write(self, session: Session, read: Sequence[_Read]) -> None:
+        names = {one.device for one in read}
+        query = select(DeviceRow).where(DeviceRow.id.in_(names), DeviceRow.removed_at.is_(None))
+        devices = {row.id: row for row in session.scalars(query)}
+        ordered = {one.said.deployment for one in read if isinstance(one.said, Reported)}
+        orders = {row.id: row for row in session.scalars(select(DeploymentRow).where(DeploymentRow.id.in_(ordered)))}
+        for one in read:
+            row = devices.get(one.device)
+            if row is None:
+                if _count(self.unknown, one.device):
+                    _log.warning("message of a device that was not added", device=one.device, topic=one.heard.topic)
+            elif one.said is None:
+                row.malformed += 1
+            else:
+                _apply(session, row, one.said, one.heard, orders)
+        self._prune(session, {one.device for one in read if isinstance(one.said, HealthReport)} & devices.keys())
 
-        return count
-
-    def _apply(self, session: Session, device: str, message: Said, heard: Heard) -> None:
-        row = session.get(DeviceRow, device)
-        if row is None or row.removed_at is not None:
-            if _count(self.unknown, device):
-                _log.warning("message of a device that was not added", device=device, topic=heard.topic)
-            return
-        match message:
-            case Presence():
-                row.online, row.presence_at = message.online, message.at or heard.at
-                row.agent_version = message.agent_version or row.agent_version
-                _log.info("presence", device=device, online=message.online)
-            case Facts():
-                row.facts = message.model_dump(mode="json")
-            case Reported():
-                row.reported = message.model_dump(mode="json")
-                _apply_report(session, message, heard)
-            case HealthReport():
-                row.health = message.model_dump(mode="json")
-                session.add(HealthRow(device=device, at=heard.at, report=row.health))
+    def _prune(self, session: Session, devices: Collection[str]) -> None:
+        for device in devices:
+            if self._unpruned[device] == 0:
                 session.flush()
                 keep_newest_health(session, device)
-        row.last_seen = _seen(row.last_seen, message, heard)
+            self._unpruned[device] = (self._unpruned[device] + 1) % PRUNE_EVERY
+
+
+def _apply(session: Session, row: DeviceRow, said: Said, heard: Heard, orders: Mapping[str, DeploymentRow]) -> None:
+    match said:
+        case Presence():
+            row.online, row.presence_at = said.online, said.at or heard.at
+            row.agent_version = said.agent_version or row.agent_version
+            _log.info("presence", device=row.id, online=said.online)
+        case Facts():
+            row.facts = said.model_dump(mode="json")
+        case Reported():
+            row.reported = said.model_dump(mode="json")
+            order = orders.get(said.deployment)
+            if order is not None and (order.device, order.sequence) == (said.device, said.sequence):
+                _apply_report(order, said, heard)
+        case HealthReport():
+            row.health = said.model_dump(mode="json")
+            session.add(HealthRow(device=row.id, at=heard.at, report=row.health))
+    row.last_seen = _seen(row.last_seen, said, heard)
 
 
 def _count(counter: Counter[str], device: str) -> bool:
@@ -135,31 +156,28 @@ def _count(counter: Counter[str], device: str) -> bool:
     return counter[key] == 1
 
 
-def _seen(before: datetime | None, message: Said, heard: Heard) -> datetime | None:
+def _seen(before: datetime | None, said: Said, heard: Heard) -> datetime | None:
     """When the device last spoke: its will is the broker's word, and a retained message is an old one."""
-    if isinstance(message, Presence) and not message.online:
+    if isinstance(said, Presence) and not said.online:
         return before
     if not heard.retained:
         return heard.at
-    newest = max((at for at in (before, message.at) if at is not None), default=None)
+    newest = max((at for at in (before, said.at) if at is not None), default=None)
     return min(newest, heard.at) if newest else None
 
 
-def _apply_report(session: Session, message: Reported, heard: Heard) -> None:
-    row = session.get(DeploymentRow, message.deployment) if message.deployment else None
-    if row is None or row.device != message.device or row.sequence != message.sequence:
-        return
+def _apply_report(row: DeploymentRow, said: Reported, heard: Heard) -> None:
     stage = row.stage
     try:
-        decided = core.decide(view(row), core.Report(message.state, message.failure, heard.at))
+        decided = core.decide(view(row), core.Report(said.state, said.failure, heard.at))
     except core.TransitionError as error:
         _log.debug("report not taken", deployment=row.id, device=row.device, reason=str(error))
         return
     store(row, decided, heard.at)
     row.reported_at = heard.at
-    row.progress = message.progress.model_dump(mode="json") if message.progress else row.progress
-    row.proof = message.proof.model_dump(mode="json") if message.proof else row.proof
-    row.runtime, row.endpoint, row.served_digest = message.runtime, message.endpoint, message.digest
+    row.progress = said.progress.model_dump(mode="json") if said.progress else row.progress
+    row.proof = said.proof.model_dump(mode="json") if said.proof else row.proof
+    row.runtime, row.endpoint, row.served_digest = said.runtime, said.endpoint, said.digest
     if row.stage != stage:
         failure = {"failure": row.failure_code, "reason": row.failure_message} if row.failure_code else {}
         _log.info("deployment", deployment=row.id, device=row.device, state=row.stage, artifact=row.artifact, **failure)

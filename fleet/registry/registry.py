@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -78,7 +78,7 @@ class Registry:
         with self._database.write() as session:
             row = _device(session, device)
             row.removed_at, row.online = actor.at, False
-            for deployment in _outstanding(session, device):
+            for deployment in _outstanding(session, [device]):
                 store(deployment, core.decide(view(deployment), core.Withdrawn()), actor.at)
             _audit(session, actor, "device.remove", device)
 
@@ -148,8 +148,19 @@ class Registry:
         Raises:
             UsageError: a device is not there.
         """
+        with self._database.read() as session:
+            numbers = {row.id: _next_sequence(row) for row in _devices(session, devices)}
+        # Signing takes milliseconds each: not while every other writer waits.
+        orders = {name: _sign(draft, sign, name, number, actor) for name, number in numbers.items()}
         with self._database.write() as session:
-            return [_deploy(session, device, draft, sign, actor) for device in devices]
+            rows = _devices(session, devices)
+            for earlier in _outstanding(session, devices):
+                store(earlier, core.decide(view(earlier), core.Superseded()), actor.at)
+            for row in rows:
+                row.sequence = _next_sequence(row)
+                if row.sequence != numbers[row.id]:  # somebody else was quicker
+                    orders[row.id] = _sign(draft, sign, row.id, row.sequence, actor)
+            return [_add_order(session, *orders[row.id], actor) for row in rows]
 
     def to_publish(self, after_restart: bool, at: datetime) -> list[DeploymentRow]:
         """Orders that the broker should have: those queued; after a restart, each device's newest that is not over."""
@@ -230,11 +241,10 @@ class Registry:
             query = select(HealthRow).where(HealthRow.device == device).order_by(HealthRow.id.desc())
             return list(session.scalars(query.limit(limit)))
 
-    def record(self, entries: Iterable[Callable[[Session], None]]) -> None:
-        """Many small things that devices said, in one transaction (see ``recorder``)."""
+    def record(self, write: Callable[[Session], None]) -> None:
+        """What devices said, in one transaction (see ``recorder``)."""
         with self._database.write() as session:
-            for entry in entries:
-                entry(session)
+            write(session)
 
 
 def facts_of(row: DeviceRow) -> Facts | None:
@@ -280,21 +290,25 @@ def keep_newest_health(session: Session, device: str) -> None:
     session.execute(delete(HealthRow).where(HealthRow.device == device, HealthRow.id < oldest_kept))
 
 
-def _deploy(session: Session, name: str, draft: Draft, sign: Sign, actor: Actor) -> DeploymentRow:
-    device = _device(session, name)
+def _next_sequence(device: DeviceRow) -> int:
     reported = int((device.reported or {}).get("sequence", 0))
-    device.sequence = max(device.sequence, reported) + 1
-    for earlier in _outstanding(session, name):
-        store(earlier, core.decide(view(earlier), core.Superseded()), actor.at)
-    desired = draft(name, device.sequence, f"{name[:40]}-{device.sequence}-{actor.at:%Y%m%dT%H%M%S}")
+    return max(device.sequence, reported) + 1
+
+
+def _sign(draft: Draft, sign: Sign, device: str, sequence: int, actor: Actor) -> tuple[Desired, bytes]:
+    desired = draft(device, sequence, f"{device[:40]}-{sequence}-{actor.at:%Y%m%dT%H%M%S}")
+    return desired, sign(desired)
+
+
+def _add_order(session: Session, desired: Desired, envelope: bytes, actor: Actor) -> DeploymentRow:
     ref = desired.artifacts[0]
     row = DeploymentRow(
         id=desired.deployment,
-        device=name,
+        device=desired.device,
         artifact=ref.id,
         digest=ref.digest,
         sequence=desired.sequence,
-        envelope=sign(desired),
+        envelope=envelope,
         stage=Stage.QUEUED.value,
         presumed=False,
         created_at=actor.at,
@@ -304,9 +318,15 @@ def _deploy(session: Session, name: str, draft: Draft, sign: Sign, actor: Actor)
     )
     row.due_at = core.due_at(view(row))
     session.add(row)
-    details = {"device": name, "artifact": ref.id, "sequence": desired.sequence}
+    details = {"device": desired.device, "artifact": ref.id, "sequence": desired.sequence}
     _audit(session, actor, "deployment.create", desired.deployment, details)
     return row
+
+
+def _devices(session: Session, names: Sequence[str]) -> list[DeviceRow]:
+    query = select(DeviceRow).where(DeviceRow.id.in_(names), DeviceRow.removed_at.is_(None))
+    found = {row.id: row for row in session.scalars(query)}
+    return [found.get(name) or _device(session, name) for name in dict.fromkeys(names)]
 
 
 def _device(session: Session, device: str) -> DeviceRow:
@@ -320,8 +340,8 @@ def _device(session: Session, device: str) -> DeviceRow:
     return row
 
 
-def _outstanding(session: Session, device: str) -> Sequence[DeploymentRow]:
-    query = select(DeploymentRow).where(DeploymentRow.device == device, DeploymentRow.stage.in_(OUTSTANDING))
+def _outstanding(session: Session, devices: Sequence[str]) -> Sequence[DeploymentRow]:
+    query = select(DeploymentRow).where(DeploymentRow.device.in_(devices), DeploymentRow.stage.in_(OUTSTANDING))
     return session.scalars(query).all()
 
 

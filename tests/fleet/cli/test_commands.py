@@ -349,7 +349,7 @@ def test_status_shows_presence_state_progress_speed_and_failure(phifleet: Phifle
         world.reported(second, State.FAILED, failure=failure),
     )
     shown = phifleet("status", "--once").out
-    assert "50% 50.0/100.0 MiB, 20.0 MiB/s" in shown
+    assert "50% of 100.0 MiB, 20.0 MiB/s" in shown
     assert "online" in shown and "offline" in shown and "store.disk_full: needs 86 MiB" in shown
     document = json.loads(phifleet("status", "--json").out)
     states = {row["device"]: row["deployment"] and row["deployment"]["state"] for row in document["devices"]}

@@ -71,11 +71,17 @@ def test_the_audit_cannot_be_changed_by_anyone(world: World, url: str) -> None:
 
 def test_health_is_bounded_in_number_for_each_device(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleet.registry.registry.HEALTH_KEPT", 10)
+    monkeypatch.setattr("fleet.registry.recorder.PRUNE_EVERY", 4)
     world.add("pi-1", "pi-2")
-    hear(world, *(health(world, "pi-1", number) for number in range(25)), health(world, "pi-2"))
+    recorder = Recorder(world.registry)
+    for number in range(41):
+        for device in ("pi-1", "pi-2") if number < 3 else ("pi-1",):
+            message = health(world, device, number)
+            recorder.record([Heard(topic_of(message, device), message.to_json(), world.clock.now())])
+        assert len(world.registry.health("pi-1")) < 10 + 4
     kept = [row.report["requests"] for row in world.registry.health("pi-1")]
-    assert kept == list(range(24, 14, -1))
-    assert len(world.registry.health("pi-2")) == 1
+    assert kept == list(range(40, 30, -1))
+    assert len(world.registry.health("pi-2")) == 3
     assert HEALTH_KEPT == 720
 
 
