@@ -30,6 +30,8 @@ TICK_S = 5.0
 REFRESH_S = 3600.0
 REFRESH_RETRY_S = 60.0
 PUBLISH_TIMEOUT_S = 30.0
+#: Orders whose acknowledgements are awaited together: a fleet's worth must not take a round trip each.
+AT_ONCE = 64
 #: Messages of devices that wait to be written; beyond it the oldest are dropped, as newer ones say more.
 MAX_WAITING = 10_000
 #: No control message is near it. What is longer is cut, and so is malformed: memory stays bounded.
@@ -163,22 +165,22 @@ class Controller:
 
     async def _publish_orders(self) -> None:
         orders = await asyncio.to_thread(self._registry.to_publish, self._restarted, self._clock())
-        for order in orders:
-            if not await self._send(topics.desired(order.device), order.envelope, deployment=order.id):
+        for start in range(0, len(orders), AT_ONCE):
+            some = orders[start : start + AT_ONCE]
+            sent = await asyncio.gather(*(self._send_order(order) for order in some))
+            done = [order for order, acknowledged in zip(some, sent, strict=True) if acknowledged]
+            if done:
+                ids = [order.id for order in done]
+                await asyncio.to_thread(self._registry.mark_published, ids, self._clock())
+            for order in done:
+                _log_published(order)
+            if len(done) < len(some):
                 return
-            await asyncio.to_thread(self._registry.mark_published, order.id, self._clock())
-            self._log_published(order)
+            self._notify("WATCHDOG=1")
         self._restarted = False
 
-    def _log_published(self, order: DeploymentRow) -> None:
-        again = order.published_at is not None
-        _log.info(
-            "order published again" if again else "order published",
-            deployment=order.id,
-            device=order.device,
-            artifact=order.artifact,
-            sequence=order.sequence,
-        )
+    async def _send_order(self, order: DeploymentRow) -> bool:
+        return await self._send(topics.desired(order.device), order.envelope, deployment=order.id)
 
     async def _clear_removed(self) -> None:
         for device in await asyncio.to_thread(self._registry.to_clear):
@@ -229,6 +231,17 @@ class Controller:
         for role in await asyncio.to_thread(self._repository.status):
             if role.role in ("root", "targets") and role.expires and role.expires - self._clock() < EXPIRY_WARNING:
                 _log.warning("metadata expires soon", role=role.role, expires=role.expires.isoformat())
+
+
+def _log_published(order: DeploymentRow) -> None:
+    again = order.published_at is not None
+    _log.info(
+        "order published again" if again else "order published",
+        deployment=order.id,
+        device=order.device,
+        artifact=order.artifact,
+        sequence=order.sequence,
+    )
 
 
 async def _until(stop: asyncio.Event) -> None:

@@ -179,12 +179,12 @@ class Registry:
             query = query.where(DeploymentRow.expires_at > at, DeploymentRow.presumed.is_(False), alive)
             return list(session.scalars(query))
 
-    def mark_published(self, deployment: str, at: datetime) -> None:
-        """The broker has the order."""
+    def mark_published(self, deployments: Sequence[str], at: datetime) -> None:
+        """The broker has these orders."""
         with self._database.write() as session:
-            row = session.get_one(DeploymentRow, deployment)
-            row.published_at = row.published_at or at
-            store(row, core.decide(view(row), core.Published()), at)
+            for row in session.scalars(select(DeploymentRow).where(DeploymentRow.id.in_(deployments))):
+                row.published_at = row.published_at or at
+                store(row, core.decide(view(row), core.Published()), at)
 
     def tick(self, at: datetime) -> list[DeploymentRow]:
         """Give up on what is past its deadline; returns those."""

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.contract import topics
 from agent.contract.base import WireModel
 from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure, HealthReport, Progress, SignedDesired, State
 from fleet.daemon import Controller
+from fleet.registry import Heard, Recorder
 from fleet.registry.models import DeploymentRow
 from tests.fleet.world import World, make_world, topic_of
+from tests.simulators.clock import START
 from tests.simulators.link import Faults, MemoryBroker, MemoryLink
 
 DEVICE = "pi-1"
@@ -302,7 +306,7 @@ async def test_over_a_bad_line_every_deployment_still_ends_where_the_device_is(w
         await until(lambda: newest(world).stage == "committed", "it is committed")
 
 
-async def test_ten_thousand_messages_are_written_in_few_transactions(world: World) -> None:
+async def test_two_thousand_messages_from_fifty_devices_are_written(world: World) -> None:
     broker = MemoryBroker()
     devices = [f"d-{number}" for number in range(50)]
     world.add(*devices)
@@ -312,6 +316,36 @@ async def test_ten_thousand_messages_are_written_in_few_transactions(world: Worl
             report = HealthReport(device=name, at=world.clock.now(), window_s=10, requests=number)
             await device.publish(topics.health(name), report.to_json())
         await until(lambda: (world.registry.device("d-49").health or {}).get("requests") == 1999, "all are written", 30)
+
+
+async def test_three_hundred_orders_are_published_together(world: World) -> None:
+    devices = [f"d-{number}" for number in range(300)]
+    world.add(*devices)
+    broker = MemoryBroker()
+    notices: list[str] = []
+    async with broker.link("fleet") as link, running(world, link, notices):
+        world.deploy(*devices)
+        await until(lambda: len(broker.retained) == 300, "all are published", 30)
+        await until(lambda: {row.stage for row in world.registry.newest().values()} == {"published"}, "and recorded")
+
+
+@given(st.sampled_from([topics.presence, topics.facts, topics.reported, topics.health]), st.binary(max_size=200))
+def test_no_bytes_of_any_device_disturb_the_recorder(topic: Callable[[str], str], payload: bytes) -> None:
+    written: list[object] = []
+    recorder = Recorder(_Sink(written))  # type: ignore[arg-type]
+    recorder.record([Heard(topic(DEVICE), payload, START)])
+    assert len(written) == (1 if payload else 0)
+    assert recorder.malformed[DEVICE] == len(written), "no random bytes are a message"
+
+
+class _Sink:
+    """A registry that only counts."""
+
+    def __init__(self, written: list[object]) -> None:
+        self._written = written
+
+    def record(self, write: object) -> None:
+        self._written.append(write)
 
 
 async def test_an_order_expires_with_the_clock(world: World) -> None:

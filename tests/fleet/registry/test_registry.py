@@ -46,7 +46,7 @@ def test_the_order_as_published_is_the_one_that_was_signed(world: World) -> None
     (order,) = world.deploy("pi-1")
     (published,) = world.registry.to_publish(False, world.clock.now())
     assert (published.envelope, published.id) == (order.envelope, order.id)
-    world.registry.mark_published(order.id, world.clock.now())
+    world.registry.mark_published([order.id], world.clock.now())
     assert world.registry.to_publish(False, world.clock.now()) == []
     assert [row.id for row in world.registry.to_publish(True, world.clock.now())] == [order.id]
 
