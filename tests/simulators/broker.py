@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from fleet.delivery.broker import EmbeddedBroker
 
 MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
@@ -82,3 +84,25 @@ def _wait_listening(address: str, port: int, process: subprocess.Popen[bytes], l
                 return
         time.sleep(0.02)
     raise RuntimeError(f"mosquitto does not listen on {port}: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def mosquitto_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    if not have_mosquitto():
+        pytest.skip("mosquitto is not installed")
+    with mosquitto(tmp_path_factory.mktemp("mosquitto")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def embedded_broker() -> Iterator[Broker]:
+    with embedded() as running:
+        yield running
+
+
+@pytest.fixture(params=["mosquitto", "embedded"])
+def broker(request: pytest.FixtureRequest) -> Broker:
+    """Each of the brokers that the product runs on."""
+    running = request.getfixturevalue(f"{request.param}_broker")
+    assert isinstance(running, Broker)
+    return running

@@ -232,7 +232,7 @@ async def test_will_is_published_when_the_client_vanishes_and_not_when_it_leaves
     assert got[0].payload == b"offline"
 
 
-async def test_without_a_broker_it_starts_fails_plainly_and_connects_when_one_comes(folder: Path) -> None:
+async def test_without_a_broker_it_starts_fails_plainly_and_connects_when_one_comes(tmp_path: Path) -> None:
     port = free_port()
     got: list[Message] = []
     name = topic("a")
@@ -244,7 +244,7 @@ async def test_without_a_broker_it_starts_fails_plainly_and_connects_when_one_co
             await link.publish(name, b"lost")
         with pytest.raises(LinkError, match="not connected"):
             await link.publish(f"{name}/state", b"kept", retain=True)
-        with mosquitto(folder, port=port) as running:
+        with mosquitto(tmp_path, port=port) as running:
             await link.wait_connected(10)
             await link.publish(name, b"now")
             await until(lambda: got)
@@ -272,19 +272,19 @@ async def test_a_server_that_is_no_broker_is_no_reason_to_crash(answer: bytes) -
     server.close()
 
 
-async def test_refused_credentials_are_named(folder: Path) -> None:
-    with mosquitto(folder, listener="allow_anonymous false") as running:
+async def test_refused_credentials_are_named(tmp_path: Path) -> None:
+    with mosquitto(tmp_path, listener="allow_anonymous false") as running:
         async with MqttLink(settings(running.url)) as link:
             with pytest.raises(LinkError, match="the broker refuses: Not authorized"):
                 await link.wait_connected(1)
 
 
-async def test_refused_topics_and_payloads_are_named(folder: Path) -> None:
-    rules = folder / "acl"
+async def test_refused_topics_and_payloads_are_named(tmp_path: Path) -> None:
+    rules = tmp_path / "acl"
     rules.write_text("topic readwrite open/#\n")
     rules.chmod(0o600)
     general = f"acl_file {rules}\nmessage_size_limit 200000"
-    with mosquitto(folder, general=general) as running:
+    with mosquitto(tmp_path, general=general) as running:
         async with connected(running.url) as link:
             with pytest.raises(LinkError, match="closed/a: the broker refuses: Not authorized"):
                 await link.publish("closed/a", b"")
@@ -295,8 +295,8 @@ async def test_refused_topics_and_payloads_are_named(folder: Path) -> None:
                 await link.publish("open/a", bytes(300_000))
 
 
-async def test_packet_limit_of_the_broker_is_known_beforehand(folder: Path) -> None:
-    with mosquitto(folder, general="max_packet_size 100000") as running:
+async def test_packet_limit_of_the_broker_is_known_beforehand(tmp_path: Path) -> None:
+    with mosquitto(tmp_path, general="max_packet_size 100000") as running:
         async with connected(running.url) as link:
             with pytest.raises(LinkError, match="payload too large: 150000 bytes"):
                 await link.publish("a", bytes(150_000))
