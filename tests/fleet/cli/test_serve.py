@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,14 +20,18 @@ import psutil
 import pytest
 
 from agent.contract import topics
-from agent.contract.messages import MetadataWant
-from agent.link import LinkSettings, Message, MqttLink
+from agent.contract.bundle import Bundle
+from agent.contract.messages import MetadataWant, Presence
+from agent.link import LinkError, LinkSettings, Message, MqttLink
 from fleet.registry.models import DeploymentRow
-from tests.fleet.world import World, make_world
-from tests.simulators.broker import free_port, mosquitto
+from fleet.trust.ca import DeviceCA
+from tests.fleet.cli.conftest import Phifleet
+from tests.fleet.world import PROFILE, World, make_world
+from tests.simulators.broker import MOSQUITTO, free_port, have_mosquitto, mosquitto
 from tests.simulators.clock import FakeClock
 
 DEVICE = "pi-1"
+DOCUMENTED = Path(__file__).parents[3] / "docs" / "mosquitto"
 
 
 @pytest.fixture
@@ -190,3 +195,76 @@ def test_a_port_in_use_is_said_in_one_line(world: World) -> None:
         assert served.process.wait(30) == 7
         last = served.log.read_text().splitlines()[-1]
         assert last.startswith("error: ") and "--broker-port" in last
+
+
+@contextmanager
+def documented_mosquitto(world: World, phifleet: Phifleet, folder: Path) -> Iterator[str]:
+    """mosquitto with docs/mosquitto's configuration; only port and paths are the test's."""
+    DeviceCA(world.home).init()
+    assert phifleet("trust", "issue-broker", "localhost", "--out", str(folder)).code == 0
+    assert phifleet("trust", "issue-controller", "--out", str(folder)).code == 0
+    shutil.copy(world.home.ca / "crl.pem", folder)
+    shutil.copy(DOCUMENTED / "acl", folder)
+    port = free_port()
+    text = (DOCUMENTED / "mosquitto.conf").read_text().replace("listener 8883", f"listener {port} 127.0.0.1")
+    text = text.replace("/etc/mosquitto/phifleet", str(folder)).replace("/var/lib/mosquitto", str(folder))
+    (folder / "mosquitto.conf").write_text(f"user root\n{text}")
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([MOSQUITTO, "-c", str(folder / "mosquitto.conf")], stdout=log, stderr=log)
+    try:
+        yield f"mqtts://localhost:{port}"
+    finally:
+        process.terminate()
+        process.wait(5)
+
+
+async def devices_talk(url: str, bundle: Bundle, folder: Path) -> tuple[Message, list[Message]]:
+    """What a device gets as its order, and what it hears of another's; and it speaks for both."""
+    for name, text in (
+        ("own.pem", bundle.certificate),
+        ("own-key.pem", bundle.private_key),
+        ("b.pem", bundle.broker_ca),
+    ):
+        (folder / name).write_text(text or "")
+    files = {"ca_file": folder / "b.pem", "cert_file": folder / "own.pem", "key_file": folder / "own-key.pem"}
+    orders: asyncio.Queue[Message] = asyncio.Queue()
+    foreign: list[Message] = []
+    async with MqttLink(LinkSettings(url, bundle.device, **files)) as link:
+        await link.wait_connected(20)
+        await link.subscribe(topics.desired(bundle.device), orders.put_nowait)
+        with suppress(LinkError):
+            await link.subscribe(topics.desired("pi-2"), foreign.append)
+        for device in (bundle.device, "pi-2"):
+            said = Presence(device=device, online=True).to_json()
+            with suppress(LinkError):
+                await link.publish(topics.presence(device), said, retain=True)
+        return await asyncio.wait_for(orders.get(), 20), foreign
+
+
+@pytest.mark.skipif(not have_mosquitto(), reason="mosquitto is not installed")
+def test_on_the_documented_broker_each_device_has_its_own_topics_and_no_others(
+    world: World, phifleet: Phifleet, tmp_path: Path
+) -> None:
+    folder, bundle = tmp_path / "tls", tmp_path / "pi-3.json"
+    folder.mkdir()
+    world.add("pi-2")
+    with documented_mosquitto(world, phifleet, folder) as url:
+        environment = {
+            "PHIFLEET_BROKER_CA": str(folder / "ca.pem"),
+            "PHIFLEET_BROKER_CERT": str(folder / "controller.pem"),
+            "PHIFLEET_BROKER_KEY": str(folder / "controller-key.pem"),
+        }
+        config = tmp_path / "fleet.toml"
+        config.write_text(f'broker = "{url}"\nbroker_ca = "{folder / "ca.pem"}"\n')
+        added = phifleet(
+            "--config", str(config), "device", "add", "pi-3", "--profile", PROFILE, "--bundle", str(bundle)
+        )
+        assert added.code == 0, added.err
+        with serve(world, url, **environment) as served:
+            until(served.ready, "it is ready")
+            order, _ = world.deploy("pi-3", "pi-2")
+            until(lambda: world.registry.deployment(order.id).stage == "published", "the order is published")
+            mine, foreign = asyncio.run(devices_talk(url, Bundle.from_json(bundle.read_bytes()), folder))
+            assert mine.payload == order.envelope and foreign == []
+            until(lambda: world.registry.device("pi-3").online, "its own word is taken")
+            assert not world.registry.device("pi-2").online
