@@ -12,6 +12,7 @@ from typing import Any
 import click
 import structlog
 
+from agent import cli as local
 from agent import settings as config
 from agent.contract import topics
 from agent.contract.manifest import Manifest
@@ -74,7 +75,7 @@ def run(outer: tuple[Path | None, dict[str, Any]], /, bundle: Path | None, show_
         for name, value, origin in config.provenance(settings, source):
             click.echo(f"{name} = {value}    ({origin})")
         return
-    logs.configure(settings.log_level, settings.log_format)
+    logs.configure(settings.log_level, settings.log_format, settings.state_dir / "logs")
     who = _identity(settings, bundle)
     asyncio.run(_run(settings, who))
 
@@ -89,6 +90,10 @@ def enrol(outer: tuple[Path | None, dict[str, Any]], /, bundle: Path, replace: b
     settings, _ = config.load(common, file)
     who = identity.enrol(identity.read_bundle(bundle), settings.state_dir, replace=replace)
     click.echo(f"enrolled as {who.device} ({who.profile}); broker {who.broker}; state in {settings.state_dir}")
+
+
+for _command in (local.status, local.logs, local.rollback, local.pause, local.resume, local.chat):
+    cli.add_command(_command)
 
 
 def _identity(settings: AgentSettings, bundle: Path | None) -> identity.Identity:
@@ -135,6 +140,7 @@ def compose(settings: AgentSettings, who: identity.Identity) -> Body:
     works = Works(parts, reporter.progress)
     deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
     reporter.rejected = lambda: deployer.rejected
+    reporter.paused = lambda: deployer.paused
     server = EndpointServer(
         host, _endpoint_config(settings), stats=host.stats, on_finished=lambda done: _finished(done, monitor)
     )
@@ -146,6 +152,7 @@ def compose(settings: AgentSettings, who: identity.Identity) -> Body:
         monitor,
         reporter,
         restarts=lambda: host.stats().restarts,
+        state_dir=settings.state_dir,
         health_interval_s=settings.health_interval_s,
         canary_interval_s=settings.canary_interval_s,
     )

@@ -157,6 +157,7 @@ class Reported(WireModel):
     proof: Proof | None = None
     failure: Failure | None = None
     malformed_messages: Annotated[int, Field(ge=0)] = 0
+    paused: Annotated[bool, Field(description="the person at the device holds new orders back")] = False
     at: Timestamp
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import structlog
 
@@ -14,9 +15,11 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.messages import RuntimeFact, SignedDesired
 from agent.core import deployment as core
 from agent.core.ports import Link, Message, ModelHost
+from agent.daemon.control import ControlServer
 from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Reporter
+from agent.errors import AgentError
 from agent.host import facts, systemd
 
 log = structlog.get_logger()
@@ -81,6 +84,7 @@ class Body:
     monitor: Monitor
     reporter: Reporter
     restarts: Callable[[], int]
+    state_dir: Path
     health_interval_s: float
     canary_interval_s: float
 
@@ -90,6 +94,9 @@ class Agent:
 
     def __init__(self, body: Body) -> None:
         self._body = body
+        self._paused = body.state_dir / "paused"
+        commands = {"status": self._status, "rollback": self._roll_back, "pause": self._pause, "resume": self._resume}
+        self._control = ControlServer(body.state_dir, commands)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve what is there first; the broker may be away for as long as it likes.
@@ -98,7 +105,9 @@ class Agent:
             AgentError: the endpoint cannot listen, or the link's settings are wrong.
         """
         body = self._body
+        body.deployer.paused = self._paused.exists()
         await body.server.start()
+        await self._control.start()
         body.reporter.endpoint = body.server.url
         log.info("endpoint", url=body.server.url)
         body.link.on_connected(body.reporter.connected)
@@ -124,6 +133,7 @@ class Agent:
 
     async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         body = self._body
+        await self._control.stop()
         await body.server.stop()
         await body.reporter.goodbye()
         for task in tasks:
@@ -146,6 +156,38 @@ class Agent:
                 )
             return
         self._body.deployer.order(message.payload)
+
+    async def _status(self) -> dict[str, Any]:
+        body, active = self._body, self._body.host.active()
+        reported, vitals = body.reporter.reported(), body.monitor.vitals()
+        told = reported.model_dump(mode="json", exclude_none=True, exclude={"version", "endpoint"})
+        return {
+            "running": True,
+            "connected": body.link.connected,
+            "paused": body.deployer.paused,
+            "endpoint": body.server.url,
+            "serving": None if active is None else {"model": active.name, "artifact": active.artifact},
+            **told,
+            "health": {"verdict": body.monitor.verdict.value, **asdict(vitals)},
+        }
+
+    async def _roll_back(self) -> dict[str, Any]:
+        try:
+            return {"ok": self._body.deployer.roll_back("asked for at the device")}
+        except AgentError as error:
+            return {"error": str(error)}
+
+    async def _pause(self) -> dict[str, Any]:
+        self._paused.touch()
+        self._body.deployer.paused = True
+        self._body.reporter.tell()
+        return {"ok": "paused: new orders are held; what serves goes on serving"}
+
+    async def _resume(self) -> dict[str, Any]:
+        self._paused.unlink(missing_ok=True)
+        self._body.deployer.resume()
+        self._body.reporter.tell()
+        return {"ok": "orders are taken again"}
 
     async def _tell_facts(self) -> None:
         runtimes: Sequence[RuntimeFact] = ()

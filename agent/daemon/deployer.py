@@ -34,6 +34,9 @@ class Deployer:
         self._serving: asyncio.Task[None] | None = None
         self._order: asyncio.Task[None] | None = None
         self.deployment = self._remembered()
+        self._held: bytes | None = None
+        #: Whether orders are held for now.
+        self.paused = False
         #: Why the last order was not accepted; None when it was.
         self.rejected: Failure | None = None
 
@@ -53,9 +56,35 @@ class Deployer:
 
     def order(self, payload: bytes) -> None:
         """A ``SignedDesired`` arrived; the newest one replaces one that is still being checked."""
+        if self.paused:
+            self._held = payload
+            log.info("order held, the agent is paused")
+            return
         if self._order is not None:
             self._order.cancel()
         self._order = asyncio.create_task(self._take(payload))
+
+    def resume(self) -> None:
+        """Take orders again, and the newest that was held."""
+        self.paused = False
+        held, self._held = self._held, None
+        if held is not None:
+            self.order(held)
+
+    def roll_back(self, reason: str) -> str:
+        """Give up what is under way, or go back to the artifact before; returns what will happen.
+
+        Raises:
+            AgentError: there is nothing to go back to.
+        """
+        failure = Failure(code=FailureCode.CANCELLED, message=reason)
+        if self.deployment.underway:
+            self.post(core.Failed(failure))
+            return f"giving up deployment {self.deployment.deployment_id}"
+        if self.deployment.previous is None:
+            raise AgentError("there is no artifact before this one to roll back to")
+        self.post(core.Unhealthy(failure))
+        return f"rolling back to {self.deployment.previous.id}"
 
     async def run(self) -> None:
         """Pick up what the journal says, then live."""

@@ -53,6 +53,7 @@ class Reporter:
         self._progress: Progress | None = None
         self._progress_told = 0.0
         self._deployment = Deployment()
+        self.paused: Callable[[], bool] = lambda: False
         self.rejected: Callable[[], Failure | None] = lambda: None
         self.endpoint: str | None = None
         self.malformed = 0
@@ -117,6 +118,10 @@ class Reporter:
         self._deployment = deployment
         self._put(topics.reported(self.identity.device), self.reported())
 
+    def tell(self) -> None:
+        """Where the deployment stands, once more: something beside it changed."""
+        self.deployment(self._deployment)
+
     def reported(self) -> Reported:
         """The message as of now."""
         deployment, active = self._deployment, self._active()
@@ -135,6 +140,7 @@ class Reporter:
             proof=deployment.proof,
             failure=rejected or deployment.failure,
             malformed_messages=self.malformed,
+            paused=self.paused(),
             at=self._clock.now(),
         )
 

@@ -1,15 +1,20 @@
-"""Logging of the agent: JSON under systemd or when not on a terminal, readable on one."""
+"""Logging of the agent: JSON under systemd or when not on a terminal, readable on one; and a small file beside."""
 
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import sys
+from pathlib import Path
 
 import structlog
 
+#: Bytes of the log file before it is turned over; one older file is kept.
+FILE_BYTES = 4 * 1024 * 1024
 
-def configure(level: str = "info", form: str = "auto") -> None:
-    """Set structlog up once. ``form`` is auto, json or console; all logs go to standard error."""
+
+def configure(level: str, form: str, folder: Path) -> None:
+    """Set structlog up once. ``form`` is auto, json or console, for standard error; ``folder`` keeps JSON lines too."""
     number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
     on_terminal = form == "console" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
@@ -24,6 +29,7 @@ def configure(level: str = "info", form: str = "auto") -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
             structlog.processors.format_exc_info,
+            _file_writer(folder),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
@@ -31,3 +37,20 @@ def configure(level: str = "info", form: str = "auto") -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING), format="%(name)s: %(message)s")
+
+
+def _file_writer(folder: Path) -> structlog.typing.Processor:
+    """So that `phifleet-agent logs` has something to show wherever the agent runs; a full disk is no reason to stop."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.handlers.RotatingFileHandler(
+        folder / "agent.log", maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", delay=True
+    )
+    file.handleError = lambda _record: None  # type: ignore[method-assign]
+    render = structlog.processors.JSONRenderer(ensure_ascii=False)
+
+    def write(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        line = render(logger, name, dict(event))
+        file.handle(logging.LogRecord("agent", logging.INFO, "", 0, line, None, None))
+        return event
+
+    return write
