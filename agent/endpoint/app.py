@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
@@ -12,14 +13,17 @@ from agent.endpoint import chat_route, completion_route, ops_routes, page_routes
 from agent.endpoint.answers import new_id
 from agent.endpoint.auth import Cors, Keyring, check_host, is_open
 from agent.endpoint.config import EndpointConfig
-from agent.endpoint.connections import GuardedConnection
-from agent.endpoint.context import ASKER, CONTEXT, Asker, Context, too_large
+from agent.endpoint.connections import SERVER, GuardedConnection
+from agent.endpoint.context import ASKER, CONTEXT, Asker, Budget, Context, too_large
 from agent.endpoint.errors import ApiError
 from agent.endpoint.generation import OnFinished, Runner
 from agent.endpoint.metrics import FinishedRequest, Metrics, StatsSource
 from agent.endpoint.replies import as_api_error, error_reply
 from agent.endpoint.stored import ResponseStore
 
+_LOG = structlog.get_logger("endpoint")
+#: What proxies count a client as that went away before its answer.
+_GONE = 499
 _STATUS_MESSAGES = {
     404: "there is nothing at {method} {path}: the API is under /v1",
     405: "{method} is not allowed at {path}",
@@ -52,7 +56,9 @@ def create_app(
         middlewares=[_gate(config)], client_max_size=config.limits.body_bytes, handler_args={"access_log": None}
     )
     runner = Runner(inference, stats, finished, config.limits.request_timeout_s)
-    app[CONTEXT] = Context(inference, config, runner, metrics, _store(config), stats)
+    app[CONTEXT] = Context(
+        inference, config, runner, metrics, _store(config), stats, Budget(config.limits.bodies_bytes)
+    )
     _routes(app.router)
     app.on_response_prepare.append(_headers)
     return app
@@ -90,19 +96,23 @@ def _gate(config: EndpointConfig) -> Middleware:
     async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
         if isinstance(request.protocol, GuardedConnection):
             request.protocol.began()
-        request[ASKER] = Asker(new_id("req_"), asyncio.get_running_loop().time())
-        status = 500
+        context, asker = request.app[CONTEXT], Asker(new_id("req_"), asyncio.get_running_loop().time())
+        request[ASKER] = asker
+        status = _GONE
         try:
             response = await _admitted(request, handler, keyring, cors, config)
             status = response.status
         except ConnectionError:
-            status = 499
             raise
         except Exception as error:
             response = error_reply(_failure(request, error))
             status = response.status
         finally:
-            request.app[CONTEXT].metrics.answered(_route(request), status)
+            context.budget.give(asker.taken)
+            context.metrics.answered(_route(request), status)
+            _LOG.debug(
+                "request", id=asker.id, client=asker.client, method=request.method, path=request.path, status=status
+            )
         return response
 
     return gate
@@ -144,6 +154,7 @@ def _route(request: web.Request) -> str:
 
 
 async def _headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = SERVER
     response.headers["X-Content-Type-Options"] = "nosniff"
     asker = request.get(ASKER)
     if asker is None:

@@ -47,7 +47,9 @@ class ApiKey:
 class Limits:
     """What one client, and all together, may take. Times in seconds."""
 
-    body_bytes: int = 8 * MIB
+    body_bytes: int = 2 * MIB
+    #: Of all requests in flight together; past it a request waits for none, it is told to come again.
+    bodies_bytes: int = 64 * MIB
     header_bytes: int = 16 * 1024
     headers: int = 64
     connections: int = 512

@@ -13,6 +13,9 @@ from agent.endpoint.errors import ApiError
 from agent.endpoint.metrics import Metrics
 from agent.endpoint.replies import error_reply
 
+#: Nobody needs to know which versions of Python and aiohttp are behind it.
+SERVER = "phifleet"
+
 
 class ConnectionGuard:
     """Counts connections. Past the limit the one idle longest makes room; if none is idle, the new one goes."""
@@ -143,6 +146,7 @@ class GuardedConnection(web.RequestHandler):
         else:
             error = ApiError(500, "the endpoint failed: see the agent's log", code="internal_error")
         response = error_reply(error)
+        response.headers["Server"] = SERVER
         response.force_close()
         return response
 

@@ -15,6 +15,28 @@ from agent.endpoint.metrics import Metrics, StatsSource
 from agent.endpoint.stored import ResponseStore
 
 
+class Budget:
+    """Bytes that bodies may take, over all requests in flight."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def take(self, size: int) -> None:
+        """Set some aside.
+
+        Raises:
+            ApiError: 429: there is not as much left.
+        """
+        if size > self.left:
+            message = "the requests in flight are too large together: try again in a moment"
+            raise ApiError(429, message, code="bodies_too_large", kind="busy", retry_after_s=1)
+        self.left -= size
+
+    def give(self, size: int) -> None:
+        """Back."""
+        self.left += size
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Of one application."""
@@ -25,6 +47,7 @@ class Context:
     metrics: Metrics
     store: ResponseStore
     stats: StatsSource
+    budget: Budget
 
 
 CONTEXT = web.AppKey("context", Context)
@@ -38,6 +61,8 @@ class Asker:
     arrived: float
     client: str = "local"
     origin: str | None = None
+    #: Bytes of the budget, given back when the request is over.
+    taken: int = 0
 
 
 ASKER = web.RequestKey("asker", Asker)
@@ -52,23 +77,30 @@ async def read_body(request: web.Request) -> bytes:
     """The whole body, which must be JSON by its Content-Type.
 
     Raises:
-        ApiError: 413 too large, 408 too slow, 415 not JSON.
+        ApiError: 413 too large, 408 too slow, 415 not JSON, 429 too many at once.
     """
-    limits = request.app[CONTEXT].config.limits
+    context, asker = request.app[CONTEXT], request[ASKER]
+    limits = context.config.limits
     if request.content_type != "application/json":
         # A browser may send other types across origins without asking first.
         raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
     if (request.content_length or 0) > limits.body_bytes:
         raise too_large(limits.body_bytes)
+    expected = limits.body_bytes if request.content_length is None else request.content_length
+    context.budget.take(expected)
+    asker.taken = expected
     try:
         async with asyncio.timeout(limits.body_timeout_s):
-            return await request.read()
+            body = await request.read()
     except TimeoutError:
         raise ApiError(
             408, f"the body did not arrive within {limits.body_timeout_s} s", code="request_timeout"
         ) from None
     except web.HTTPRequestEntityTooLarge:
         raise too_large(limits.body_bytes) from None
+    context.budget.give(expected - len(body))
+    asker.taken = len(body)
+    return body
 
 
 def too_large(limit: int) -> ApiError:

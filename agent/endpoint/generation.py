@@ -138,6 +138,13 @@ class Runner:
         except InferenceError as refused:
             error = refused.kind
             raise
+        except OSError as fault:
+            # A broken pipe to the worker must not look like a client that went away.
+            error = "crashed"
+            raise InferenceError("crashed", f"the model host failed: {fault}") from fault
+        except Exception:
+            error = "crashed"
+            raise
         except (asyncio.CancelledError, GeneratorExit):
             if done is None:
                 error = "deadline" if clock() - call.arrived >= self._timeout_s else "cancelled"

@@ -239,6 +239,19 @@ async def test_the_size_limit_has_an_error_object(serve: Serve):
     assert (await endpoint.post(CHAT, BODY))[0] == 200
 
 
+async def test_bodies_together_are_bounded(serve: Serve):
+    endpoint = await serve(
+        SimulatedInference(first_delay_s=0.3, context=10**6), limits={"body_bytes": 100_000, "bodies_bytes": 250_000}
+    )
+    large = {"model": MODEL, "messages": [{"role": "user", "content": "x" * 90_000}]}
+    answers = await asyncio.gather(*(endpoint.post(CHAT, large) for _ in range(4)), endpoint.post(CHAT, BODY))
+    assert sorted(status for status, _ in answers) == [200, 200, 200, 429, 429]
+    assert (await endpoint.post(CHAT, large))[0] == 200
+    for _ in range(5):
+        assert (await endpoint.post(CHAT, b"{"))[0] == 400
+    assert (await endpoint.post(CHAT, large))[0] == 200
+
+
 async def test_a_body_that_trickles(serve: Serve):
     endpoint = await serve(limits={"body_timeout_s": 0.2})
     reader, writer = await asyncio.open_connection(*endpoint.address)

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
+from structlog.testing import capture_logs
 
 from agent.core.inference import GuidanceKind, InferenceError
 from tests.agent.endpoint.conftest import HELLO, MODEL, Endpoint, Serve
@@ -361,3 +362,27 @@ async def test_the_time_limit(serve: Serve):
             pass
     assert [one.error for one in endpoint.finished] == ["deadline", "deadline"]
     assert endpoint.inference.running == 0
+
+
+async def test_a_fault_of_the_host_is_no_client_that_went_away(serve: Serve):
+    def broken(_: object) -> str:
+        raise BrokenPipeError("worker's socket")
+
+    endpoint = await serve(SimulatedInference(answer=broken))
+    with pytest.raises(openai.InternalServerError, match="host failed"):
+        await endpoint.openai.chat.completions.create(model=MODEL, messages=HELLO)
+    assert endpoint.finished[0].error == "crashed"
+
+
+async def test_a_fault_of_ours_is_not_told_to_clients(serve: Serve):
+    def broken(_: object) -> str:
+        raise ZeroDivisionError("secret detail")
+
+    endpoint = await serve(SimulatedInference(answer=broken))
+    for stream in (False, True):
+        with capture_logs() as logs, pytest.raises(openai.InternalServerError, match="agent's log") as caught:
+            await endpoint.openai.chat.completions.create(model=MODEL, messages=HELLO, stream=stream, n=2)
+        assert "secret" not in str(caught.value)
+        assert logs[0]["event"] == "endpoint_fault"
+    assert endpoint.inference.running == 0
+    assert endpoint.finished[0].error == "crashed"
