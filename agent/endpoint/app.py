@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from agent.core.ports import Inference
-from agent.endpoint import chat_route, completion_route, ops_routes, page_routes, response_route
+from agent.endpoint import chat_route, completion_route, conversation_route, ops_routes, page_routes, response_route
 from agent.endpoint.answers import new_id
 from agent.endpoint.auth import Cors, Keyring, check_host, is_open
 from agent.endpoint.config import EndpointConfig
@@ -19,7 +19,7 @@ from agent.endpoint.errors import ApiError
 from agent.endpoint.generation import OnFinished, Runner
 from agent.endpoint.metrics import FinishedRequest, Metrics, StatsSource
 from agent.endpoint.replies import as_api_error, error_reply
-from agent.endpoint.stored import ResponseStore
+from agent.endpoint.stored import BoundedStore, Conversation, StoredResponse
 
 _LOG = structlog.get_logger("endpoint")
 #: What proxies count a client as that went away before its answer.
@@ -64,9 +64,9 @@ def create_app(
     return app
 
 
-def _store(config: EndpointConfig) -> ResponseStore:
+def _store(config: EndpointConfig) -> BoundedStore[StoredResponse | Conversation]:
     limits = config.limits
-    return ResponseStore(limits.stored_responses, limits.stored_bytes, limits.stored_age_s)
+    return BoundedStore(limits.stored_responses, limits.stored_bytes, limits.stored_age_s)
 
 
 def _routes(router: web.UrlDispatcher) -> None:
@@ -80,6 +80,12 @@ def _routes(router: web.UrlDispatcher) -> None:
     router.add_get("/v1/responses/{id}", response_route.retrieve)
     router.add_delete("/v1/responses/{id}", response_route.delete)
     router.add_get("/v1/responses/{id}/input_items", response_route.input_items)
+    router.add_post("/v1/conversations", conversation_route.create)
+    router.add_get("/v1/conversations/{id}", conversation_route.retrieve)
+    router.add_post("/v1/conversations/{id}", conversation_route.update)
+    router.add_delete("/v1/conversations/{id}", conversation_route.delete)
+    router.add_get("/v1/conversations/{id}/items", conversation_route.items)
+    router.add_post("/v1/conversations/{id}/items", conversation_route.add_items)
     router.add_post("/v1/embeddings", ops_routes.embeddings)
     router.add_get("/health/live", ops_routes.live)
     router.add_get("/health/ready", ops_routes.ready)

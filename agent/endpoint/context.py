@@ -12,7 +12,7 @@ from agent.endpoint.config import EndpointConfig
 from agent.endpoint.errors import ApiError
 from agent.endpoint.generation import Call, Runner
 from agent.endpoint.metrics import Metrics, StatsSource
-from agent.endpoint.stored import ResponseStore
+from agent.endpoint.stored import BoundedStore, Conversation, StoredResponse
 
 
 class Budget:
@@ -45,7 +45,7 @@ class Context:
     config: EndpointConfig
     runner: Runner
     metrics: Metrics
-    store: ResponseStore
+    store: BoundedStore[StoredResponse | Conversation]
     stats: StatsSource
     budget: Budget
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,7 +29,9 @@ _KINDS: dict[str, tuple[int, str, str]] = {
 _RETRY_S = {"busy": 1.0, "unavailable": 1.0}
 _STATUS_TYPES = {401: "authentication_error", 403: "permission_error", 404: INVALID, 429: "rate_limit_error"}
 _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-#: What pydantic puts into a location for the branch of a union; no field of ours has these names.
+#: What pydantic puts into a location for the branch of a union: a type, a class of ours, a tag after a list's index.
+_CLASS = re.compile(r"[A-Z][a-z]+([A-Z][a-z]+)+\Z")
+_TAGS = frozenset({"message", "function_call", "function_call_output", "reasoning"})
 _BRANCHES = frozenset({"str", "int", "float", "bool", "list", "dict", "none", "is-instance", "constrained-str"})
 
 
@@ -112,15 +115,19 @@ def from_validation(error: ValidationError) -> ApiError:
 def location(loc: tuple[Any, ...]) -> str | None:
     """``("messages", 0, "content", "str")`` as ``messages[0].content``."""
     path = ""
-    for step in loc:
+    for before, step in pairwise((None, *loc)):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif _PARAMETER.match(step) and step not in _BRANCHES:
+        elif _is_branch(step, before):
+            continue
+        elif _PARAMETER.match(step):
             path += f".{step}" if path else step
-        elif step == loc[-1] and not _is_branch(step):
+        elif step == loc[-1]:
             path += f"[{step[:64]!r}]"
     return path or None
 
 
-def _is_branch(step: str) -> bool:
-    return step in _BRANCHES or step.endswith("]") or step.startswith("function-")
+def _is_branch(step: str, before: Any) -> bool:
+    if isinstance(before, int):
+        return step in _TAGS
+    return step in _BRANCHES or step.endswith("]") or step.startswith("function-") or _CLASS.match(step) is not None

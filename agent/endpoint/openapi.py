@@ -8,20 +8,30 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from agent.endpoint.response_shapes import ResponseRequest
+from agent.endpoint.response_shapes import (
+    AddItemsRequest,
+    ConversationRequest,
+    ResponseRequest,
+    UpdateConversationRequest,
+)
 from agent.endpoint.shapes import ApiModel, ChatRequest, CompletionRequest
 
 _REF = "#/components/schemas/{model}"
 _POSTS: dict[str, tuple[type[ApiModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation, at once or as server-sent events."),
     "/v1/completions": (CompletionRequest, "Continue a text, without a chat template."),
-    "/v1/responses": (ResponseRequest, "Answer items, going on from a stored response where one is named."),
+    "/v1/responses": (ResponseRequest, "Answer items, going on from a stored response or a conversation."),
+    "/v1/conversations": (ConversationRequest, "Begin a conversation that responses can add to."),
+    "/v1/conversations/{id}": (UpdateConversationRequest, "Set a conversation's metadata."),
+    "/v1/conversations/{id}/items": (AddItemsRequest, "Add items to a conversation."),
 }
 _GETS = {
     "/v1/models": "What serves now.",
     "/v1/models/{name}": "One model.",
     "/v1/responses/{id}": "A stored response.",
     "/v1/responses/{id}/input_items": "What a stored response was asked.",
+    "/v1/conversations/{id}": "A conversation.",
+    "/v1/conversations/{id}/items": "What a conversation holds.",
     "/props": "The signed facts of what serves, and what was measured here.",
     "/health/live": "This process answers.",
     "/health/ready": "A model serves.",
@@ -62,13 +72,15 @@ def description(names: tuple[str, ...] = ()) -> dict[str, Any]:
     """The whole document; ``names`` are what ``model`` may be now."""
     models = [(model, "validation") for model, _ in _POSTS.values()]
     _, shared = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type] # its literal type is private
-    for model, _ in _POSTS.values() if names else ():
-        shared["$defs"][model.__name__]["properties"]["model"] = {"enum": list(names)}
-    paths: dict[str, Any] = {path: {"post": _post(model, text)} for path, (model, text) in _POSTS.items()}
+    for model, _ in _POSTS.values():
+        if names and "model" in model.model_fields:
+            shared["$defs"][model.__name__]["properties"]["model"] = {"enum": list(names)}
+    paths: dict[str, Any] = {path: {"post": _post(path, model, text)} for path, (model, text) in _POSTS.items()}
     paths["/v1/embeddings"] = {"post": _embeddings()}
     for path, text in _GETS.items():
-        paths[path] = {"get": _operation(path, text)}
-    paths["/v1/responses/{id}"]["delete"] = _operation("/v1/responses/{id}", "Forget a stored response.")
+        paths.setdefault(path, {})["get"] = _operation(path, text)
+    for path in ("/v1/responses/{id}", "/v1/conversations/{id}"):
+        paths[path]["delete"] = _operation(path, "Forget it.")
     paths["/metrics"] = {"get": _operation("/metrics", "Prometheus metrics.", "text/plain")}
     return {
         "openapi": "3.1.0",
@@ -89,9 +101,10 @@ def _version() -> str:
         return "0"
 
 
-def _post(model: type[ApiModel], text: str) -> dict[str, Any]:
-    operation = _operation("", text)
-    operation["responses"]["200"]["content"]["text/event-stream"] = {}
+def _post(path: str, model: type[ApiModel], text: str) -> dict[str, Any]:
+    operation = _operation(path, text)
+    if "stream" in model.model_fields:
+        operation["responses"]["200"]["content"]["text/event-stream"] = {}
     operation["requestBody"] = _body({"$ref": _REF.format(model=model.__name__)})
     return operation
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -12,40 +12,34 @@ from typing import Any
 from aiohttp import web
 
 from agent.core.inference import GenerationRequest, Guidance, ModelInfo, TokenEvent
+from agent.endpoint import conversation_route
 from agent.endpoint.context import ASKER, CONTEXT, call, read_body
 from agent.endpoint.errors import ApiError, invalid
 from agent.endpoint.generation import check_model
+from agent.endpoint.items import entries, messages
 from agent.endpoint.prompting import checked, plain_messages, prompt_of, sequence
 from agent.endpoint.replies import json_reply, streaming, within_time
 from agent.endpoint.response_shapes import (
-    CallItem,
-    CallOutputItem,
     FunctionChoice,
     FunctionTool,
-    Item,
-    MessageItem,
     ResponseRequest,
     TextFormat,
 )
-from agent.endpoint.responses import Event, ResponseBuilder
+from agent.endpoint.responses import Event, ResponseBuilder, conversation_id
 from agent.endpoint.sampling import for_response, format_guidance
 from agent.endpoint.shapes import (
-    CalledFunction,
     ChosenFunction,
     Function,
     JsonSchema,
     Message,
     ResponseFormat,
     Tool,
-    ToolCall,
     ToolChoice,
     parse,
 )
 from agent.endpoint.sse import EventStream, named_event
-from agent.endpoint.stored import Stored
+from agent.endpoint.stored import Conversation, Entry, StoredResponse
 from agent.endpoint.toolplan import plan_tools
-
-_Messages = list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +48,10 @@ class _Job:
     info: ModelInfo
     request: GenerationRequest
     builder: ResponseBuilder
-    #: Without instructions: those are of this response alone.
-    messages: _Messages
+    inputs: tuple[Entry, ...]
+    #: With the inputs; without instructions, which are of this response alone.
+    history: tuple[Entry, ...]
+    conversation: str | None
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
@@ -78,17 +74,14 @@ async def retrieve(request: web.Request) -> web.Response:
 
 async def delete(request: web.Request) -> web.Response:
     """``DELETE /v1/responses/{id}``."""
-    identifier = request.match_info["id"]
-    if not request.app[CONTEXT].store.delete(request[ASKER].client, identifier, _now()):
-        raise _not_found(identifier)
+    identifier = _stored(request, request.match_info["id"]).response["id"]
+    request.app[CONTEXT].store.delete(request[ASKER].client, identifier, _now())
     return json_reply({"id": identifier, "object": "response", "deleted": True})
 
 
 async def input_items(request: web.Request) -> web.Response:
-    """``GET /v1/responses/{id}/input_items``, newest first as OpenAI lists them."""
-    items = list(reversed(_stored(request, request.match_info["id"]).inputs))
-    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
-    return json_reply({"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": False})
+    """``GET /v1/responses/{id}/input_items``, newest first unless ``order=asc``."""
+    return json_reply(conversation_route.listing(request, _stored(request, request.match_info["id"]).inputs))
 
 
 def _prepare(request: web.Request, asked: ResponseRequest, info: ModelInfo) -> _Job:
@@ -104,13 +97,15 @@ def _prepare(request: web.Request, asked: ResponseRequest, info: ModelInfo) -> _
     guidance = _guidance(asked, info)
     if plan.guidance and guidance:
         raise invalid("a forced tool_choice and text.format exclude one another", "tool_choice")
-    messages = _before(request, asked) + list(plain_messages(_turns(asked.input), "input"))
+    before = _before(request, asked)
+    inputs = tuple(entries(asked.input))
     system = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
-    prompt = prompt_of(request.app[CONTEXT], [*plain_messages(system), *messages], plan.tools, "input")
+    turns = [*plain_messages(system), *plain_messages(messages(before)), *plain_messages(messages(inputs), "input")]
+    prompt = prompt_of(request.app[CONTEXT], turns, plan.tools, "input")
     sampling = for_response(asked, info, plan.guidance or guidance)
     builder = ResponseBuilder(asked, info.name, int(time.time()), plan.parser())
     generation = sequence(builder.response["id"], 0, prompt, sampling, request[ASKER].client)
-    return _Job(asked, info, generation, builder, messages)
+    return _Job(asked, info, generation, builder, inputs, (*before, *inputs), conversation_id(asked))
 
 
 def _tool(tool: FunctionTool) -> Tool:
@@ -131,27 +126,15 @@ def _wrapped(wanted: TextFormat) -> ResponseFormat:
     return ResponseFormat(type="json_schema", json_schema=JsonSchema(name=wanted.name, schema_=wanted.schema_))
 
 
-def _before(request: web.Request, asked: ResponseRequest) -> _Messages:
-    if asked.previous_response_id is None:
-        return []
-    return list(_stored(request, asked.previous_response_id, "previous_response_id").messages)
-
-
-def _turns(given: str | Sequence[Item]) -> list[Message]:
-    """Input items as chat messages; calls made together belong to one turn of the assistant."""
-    if isinstance(given, str):
-        return [Message(role="user", content=given)]
-    turns: list[Message] = []
-    for item in given:
-        if isinstance(item, MessageItem):
-            turns.append(Message(role=item.role, content=item.content))
-        elif isinstance(item, CallItem):
-            called = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
-            earlier = turns.pop().tool_calls or [] if turns and turns[-1].tool_calls else []
-            turns.append(Message(role="assistant", tool_calls=[*earlier, called]))
-        elif isinstance(item, CallOutputItem):
-            turns.append(Message(role="tool", tool_call_id=item.call_id, content=item.output))
-    return turns
+def _before(request: web.Request, asked: ResponseRequest) -> tuple[Entry, ...]:
+    conversation = conversation_id(asked)
+    if conversation is None and asked.previous_response_id is None:
+        return ()
+    if conversation is None:
+        return _stored(request, asked.previous_response_id or "", "previous_response_id").history
+    if asked.previous_response_id is not None:
+        raise invalid("conversation and previous_response_id exclude one another", "previous_response_id")
+    return conversation_route.find(request, conversation, "conversation").entries
 
 
 async def _whole(request: web.Request, job: _Job) -> dict[str, Any]:
@@ -162,7 +145,7 @@ async def _whole(request: web.Request, job: _Job) -> dict[str, Any]:
                 job.builder.token(event)
             else:
                 job.builder.end(checked(event))
-    _keep(request, job)
+                _keep(request, job)
     return job.builder.response
 
 
@@ -177,11 +160,14 @@ async def _stream(request: web.Request, job: _Job) -> web.StreamResponse:
         aclosing(context.runner.events([job.request], call(request, "input"), job.info.digest)) as events,
     ):
         async for _, event in events:
-            made = builder.token(event) if isinstance(event, TokenEvent) else builder.end(checked(event))
+            if isinstance(event, TokenEvent):
+                made = builder.token(event)
+            else:
+                made = builder.end(checked(event))
+                _keep(request, job)
             out, opening = opening + _encoded(made), b""
             if out:
                 await stream.send(out)
-        _keep(request, job)
     return await stream.finish()
 
 
@@ -190,43 +176,21 @@ def _encoded(events: list[Event]) -> bytes:
 
 
 def _keep(request: web.Request, job: _Job) -> None:
-    if job.asked.store is False:
-        return
-    response = job.builder.response
-    answer = _answer(response["output"])
-    stored = Stored.of(response, _inputs(job.asked.input, response["id"]), [*job.messages, answer], _now())
-    request.app[CONTEXT].store.put(request[ASKER].client, stored)
+    """Before the client hears of its end, so that it can go on from it at once."""
+    response, client, store = job.builder.response, request[ASKER].client, request.app[CONTEXT].store
+    # Found again: another response may have added to it meanwhile, or its owner deleted it.
+    conversation = store.get(client, job.conversation or "", _now())
+    if isinstance(conversation, Conversation):
+        added = (*conversation.entries, *job.inputs, *response["output"])
+        conversation_route.keep(request, dataclasses.replace(conversation, entries=added))
+    if job.asked.store is not False:
+        stored = StoredResponse(response, job.inputs, (*job.history, *response["output"]))
+        store.put(client, response["id"], stored, stored.size(), _now())
 
 
-def _answer(output: list[dict[str, Any]]) -> Mapping[str, Any]:
-    text = "".join(part["text"] for item in output if item["type"] == "message" for part in item["content"])
-    calls = [
-        ToolCall(id=item["call_id"], function=CalledFunction(name=item["name"], arguments=item["arguments"]))
-        for item in output
-        if item["type"] == "function_call"
-    ]
-    return plain_messages([Message(role="assistant", content=text, tool_calls=calls or None)])[0]
-
-
-def _inputs(given: str | Sequence[Item], response: str) -> list[dict[str, Any]]:
-    items = [MessageItem(role="user", content=given)] if isinstance(given, str) else given
-    return [
-        {"id": f"{response.replace('resp_', 'item_')}_{index}", "status": "completed", **_listed(item)}
-        for index, item in enumerate(items)
-    ]
-
-
-def _listed(item: Item) -> dict[str, Any]:
-    listed = item.model_dump(exclude_none=True)
-    if isinstance(listed.get("content"), str):
-        kind = "output_text" if listed.get("role") == "assistant" else "input_text"
-        listed["content"] = [{"type": kind, "text": listed["content"]}]
-    return listed
-
-
-def _stored(request: web.Request, identifier: str, param: str | None = None) -> Stored:
+def _stored(request: web.Request, identifier: str, param: str | None = None) -> StoredResponse:
     stored = request.app[CONTEXT].store.get(request[ASKER].client, identifier, _now())
-    if stored is None:
+    if not isinstance(stored, StoredResponse):
         raise _not_found(identifier, param)
     return stored
 

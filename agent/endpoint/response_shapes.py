@@ -63,6 +63,36 @@ Item = Annotated[
 ]
 
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class ConversationRequest(ApiModel):
+    """``POST /v1/conversations``."""
+
+    items: Annotated[list[Item], Field(max_length=256)] | None = None
+    metadata: Metadata | None = None
+
+
+class UpdateConversationRequest(ApiModel):
+    """``POST /v1/conversations/{id}``."""
+
+    metadata: Metadata | None = None
+
+
+class AddItemsRequest(ApiModel):
+    """``POST /v1/conversations/{id}/items``."""
+
+    items: Annotated[list[Item], Field(min_length=1, max_length=256)]
+
+
+class ConversationRef(ApiModel):
+    """By its id."""
+
+    id: Identifier
+
+
 class FunctionTool(ApiModel):
     """A function, without the chat API's wrapper."""
 
@@ -106,6 +136,7 @@ class ResponseRequest(ApiModel):
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=4096)]
     instructions: Text | None = None
     previous_response_id: Identifier | None = None
+    conversation: Identifier | ConversationRef | None = None
     store: bool | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -116,7 +147,7 @@ class ResponseRequest(ApiModel):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     background: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_not)] | None = None
     user: Annotated[str, Field(max_length=512, description="ignored")] | None = None
     include: Annotated[list[str], Field(description="ignored")] | None = None

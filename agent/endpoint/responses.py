@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.core.inference import DoneEvent, FinishReason, TokenEvent
 from agent.endpoint.answers import new_id
-from agent.endpoint.response_shapes import FunctionChoice, ResponseRequest
+from agent.endpoint.response_shapes import ConversationRef, FunctionChoice, ResponseRequest
 from agent.endpoint.tools import CallDelta, Delta, TextDelta, ToolParser
 
 Event = tuple[str, dict[str, Any]]
@@ -167,6 +167,7 @@ def _echo(asked: ResponseRequest) -> dict[str, Any]:
         "metadata": asked.metadata or {},
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "previous_response_id": asked.previous_response_id,
+        "conversation": {"id": conversation_id(asked)} if asked.conversation else None,
         "reasoning": {"effort": None, "summary": None},
         "store": asked.store is not False,
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
@@ -178,6 +179,11 @@ def _echo(asked: ResponseRequest) -> dict[str, Any]:
         "background": False,
         "user": asked.user,
     }
+
+
+def conversation_id(asked: ResponseRequest) -> str | None:
+    """Of the conversation to go on with; clients name it by a string or by an object."""
+    return asked.conversation.id if isinstance(asked.conversation, ConversationRef) else asked.conversation
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:

@@ -1,78 +1,91 @@
-"""Responses that were stored, so that a conversation can go on: bounded in number, in bytes and in age. Pure."""
+"""What clients leave here between requests: bounded in number, in bytes and in age. Pure."""
 
 from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-Messages = Sequence[Mapping[str, Any]]
+Entry = dict[str, Any]
+"""An item of a conversation as the API lists it: with an ``id`` and a ``type``."""
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A response, and the messages that led to it and that it added."""
+class StoredResponse:
+    """A response, what it was asked, and everything before it. Instructions are not carried on."""
 
     response: dict[str, Any]
-    #: The request's own input items, as the client may list them.
-    inputs: tuple[dict[str, Any], ...]
-    #: The conversation so far, as the chat template takes it, this answer included; instructions are not carried on.
-    messages: tuple[Mapping[str, Any], ...]
-    size: int
-    at: float
+    inputs: tuple[Entry, ...]
+    history: tuple[Entry, ...]
 
-    @classmethod
-    def of(cls, response: dict[str, Any], inputs: Sequence[dict[str, Any]], messages: Messages, at: float) -> Stored:
-        """With its size in bytes, as JSON."""
-        size = len(json.dumps([response, list(inputs), list(messages)]))
-        return cls(response, tuple(inputs), tuple(messages), size, at)
+    def size(self) -> int:
+        """Bytes, as JSON."""
+        return len(json.dumps([self.response, self.inputs, self.history]))
 
 
-class ResponseStore:
-    """Each client sees its own. Past a bound the oldest go."""
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation that a client made, and that responses add to."""
+
+    id: str
+    created: int
+    metadata: dict[str, str]
+    entries: tuple[Entry, ...]
+
+    def size(self) -> int:
+        """Bytes, as JSON."""
+        return len(json.dumps([self.metadata, self.entries]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the API shows it."""
+        return {"id": self.id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
+
+
+class BoundedStore(Generic[Value]):
+    """Each client sees its own. Past a bound those not touched for longest go. Times in seconds of any steady clock."""
 
     def __init__(self, most: int, most_bytes: int, age_s: float) -> None:
         self._most = most
         self._most_bytes = most_bytes
         self._age_s = age_s
-        self._stored: OrderedDict[tuple[str, str], Stored] = OrderedDict()
-        self._bytes = 0
+        self._held: OrderedDict[tuple[str, str], tuple[Value, int, float]] = OrderedDict()
+        self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._held)
 
-    @property
-    def bytes(self) -> int:
-        """Held now."""
-        return self._bytes
+    def put(self, client: str, identifier: str, value: Value, size: int, now: float) -> bool:
+        """Keep it, in place of what had that name; False if it is larger than all the room, and so is not kept."""
+        self.delete(client, identifier, now)
+        if size > self._most_bytes:
+            return False
+        self._held[client, identifier] = (value, size, now)
+        self.bytes += size
+        self._tidy(now)
+        return True
 
-    def put(self, client: str, stored: Stored) -> None:
-        """Keep it; what is older may go for it. One larger than all the room is not kept."""
-        self._stored[client, stored.response["id"]] = stored
-        self._bytes += stored.size
-        self._tidy(stored.at)
-
-    def get(self, client: str, identifier: str, now: float) -> Stored | None:
+    def get(self, client: str, identifier: str, now: float) -> Value | None:
         """If it is that client's, and still there."""
         self._tidy(now)
-        return self._stored.get((client, identifier))
+        held = self._held.get((client, identifier))
+        return None if held is None else held[0]
 
     def delete(self, client: str, identifier: str, now: float) -> bool:
         """Whether it was there."""
         self._tidy(now)
-        stored = self._stored.pop((client, identifier), None)
-        if stored is None:
-            return False
-        self._bytes -= stored.size
-        return True
+        held = self._held.pop((client, identifier), None)
+        if held is not None:
+            self.bytes -= held[1]
+        return held is not None
 
     def _tidy(self, now: float) -> None:
-        while self._stored:
-            oldest = next(iter(self._stored.values()))
-            crowded = len(self._stored) > self._most or self._bytes > self._most_bytes
-            if not crowded and now - oldest.at <= self._age_s:
+        while self._held:
+            _, _, at = next(iter(self._held.values()))
+            crowded = len(self._held) > self._most or self.bytes > self._most_bytes
+            if not crowded and now - at <= self._age_s:
                 return
-            _, gone = self._stored.popitem(last=False)
-            self._bytes -= gone.size
+            _, (_, size, _) = self._held.popitem(last=False)
+            self.bytes -= size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import openai
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from agent.endpoint import ApiKey
-from agent.endpoint.stored import ResponseStore, Stored
+from agent.endpoint.stored import BoundedStore
 from tests.agent.endpoint.conftest import MODEL, Endpoint, Serve
 from tests.simulators.inference import SimulatedInference
 
@@ -147,8 +148,11 @@ async def test_a_crash_in_the_middle_of_a_stream(serve: Serve):
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input[0].content[0].type",
         ),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
-        ({"input": "x", "conversation": "conv_1"}, "conversation"),
+        ({"input": "x", "conversation": {"name": "conv_1"}}, "conversation.id"),
+        ({"input": "x", "conversation": 5}, "conversation"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format"),
         (
             {"input": "x", "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}},
@@ -164,21 +168,67 @@ async def test_refused_by_name(endpoint: Endpoint, body: dict[str, Any], param: 
     assert answer["error"]["param"] == param
 
 
-def stored(number: int, size: int, at: float) -> Stored:
-    return Stored({"id": f"r{number}"}, (), (), size, at)
+async def test_a_conversation_that_the_client_made(endpoint: Endpoint):
+    conversations, create = endpoint.openai.conversations, endpoint.openai.responses.create
+    opening: Any = [{"type": "message", "role": "system", "content": "Be brief."}]
+    conversation = await conversations.create(items=opening, metadata={"who": "me"})
+    await create(model=MODEL, input="one", conversation=conversation.id)
+    await create(model=MODEL, input="two", conversation={"id": conversation.id}, store=False, stream=False)
+    assert endpoint.inference.requests[1].prompt == (
+        f"<|system|>Be brief.<|end|><|user|>one<|end|><|assistant|>{ANSWER}<|end|><|user|>two<|end|><|assistant|>"
+    )
+    listed = [item async for item in conversations.items.list(conversation.id, order="asc", limit=2)]
+    assert [item.content[0].text for item in listed] == ["Be brief.", "one", ANSWER, "two", ANSWER]
+    more: Any = [{"type": "message", "role": "user", "content": "three"}]
+    added = await conversations.items.create(conversation.id, items=more)
+    assert len(added.data) == 1
+    assert (await conversations.update(conversation.id, metadata={"who": "you"})).metadata == {"who": "you"}
+    assert (await conversations.retrieve(conversation.id)).created_at == conversation.created_at
+    await conversations.delete(conversation.id)
+    with pytest.raises(openai.NotFoundError):
+        await conversations.retrieve(conversation.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        await create(model=MODEL, input="x", conversation=conversation.id)
+    assert caught.value.param == "conversation"
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 120), st.floats(0, 50)), max_size=40))
+async def test_a_conversation_deleted_while_it_is_answered(serve: Serve):
+    endpoint = await serve(SimulatedInference(first_delay_s=0.2))
+    conversation = await endpoint.openai.conversations.create()
+    asking = asyncio.create_task(endpoint.openai.responses.create(model=MODEL, input="x", conversation=conversation.id))
+    await asyncio.sleep(0.1)
+    await endpoint.openai.conversations.delete(conversation.id)
+    assert (await asking).output_text == ANSWER
+
+
+@pytest.mark.parametrize("query", ["order=up", "limit=0", "limit=x", "limit=\u0663", "after=nothing", "limit=1000"])
+async def test_a_listing_asked_wrongly(endpoint: Endpoint, query: str):
+    conversation = await endpoint.openai.conversations.create()
+    status, text = await endpoint.get(f"/v1/conversations/{conversation.id}/items?{query}")
+    assert status == 400
+    assert f'"param": "{query.partition("=")[0]}"' in text
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 240), st.floats(0, 50)), max_size=40))
 def test_the_store_stays_within_its_bounds(puts: list[tuple[int, int, float]]):
-    store = ResponseStore(4, 200, 100.0)
+    store: BoundedStore[int] = BoundedStore(4, 200, 100.0)
     now = 0.0
     for number, (client, size, pause) in enumerate(puts):
         now += pause
-        store.put(f"c{client}", stored(number, size, now))
+        before = len(store)
+        kept = store.put(f"c{client}", f"r{number}", number, size, now)
+        assert kept == (size <= 200)
+        assert kept or len(store) <= before
         assert len(store) <= 4
         assert 0 <= store.bytes <= 200
-        found = store.get(f"c{client}", f"r{number}", now)
-        assert found is not None and found.size == size
+        assert store.get(f"c{client}", f"r{number}", now) == (number if kept else None)
         assert store.get("another", f"r{number}", now) is None
     assert store.get("c0", "r0", now + 1000) is None
     assert (len(store), store.bytes) == (0, 0)
+
+
+def test_one_that_is_too_large_does_not_push_the_others_out():
+    store: BoundedStore[str] = BoundedStore(4, 200, 100.0)
+    store.put("a", "small", "small", 10, 0.0)
+    assert not store.put("a", "large", "large", 1000, 1.0)
+    assert store.get("a", "small", 2.0) == "small"
