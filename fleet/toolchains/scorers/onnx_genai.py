@@ -20,6 +20,8 @@ class OnnxGenai:
         self._og = og
         self._context = opened.context
         config = og.Config(str(opened.path))
+        # An artifact may prefill in pieces to save memory; then the logits of the last piece alone would be there.
+        config.overlay('{"search": {"chunk_size": 0}}')
         if opened.target is not Target.CPU:
             config.clear_providers()
         self._model = og.Model(config)

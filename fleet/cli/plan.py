@@ -1,0 +1,96 @@
+"""`phifleet plan`: what could be built for a profile, how large it gets, and what is refused and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from agent.contract.base import sha256_hex
+from agent.contract.manifest import Chat, ModelFacts
+from agent.contract.profile import Recipe
+from fleet.core.plan import Candidate, as_json, candidates, describe, first_legal
+from fleet.core.plan_memory import FORMULA
+from fleet.core.plan_shape import ModelShape
+from fleet.model_facts import read_shape
+from fleet.profiles_loader import load_profile
+from fleet.toolchains.checkpoint import Checkpoint, Shape
+from fleet.toolchains.registry import driver_of
+
+
+@click.command("plan")
+@click.option(
+    "--model", required=True, help="A checkpoint's folder, or a published Phi such as phi-4-mini; nothing is fetched."
+)
+@click.option("--profile", "profiles", required=True, multiple=True, help="A profile's name or file; may be repeated.")
+@click.option("--json", "as_json_", is_flag=True, help="One JSON array instead of a table.")
+def plan(model: str, profiles: tuple[str, ...], as_json_: bool) -> None:
+    """Show every recipe of the profiles for a model, with size and memory, or why it is refused.
+
+    Nothing is built. Ends with an error when a profile has no recipe left.
+    """
+    loaded = [load_profile(name) for name in profiles]
+    shape = read_shape(model)
+    planned = [candidates(shape, profile, resolver(shape, model)) for profile in loaded]
+    if as_json_:
+        click.echo(json.dumps([as_json(candidate) for found in planned for candidate in found]))
+    else:
+        console = Console(soft_wrap=True)
+        console.print(f"{shape.name}: {shape.architecture}, {shape.parameters / 1e9:.2f} billion weights")
+        console.print(_table(planned), soft_wrap=False)
+        for line in _reasons(planned):
+            console.print(line, highlight=False)
+        console.print(f"memory: {FORMULA}", style="dim")
+    for found in planned:
+        first_legal(found)
+
+
+def resolver(shape: ModelShape, model: str) -> Any:
+    """Completes options as each toolchain's driver does, without reading the weights."""
+    checkpoint = Checkpoint(
+        path=Path(model), config={},
+        facts=ModelFacts(
+            name=shape.name, architecture=shape.architecture, parameters=shape.parameters,
+            source_digest=sha256_hex(b""), max_context=shape.max_context,
+        ),
+        shape=Shape(
+            layers=shape.layers, hidden=shape.hidden, intermediate=shape.intermediate, heads=shape.heads,
+            kv_heads=shape.kv_heads, head_size=shape.head_size, vocabulary=shape.vocabulary_size,
+            tied_embeddings=shape.tied, experts=shape.experts,
+        ),
+        chat=Chat(template=""), weights_bytes=shape.stored_bytes * shape.parameters,
+    )  # fmt: skip
+
+    def resolve(recipe: Recipe) -> Mapping[str, Any]:
+        return driver_of(recipe.toolchain).resolve(recipe, checkpoint)
+
+    return resolve
+
+
+def _table(planned: list[tuple[Candidate, ...]]) -> Table:
+    table = Table("profile", "recipe", "size", "memory", "context", "verdict", box=None)
+    for found in planned:
+        best = next((one for one in found if one.legal), None)
+        for one in found:
+            verdict = "[bold green]first choice[/]" if one is best else "[green]legal[/]"
+            if not one.legal:
+                verdict = f"[red]refused: {', '.join(why.rule for why in one.refusals)}[/]"
+            table.add_row(
+                one.profile, describe(one.recipe), f"{one.size_bytes / 1e6:.0f} MB",
+                f"{one.peak_memory_bytes / 2**20:.0f} MiB", str(one.context), verdict,
+            )  # fmt: skip
+    return table
+
+
+def _reasons(planned: list[tuple[Candidate, ...]]) -> Iterator[str]:
+    for one in (candidate for found in planned for candidate in found):
+        where = f"{one.profile}, {describe(one.recipe)}"
+        for why in one.refusals:
+            yield f"[red]{why.rule}[/]: {where}: {why.reason} [dim]({why.source})[/]"
+        for note in one.notes:
+            yield f"note: {where}: {note}"

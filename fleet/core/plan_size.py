@@ -1,0 +1,240 @@
+"""Predicts an artifact's size in bytes from the model's shape and the recipe, before anything is built.
+
+Each toolchain's rule is its own: which tensors it quantizes, in what groups, with what scales, and what it writes
+beside the weights. Tests compare the predictions with what the toolchains build.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import ceil, gcd
+from typing import Any
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import Recipe
+from fleet.core.plan_shape import Block, Matrix, ModelShape
+
+_FLOATS = {Precision.FP16: 2, Precision.BF16: 2, Precision.FP32: 4}
+_SMALL_FILES = 8_000
+
+
+def predicted_bytes(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any] | None = None) -> int:
+    """Bytes of all the artifact's files. ``options`` are the toolchain's; else the recipe's and defaults."""
+    given = {**recipe.options, **(options or {})}
+    return {
+        Toolchain.LLAMACPP: _gguf,
+        Toolchain.ONNX_GENAI: _onnx,
+        Toolchain.OPENVINO: _openvino,
+        Toolchain.MLX: _mlx,
+    }[recipe.toolchain](shape, recipe, given)
+
+
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
+
+#: Bytes and weights of a block (ggml's block_* structures).
+_GGML = {
+    "F32": (4, 1), "F16": (2, 1), "BF16": (2, 1), "Q8_0": (34, 32), "Q4_0": (18, 32), "Q4_1": (20, 32),
+    "Q5_0": (22, 32), "Q5_1": (24, 32), "IQ4_NL": (18, 32), "IQ4_XS": (136, 256),
+    "Q4_K": (144, 256), "Q5_K": (176, 256), "Q6_K": (210, 256), "Q3_K": (110, 256), "Q2_K": (84, 256),
+}  # fmt: skip
+#: What a type becomes where a row is no multiple of its block (llama-quant.cpp, tensor_type_fallback).
+_FALLBACK = {
+    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL",
+}  # fmt: skip
+_BASE = {"Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K"}
+
+
+def ggml_type(matrix: Matrix, shape: ModelShape, kind: str, options: Mapping[str, Any]) -> str:
+    """The type llama.cpp gives a tensor in a file of type ``kind`` (llama-quant.cpp, llama_tensor_get_type)."""
+    override = _override(matrix, shape, options)
+    wanted = override or _ggml_wanted(matrix, shape, kind, calibrated=bool(options.get("calibration")))
+    return _FALLBACK[wanted] if wanted in _FALLBACK and matrix.columns % 256 else wanted
+
+
+def _override(matrix: Matrix, shape: ModelShape, options: Mapping[str, Any]) -> str | None:
+    full = f"{matrix.name}.weight" if matrix.layer is None else f"blk.{matrix.layer}.{matrix.name}.weight"
+    for pattern, kind in (options.get("tensor_types") or {}).items():
+        if re.search(pattern, full):
+            return str(kind)
+    is_output = matrix.name == "output" or (shape.tied and matrix.name == "token_embd")
+    chosen = options.get("output_type") if is_output else None
+    if matrix.name == "token_embd" and not chosen:
+        chosen = options.get("embedding_type")
+    return str(chosen) if chosen else None
+
+
+def _ggml_wanted(matrix: Matrix, shape: ModelShape, kind: str, *, calibrated: bool) -> str:
+    base = _BASE.get(kind, kind)
+    if base in ("F32", "F16", "BF16", "Q8_0"):
+        return base
+    if matrix.name == "output" or (shape.tied and matrix.name == "token_embd"):
+        return "Q6_K"
+    if matrix.layer is None:
+        return base
+    early, last = shape.layers // 8, shape.layers
+    more = matrix.layer < early or matrix.layer >= 7 * last // 8 or (matrix.layer - early) % 3 == 2
+    if matrix.name in ("attn_v", "attn_qkv"):
+        return _attention_values(matrix, shape, kind, base, more=more)
+    if matrix.name.startswith("ffn_down"):
+        return _down(matrix, kind, base, early, more=more, calibrated=calibrated)
+    return base
+
+
+def _attention_values(matrix: Matrix, shape: ModelShape, kind: str, base: str, *, more: bool) -> str:
+    if kind == "Q4_K_M" and more:
+        return "Q6_K"
+    if kind == "Q4_K_S" and matrix.layer is not None and matrix.layer < 4:
+        return "Q5_K"
+    if kind in ("IQ4_NL", "IQ4_XS") and shape.heads // shape.kv_heads >= 4:
+        return "Q5_K"
+    return base
+
+
+def _down(matrix: Matrix, kind: str, base: str, early: int, *, more: bool, calibrated: bool) -> str:
+    if kind == "Q4_K_M" and more:
+        return "Q6_K"
+    first = matrix.layer is not None and matrix.layer < early
+    if first and (kind == "Q4_K_S" or (kind in ("IQ4_NL", "IQ4_XS") and not calibrated)):
+        return "Q5_K"
+    if first and kind == "Q4_0" and calibrated:
+        return "Q4_1"
+    return base
+
+
+def _gguf(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
+    direct = {Precision.FP16: "F16", Precision.BF16: "BF16", Precision.FP32: "F32", Precision.INT8: "Q8_0"}
+    kind = direct.get(recipe.precision) or str(options.get("type", "Q4_K_M"))
+    total = 4 * shape.vectors
+    for matrix in [shape.embedding, *([shape.output] if shape.output else []), *shape.linears()]:
+        size, block = _GGML[ggml_type(matrix, shape, kind, options)]
+        total += matrix.weights // block * size
+    words = shape.vocabulary
+    tokens = words.text_bytes + 12 * shape.vocabulary_size + words.merge_bytes + 8 * words.merges
+    factors = 8 * shape.head_size if shape.longrope else 0
+    return total + tokens + factors + 4096 + 90 * (shape.layers * 6)
+
+
+# --- ONNX Runtime GenAI ----------------------------------------------------------------------------------------------
+
+
+def _onnx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
+    floats = _onnx_float_bytes(recipe)
+    matrices = list(shape.linears())
+    output = shape.output or Matrix("output", shape.vocabulary_size, shape.hidden)
+    if recipe.precision in _FLOATS:
+        weights = floats * sum(one.weights for one in [*matrices, output])
+        embedding = 0 if shape.tied else floats * shape.embedding.weights
+    else:
+        bits = 4 if recipe.precision is Precision.INT4 else 8
+        weights = sum(_onnx_quantized(one, bits, floats, options) for one in [*matrices, output])
+        # The embedding shares the output's weights at INT4 alone.
+        shared = shape.tied and recipe.precision is Precision.INT4
+        embedding = 0 if shared else floats * shape.embedding.weights
+    graph = 9_800 if recipe.target is Target.DML else 7_400
+    files = shape.vocabulary.file_bytes + _SMALL_FILES + graph * shape.layers
+    return weights + embedding + floats * shape.vectors + floats * _rope_cache(shape) + files
+
+
+def _onnx_float_bytes(recipe: Recipe) -> int:
+    """Quantized models compute in float32 on a CPU and in float16 elsewhere."""
+    if recipe.precision in _FLOATS:
+        return _FLOATS[recipe.precision]
+    return 4 if recipe.target is Target.CPU else 2
+
+
+def _onnx_quantized(matrix: Matrix, bits: int, floats: int, options: Mapping[str, Any]) -> int:
+    group = int(options.get("block_size", 32))
+    groups = ceil(matrix.columns / group)
+    zeros = 0 if options.get("symmetric", True) else ceil(groups * bits / 8)
+    row = groups * group * bits // 8 + groups * floats + zeros
+    return row * matrix.rows * matrix.count
+
+
+def _rope_cache(shape: ModelShape) -> int:
+    """Cosines and sines of every position; LongRoPE has them twice, for short and for long contexts."""
+    positions = shape.max_context + (shape.original_context if shape.longrope else 0)
+    return positions * int(shape.head_size * shape.partial_rotary)
+
+
+# --- OpenVINO --------------------------------------------------------------------------------------------------------
+
+
+def _openvino(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
+    edges = [shape.embedding, *([shape.output] if shape.output else [])]
+    matrices = list(shape.linears())
+    if recipe.precision in _FLOATS:
+        each = _FLOATS[recipe.precision]
+        weights = each * (sum(one.weights for one in [*matrices, *edges]) + shape.vectors)
+    elif recipe.precision is Precision.INT8:
+        weights = sum(_openvino_int8(one, options) for one in [*matrices, *edges]) + 4 * shape.vectors
+    else:
+        weights = _openvino_int4(shape, matrices, edges, options) + 4 * shape.vectors
+    words = shape.vocabulary
+    text = 2 * words.text_bytes + words.merge_bytes + 16 * shape.vocabulary_size + 8 * words.merges
+    graph = 88_000 if recipe.precision in (Precision.INT4, Precision.INT8) else 74_000
+    return weights + text + words.file_bytes + graph * shape.layers + 60_000
+
+
+def _openvino_int4(shape: ModelShape, matrices: list[Matrix], edges: list[Matrix], options: Mapping[str, Any]) -> int:
+    ratio = float(options.get("ratio", 1.0))
+    everything = bool(options.get("all_layers", False))
+    quantized = [*matrices, *edges] if everything else matrices
+    int4 = sum(_openvino_grouped(one, options) for one in quantized)
+    int8 = sum(_openvino_int8(one, {}) for one in quantized)
+    rest = 0 if everything else sum(_openvino_int8(one, {}) for one in edges)
+    return int(ratio * int4 + (1 - ratio) * int8) + rest
+
+
+def _openvino_int8(matrix: Matrix, options: Mapping[str, Any]) -> int:
+    """One scale of FP16 for a row, and a zero point of a byte unless symmetric."""
+    zero = 0 if options.get("symmetric", False) else 1
+    return (matrix.columns + 2 + zero) * matrix.rows * matrix.count
+
+
+def _openvino_grouped(matrix: Matrix, options: Mapping[str, Any]) -> int:
+    group = fitting_group(matrix.columns, int(options.get("group_size", 64)))
+    groups = matrix.columns // group
+    zeros = 0.0 if options.get("symmetric", False) else groups / 2
+    return int((matrix.columns / 2 + 2 * groups + zeros) * matrix.rows) * matrix.count
+
+
+def fitting_group(columns: int, wanted: int) -> int:
+    """``wanted`` weights a scale, or the next smaller power of two that divides a row; -1 is the whole row."""
+    if wanted <= 0:
+        return columns
+    return max(1, gcd(columns, wanted))
+
+
+# --- MLX -------------------------------------------------------------------------------------------------------------
+
+
+def _mlx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
+    matrices = [*shape.linears(), shape.embedding, *([shape.output] if shape.output else [])]
+    if recipe.precision in _FLOATS:
+        weights = _FLOATS[recipe.precision] * (sum(one.weights for one in matrices) + shape.vectors)
+    else:
+        group = int(options.get("group_size", 64))
+        quantized = sum(_mlx_bytes(one, shape, recipe, options, group) for one in matrices)
+        weights = 2 * shape.vectors + int(quantized)
+    tensors = shape.layers * (26 if shape.block is Block.PHIMOE else 16) + 6
+    return weights + shape.vocabulary.file_bytes + _SMALL_FILES + 180 * tensors
+
+
+def _mlx_bytes(matrix: Matrix, shape: ModelShape, recipe: Recipe, options: Mapping[str, Any], group: int) -> float:
+    """A scale and a bias of FP16 for each group."""
+    bits = 8 if recipe.precision is Precision.INT8 else _mlx_bits(matrix, shape, options.get("mixed"))
+    return matrix.weights * (bits / 8 + 4 / group)
+
+
+def _mlx_bits(matrix: Matrix, shape: ModelShape, mixed: str | None) -> int:
+    """mlx_lm.convert, mixed_quant_predicate_builder: its layers of use, and ``v_proj`` matching all of ``qkv_proj``."""
+    if not mixed:
+        return 4
+    low, high = (int(part) for part in mixed.removeprefix("mixed_").split("_"))
+    if matrix.layer is None:
+        return high if matrix.name == "output" else low
+    early = shape.layers // 8
+    more = matrix.layer < early or matrix.layer >= 7 * shape.layers // 8 or (matrix.layer - early) % 3 == 2
+    sensitive = matrix.name in ("attn_v", "attn_qkv") or matrix.name.startswith("ffn_down")
+    return high if more and sensitive else low

@@ -1,0 +1,223 @@
+"""The planner's linter: what cannot work is refused before minutes are spent on it.
+
+Each rule is one function in one table. A rule gets the model, the recipe with its options, and the context, and
+returns why the recipe is refused, or None. Rules about the device's class and hardware get the profile too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import DeviceClass, DeviceProfile, Recipe
+from fleet.core.plan_shape import Block, ModelShape
+
+_QUANTIZED = (Precision.INT4, Precision.INT8)
+_HALVES = (Precision.FP16, Precision.BF16)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is to be judged. ``profile`` None: the model and the recipe alone, as the support matrix does."""
+
+    shape: ModelShape
+    recipe: Recipe
+    context: int
+    profile: DeviceProfile | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def option(self, name: str, default: Any) -> Any:
+        """An option of the recipe, or the toolchain's default."""
+        return self.options.get(name, self.recipe.options.get(name, default))
+
+    def is_(self, toolchain: Toolchain, *targets: Target) -> bool:
+        """Whether the recipe is this toolchain's, for one of these targets if any are named."""
+        return self.recipe.toolchain is toolchain and (not targets or self.recipe.target in targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Which rule, why in words, and where that is known from."""
+
+    rule: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A row of the table."""
+
+    name: str
+    source: str
+    check: Callable[[Case], str | None]
+
+
+def refusals(case: Case) -> tuple[Refusal, ...]:
+    """Every rule that refuses the case, in the table's order; none: it is legal."""
+    found = ((rule, rule.check(case)) for rule in RULES)
+    return tuple(Refusal(rule.name, reason, rule.source) for rule, reason in found if reason)
+
+
+#: What each toolchain makes for each target.
+BUILDS: Mapping[Toolchain, Mapping[Target, tuple[Precision, ...]]] = {
+    Toolchain.ONNX_GENAI: {
+        Target.CPU: (Precision.INT4, Precision.INT8, Precision.FP32),
+        Target.CUDA: (Precision.INT4, Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32),
+        Target.DML: (Precision.INT4, Precision.FP16),
+        Target.WEBGPU: (Precision.INT4, Precision.FP16),
+    },
+    Toolchain.OPENVINO: {
+        Target.CPU: (Precision.INT4, Precision.INT8, Precision.FP16, Precision.FP32),
+        Target.GPU: (Precision.INT4, Precision.INT8, Precision.FP16, Precision.FP32),
+        Target.NPU: (Precision.INT4,),
+    },
+    Toolchain.LLAMACPP: dict.fromkeys((Target.CPU, Target.CUDA, Target.METAL), tuple(Precision)),
+    Toolchain.MLX: dict.fromkeys((Target.CPU, Target.METAL), tuple(Precision)),
+}
+
+
+def _fp16_onnx_on_cpu(case: Case) -> str | None:
+    if case.is_(Toolchain.ONNX_GENAI, Target.CPU) and case.recipe.precision in _HALVES:
+        return (
+            "ONNX Runtime GenAI has no half-precision kernels for CPUs (25 times slower than FP32); take INT8 or FP32"
+        )
+    return None
+
+
+def _openvino_npu_recipe(case: Case) -> str | None:
+    if not case.is_(Toolchain.OPENVINO, Target.NPU) or case.recipe.precision is not Precision.INT4:
+        return None
+    wrong = []
+    if not case.option("symmetric", True):
+        wrong.append("symmetric must be true")
+    if float(case.option("ratio", 1.0)) != 1.0:
+        wrong.append("ratio must be 1.0")
+    if case.option("group_size", 128) not in (-1, 128):
+        wrong.append("group_size must be -1 or 128")
+    return f"the NPU's compiler fails after minutes: {', '.join(wrong)}" if wrong else None
+
+
+def _openvino_gguf(case: Case) -> str | None:
+    if case.is_(Toolchain.OPENVINO) and case.option("format", "ir") == "gguf":
+        return "OpenVINO's GGUF reader knows Llama and Qwen, no Phi; build IR, or take llamacpp"
+    return None
+
+
+def _mlx_awq(case: Case) -> str | None:
+    if case.is_(Toolchain.MLX) and (case.option("awq", False) or case.option("method", "") == "awq"):
+        return "MLX's AWQ has no map of Phi-3's layers; leave it out"
+    return None
+
+
+def _phimoe_onnx(case: Case) -> str | None:
+    if case.shape.block is not Block.PHIMOE or not case.is_(Toolchain.ONNX_GENAI):
+        return None
+    if case.recipe.target is Target.CUDA and case.recipe.precision is Precision.INT4:
+        return None
+    return "the ONNX builder makes PhiMoE for CUDA at INT4 alone; take llamacpp or openvino"
+
+
+def _class_policy(case: Case) -> str | None:
+    if case.profile is None or case.profile.device_class not in (DeviceClass.MOBILE, DeviceClass.IOT):
+        return None
+    if case.recipe.precision is Precision.INT4:
+        return None
+    return f"{case.profile.device_class} devices get INT4; {case.recipe.precision} is for AI PCs and above"
+
+
+#: Where no runtime has 4-bit kernels, by what the profile says of the hardware.
+_NO_INT4 = {
+    (Toolchain.ONNX_GENAI, "armv7l"): "ONNX Runtime GenAI has no build for 32-bit ARM",
+    (Toolchain.OPENVINO, "armv7l"): "OpenVINO GenAI has no build for 32-bit ARM",
+    (Toolchain.MLX, "armv7l"): "MLX has no build for 32-bit ARM",
+    (Toolchain.LLAMACPP, "armv7l"): "llama.cpp's fast 4-bit kernels for ARM want 64-bit registers",
+}
+
+
+def _int4_hardware(case: Case) -> str | None:
+    if case.profile is None or case.recipe.precision is not Precision.INT4:
+        return None
+    why = _NO_INT4.get((case.recipe.toolchain, case.profile.arch))
+    return f"the hardware ({case.profile.arch}) has no INT4 here: {why}" if why else None
+
+
+def _toolchain_target(case: Case) -> str | None:
+    recipe = case.recipe
+    targets = BUILDS[recipe.toolchain]
+    if recipe.target not in targets:
+        if recipe.target is Target.QNN:
+            return ("a Phi for QNN wants static shapes, QDQ, and graphs of a prompt and of a token, which none of the "
+                    "toolchains here makes; take the CPU")  # fmt: skip
+        return f"{recipe.toolchain} does not build for {recipe.target}; it builds for {', '.join(targets)}"
+    if recipe.precision not in targets[recipe.target]:
+        there = ", ".join(targets[recipe.target])
+        return f"{recipe.toolchain} does not build {recipe.precision} for {recipe.target}; it builds {there}"
+    return None
+
+
+def _longrope_mlx(case: Case) -> str | None:
+    if case.is_(Toolchain.MLX) and case.shape.longrope and case.context > case.shape.original_context:
+        return (
+            f"MLX ignores LongRoPE's short factors, so short prompts are wrong in a context of {case.context}; "
+            f"lower the profile's context to {case.shape.original_context}, where the short ones are baked in"
+        )
+    return None
+
+
+def _longrope_llamacpp(case: Case) -> str | None:
+    if case.is_(Toolchain.LLAMACPP) and case.shape.longrope and case.context > case.shape.original_context:
+        return (f"llama.cpp chooses LongRoPE's factors by the context allocated, so short prompts are wrong in one of "
+                f"{case.context}; lower the profile's context to {case.shape.original_context}")  # fmt: skip
+    return None
+
+
+def _sliding_window(case: Case) -> str | None:
+    window = case.shape.sliding_window
+    if window is None or case.context <= window or case.recipe.toolchain not in (Toolchain.LLAMACPP, Toolchain.MLX):
+        return None
+    name = "llama.cpp has switched it off" if case.recipe.toolchain is Toolchain.LLAMACPP else "MLX's phi3 has none"
+    return (f"the model attends to a window of {window} tokens, and {name}: it differs past them; lower the profile's "
+            f"context to {window}, or take onnx_genai or openvino")  # fmt: skip
+
+
+def _group_fits(case: Case) -> str | None:
+    if not case.is_(Toolchain.MLX) or case.recipe.precision not in _QUANTIZED:
+        return None
+    group = int(case.option("group_size", 64))
+    wrong = sorted({matrix.columns for matrix in case.shape.linears() if matrix.columns % group})
+    if not wrong:
+        return None
+    return f"rows of {', '.join(map(str, wrong))} weights do not divide into groups of {group}; take 32 or 64"
+
+
+def _multimodal(case: Case) -> str | None:
+    if case.shape.multimodal and not case.is_(Toolchain.ONNX_GENAI):
+        return f"{case.shape.architecture} holds vision or speech too; the ONNX builder alone takes its text part out"
+    return None
+
+
+def _accelerator_there(case: Case) -> str | None:
+    if case.profile is None or case.recipe.target in (Target.CPU, *case.profile.accelerators):
+        return None
+    return f"profile {case.profile.name} has no {case.recipe.target}"
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("class-policy", "the project's policy: mobile and IoT INT4, AI PCs up to FP32", _class_policy),
+    Rule("accelerator", "the profile's accelerators", _accelerator_there),
+    Rule("fp16-onnx-cpu", "onnxruntime-genai issue 1098; measured", _fp16_onnx_on_cpu),
+    Rule("toolchain-target", "the toolchains' own lists", _toolchain_target),
+    Rule("int4-hardware", "the runtimes' published builds", _int4_hardware),
+    Rule("openvino-npu", "OpenVINO GenAI on NPU, supported precisions", _openvino_npu_recipe),
+    Rule("openvino-gguf", "OpenVINO GenAI's GGUF reader, supported architectures", _openvino_gguf),
+    Rule("mlx-awq", "mlx-lm, quant/awq.py: AWQ_MODEL_CONFIGS", _mlx_awq),
+    Rule("phimoe-onnx", "onnxruntime-genai, models/builder.py: PhiMoEForCausalLM", _phimoe_onnx),
+    Rule("multimodal", "onnxruntime-genai, models/builder.py: Phi3V and Phi4MM", _multimodal),
+    Rule("longrope-mlx", "mlx-lm, models/rope_utils.py: SuScaledRoPE; measured, logits off by 0.41", _longrope_mlx),
+    Rule("longrope-llamacpp", "llama.cpp issue 24823", _longrope_llamacpp),
+    Rule("sliding-window", "llama.cpp pull request 13676; mlx-lm, models/phi3.py", _sliding_window),
+    Rule("group-size", "mlx.core.quantize", _group_fits),
+)
