@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def run(kind: str, job: dict[str, Any], progress: ProgressCallback) -> dict[str,
 
 
 def _measure(job: MeasureJob, progress: ProgressCallback) -> dict[str, Any]:
+    # NumPy's matrix products: a second thread wins little, and loses ten times where others hold the cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     scored = reference.read(job.against)
     progress(Progress("loading the artifact"))
     opened = Opened((job.folder / job.entry).resolve(), job.target, job.context, job.threads)
