@@ -19,16 +19,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from agent.contract.manifest import Manifest
+from agent.contract.manifest import ArtifactFile, Manifest, content_digest
 from agent.contract.messages import ArtifactRef, Desired, Reported, State
 from agent.contract.profile import HealthLimits, QualityGate
 from fleet.cli.context import Context
 from fleet.cli.devices import add_device
+from fleet.delivery.chunking import chunk_file
 from fleet.demo.processes import Process
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor
 from fleet.trust.repository import Repository
+from tests.models import Built
 from tests.simulators import broker as brokers
 
 PATIENCE_S = 90.0
@@ -105,6 +107,25 @@ class Rig:
         folder.mkdir(parents=True)
         (folder / "files").symlink_to(files)
         (folder / "manifest.json").write_bytes(manifest.to_json())
+
+    def variant(self, built: Built, name: str, folder: Path) -> Manifest:
+        """The same model with one file more: another digest, nearly all chunks the same."""
+        files = folder / name
+        shutil.copytree(built.files, files, copy_function=os.link)
+        note = files / f"{name}.txt"
+        note.write_text(f"a variant by the name of {name}\n")
+        digest, size, chunks = chunk_file(note)
+        added = ArtifactFile(path=note.name, size=size, sha256=digest, chunks=chunks)
+        all_files = (*built.manifest.files, added)
+        change = {
+            "id": f"{built.manifest.id}-{name}",
+            "files": all_files,
+            "digest": content_digest(all_files),
+            "size": built.manifest.size + size,
+        }
+        manifest = built.manifest.model_copy(update=change)
+        self.take_over(manifest, files)
+        return manifest
 
     def order(self, *manifests: Manifest, **wishes: Any) -> None:
         """Publish and order, with anything of ``Desired`` as wished."""
