@@ -35,18 +35,22 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) install --quiet --editable '.[$(DEV_EXTRAS)]'
 	@touch $@ $(VENV)/.demo
 
-.PHONY: mosquitto
-mosquitto:
-	@if ! PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null; then \
-	  echo "installing mosquitto, the broker that the tests use"; \
+# Debian packages that the tests use: the broker, and a browser for the pages.
+.PHONY: debian
+debian:
+	@missing=; \
+	PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || missing="mosquitto"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	if test -n "$$missing"; then \
+	  echo "installing from Debian: $$missing"; \
 	  run=; test "$$(id -u)" = 0 || run=sudo; \
-	  $$run apt-get update -qq && $$run env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mosquitto >/dev/null; \
+	  $$run apt-get update -qq && $$run env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi
 
 demo: $(VENV)/.demo
 	@$(BIN)/phifleet demo
 
-test: $(VENV)/.dev mosquitto
+test: $(VENV)/.dev debian
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
@@ -63,7 +67,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	@$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.dev mosquitto
+bench: $(VENV)/.dev debian
 	@$(BIN)/python -m bench $(BENCH)
 
 clean:

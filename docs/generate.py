@@ -27,8 +27,8 @@ TOPICS: list[tuple[Callable[..., str], tuple[Any, ...], str, str, type[BaseModel
     (lambda: topics.METADATA_WANT, (), "agent", "1, no", messages.MetadataWant),
     (topics.metadata, ("{device}",), "fleet", "1, no", messages.MetadataAnswer),
     (topics.want, ("{digest}",), "agent", "1, no", messages.Want),
-    (topics.shared_chunk, ("{digest}", "{n}"), "fleet", "1, no", None),
-    (topics.own_chunk, ("{device}", "{digest}", "{n}"), "fleet", "1, no", None),
+    (topics.shared_chunk, ("{digest}", "{n}"), "fleet", "0, no", None),
+    (topics.own_chunk, ("{device}", "{digest}", "{n}"), "fleet", "0, no", None),
 ]
 MODELS: list[type[BaseModel]] = [
     messages.Presence,

@@ -9,7 +9,8 @@ import structlog
 
 from agent.contract.base import MalformedMessageError
 from agent.contract.failures import FailureCode
-from agent.contract.messages import Desired, Failure
+from agent.contract.messages import Desired, Failure, State
+from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.core.ports import Journal
 from agent.daemon.works import Parts, Works
@@ -17,6 +18,7 @@ from agent.errors import AgentError, TrustError
 
 log = structlog.get_logger()
 
+Decided = tuple[core.Deployment, tuple[core.Effect, ...]]
 Listener = Callable[[core.Deployment], None]
 
 
@@ -107,13 +109,33 @@ class Deployer:
         except core.IllegalTransitionError as error:
             log.warning("event ignored", error=str(error))
             return
-        if after != before:
-            await asyncio.to_thread(self._journal.save, after.to_json())
+        failure = await self._save(after) if after != before else None
+        if failure is not None:
+            after, effects = self._without_memory(before, event, failure, (after, effects))
         self.deployment = after
         if after.state is not before.state or after.deployment_id != before.deployment_id:
             self._tell(before, after)
         for effect in effects:
             self._perform(effect)
+
+    async def _save(self, deployment: core.Deployment) -> Failure | None:
+        try:
+            await asyncio.to_thread(self._journal.save, deployment.to_json())
+        except AgentError as error:
+            log.error("journal not saved", code=error.code.value, error=str(error))
+            return Failure(code=error.code, message=str(error))
+        return None
+
+    def _without_memory(
+        self, before: core.Deployment, event: core.Event, failure: Failure, decided: Decided
+    ) -> Decided:
+        """A disk that refuses must not end the agent: nothing new is begun on it, and what serves goes on."""
+        if isinstance(event, core.Ordered):
+            self.rejected = failure
+            return before, (core.Report(),)
+        if before.underway and not isinstance(event, core.Failed | core.DeadlinePassed | core.Restarted):
+            return core.decide(before, core.Failed(failure), self._parts.clock.now())
+        return decided
 
     def _tell(self, before: core.Deployment, after: core.Deployment) -> None:
         words = {"deployment": after.deployment_id, "was": before.state.value, "state": after.state.value}
@@ -162,7 +184,7 @@ class Deployer:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
         try:
-            await self._works.serve(self.deployment.committed)
+            await self._works.serve(self.deployment.committed, _limits(self.deployment))
         except AgentError as error:
             self.post(core.Unhealthy(Failure(code=error.code, message=str(error))))
         else:
@@ -206,3 +228,9 @@ class Deployer:
         log.error("order rejected", code=error.code.value, error=str(error))
         self.rejected = Failure(code=error.code, message=str(error))
         self._on_change(self.deployment)
+
+
+def _limits(deployment: core.Deployment) -> HealthLimits:
+    """Those of the order that put there what serves; what serves after a rollback was ordered with others, now gone."""
+    ordered = deployment.desired if deployment.state is State.COMMITTED else None
+    return ordered.limits if ordered else HealthLimits()

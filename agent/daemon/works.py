@@ -12,6 +12,7 @@ import structlog
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import RUNTIME_OF, Manifest
 from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
+from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.core.ports import ArtifactStore, Clock, ModelHost, Transfer, Trust
 from agent.daemon.monitor import Monitor
@@ -71,13 +72,14 @@ class Works:
             case core.Work.WATCH:
                 return await self._watch(deployment.chosen, desired)
 
-    async def serve(self, ref: ArtifactRef | None) -> None:
+    async def serve(self, ref: ArtifactRef | None, limits: HealthLimits) -> None:
         """Serve the committed artifact again, or nothing; every byte is checked before it is loaded.
 
         Raises:
             AgentError: it is gone, damaged, or does not load.
         """
         async with self.host_lock:
+            self._parts.monitor.limits = limits
             if ref is None:
                 await self._parts.host.retire()
                 return

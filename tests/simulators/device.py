@@ -193,10 +193,13 @@ class MemoryJournal:
     def __init__(self) -> None:
         self.document: bytes | None = None
         self.saved = 0
+        self.full = False
 
     def load(self) -> bytes | None:
         return self.document
 
     def save(self, document: bytes) -> None:
+        if self.full:
+            raise StoreError("no space left on the device", FailureCode.STORE_DISK_FULL)
         self.document = document
         self.saved += 1

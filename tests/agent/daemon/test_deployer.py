@@ -314,3 +314,31 @@ async def test_a_damaged_journal_is_a_fresh_start_not_a_crash():
     device.journal.document = b'{"state":"nonsense"}'
     async with device.boot():
         assert (await device.deploys(1, NEW)).state is State.COMMITTED
+
+
+async def test_a_full_disk_under_the_journal_ends_the_deployment_not_the_agent():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        device.host.hang_in_prove = True
+        device.deployer.order(order(2, NEW))
+        await device.until(lambda now: now.state is State.PROVING)
+        device.journal.full = True
+        device.host.hang_in_prove = False
+        device.deployer.order(order(3, OTHER))
+        await device.until(lambda _: device.deployer.rejected is not None)
+        assert device.deployer.rejected
+        assert device.deployer.rejected.code is FailureCode.STORE_DISK_FULL
+        device.deployer.post(core.Failed(Failure(code=FailureCode.PROBE_FAILED, message="said Berlin")))
+        assert (await device.until(lambda now: now.state is State.FAILED)).committed == ref(OLD)
+        device.journal.full = False
+        assert (await device.deploys(4, OTHER)).state is State.COMMITTED
+
+
+async def test_after_a_restart_the_limits_of_the_committed_order_hold():
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD, limits=HealthLimits(tokens_per_s_min=7, worker_restarts_max=1))
+    again = Device(journal=first.journal, store=first.store)
+    async with again.boot():
+        await again.until(lambda _: again.host.serving == OLD)
+        assert again.monitor.limits.tokens_per_s_min == 7
