@@ -7,6 +7,8 @@ The server keeps no state a device, so everything that makes a transfer robust i
 * requests go to the shared topic, in ascending order, continuing after the newest chunk that others were seen to
   get: devices that start late fall into step, and one publication serves them all;
 * a chunk that was overtaken by later ones, or came with wrong bytes, is asked for again on the device's own topic;
+* in silence one chunk is asked for again, ever more seldom, and the rest only once that was answered: so neither a
+  slow link nor a server that comes back is met with a whole window a second time;
 * a device that the shared topic overruns, or that it only repeats itself to, stops following it.
 """
 
@@ -27,11 +29,11 @@ MAX_CREDIT = 4096
 
 FIRST_WINDOW_BYTES = 1024 * 1024
 LEAST_WINDOW_BYTES = 2 * MAX_CHUNK_BYTES
-#: A chunk that later ones overtook may still come from a second, slower server.
-OVERTAKEN_GRACE_S = 1.0
+#: Chunks that later ones overtook may still come, from a second server or another queue of the first.
+OVERTAKEN_GRACE_S = 0.25
 SCAN_S = 0.2
-#: Without any chunk for this long, or four times the longest recent gap, what was asked for counts as lost.
-SILENCE_S = 5.0
+#: Without any answer for this long, or twice the longest recent gap, one chunk is asked for again.
+SILENCE_S = 0.3
 LONGEST_RETRY_S = 60.0
 #: Losses on the shared topic after which it is plainly too fast for this device.
 LOSSES_TO_LEAVE_SHARED = 32
@@ -56,11 +58,13 @@ class Request:
     shared: bool
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Asked:
     order: int
+    at: float
     shared: bool
-    overtaken_at: float | None = None
+    before: _Asked | None = None
+    """The request that this one repeats."""
 
 
 class TransferCore:
@@ -82,7 +86,7 @@ class TransferCore:
         self._table = table
         self._jitter = jitter
         self._stall_s = stall_s
-        self._started = self._last_good = self._last_event = now
+        self._started = self._last_good = self._last_answer = self._last_event = now
         self._limit = max(window_bytes, MAX_CHUNK_BYTES)
         self._window = min(self._limit, FIRST_WINDOW_BYTES)
         self._state = bytearray(_MISSING if first == index else _HAVE for index, first in enumerate(table.first))
@@ -90,8 +94,10 @@ class TransferCore:
         self._retries: list[tuple[float, int]] = []
         self._attempts: dict[int, int] = {}
         self._order = self._newest_order = 0
+        self._overtaken_since: float | None = None
         self._cursor = 0
-        self._silences = 0
+        self._probes = self._refusals = 0
+        self._joining = True
         self._longest_gap = 0.0
         self._quiet_until = self._scanned_at = now
         self._losses = self._duplicate_bytes = self._unasked_cursor = 0
@@ -133,12 +139,12 @@ class TransferCore:
     def arrived(self, index: int, outcome: Outcome, size: int, *, shared: bool, now: float) -> None:
         """A chunk came, ``index`` being its first occurrence; ``size`` bytes."""
         self._received += size
-        self._note_gap(now)
         asked = self._settle(index)
         if asked is not None:
-            self._newest_order = max(self._newest_order, asked.order)
+            # What comes on the shared topic answers the first request, however often it was repeated.
+            self._answered(asked.before if shared and asked.before else asked, now)
         elif shared:
-            self._unasked_cursor = index + 1
+            self._seen(index)
         if outcome is Outcome.BAD:
             self._rejected += 1
             if asked is not None:  # else nobody asked for it, and nothing is lost
@@ -155,13 +161,16 @@ class TransferCore:
         if self.complete:
             return []
         self._find_overtaken(now)
-        if self._asked and now - self._last_event >= self._silence_s():
-            self._all_lost(now)
-        if now < self._quiet_until or not self._has_room():
+        if now < self._quiet_until:
             return []
-        requests = [request for request in (self._ask_again(now), self._ask_next()) if request is not None]
+        if self._asked and now - self._last_event >= self._silence_s():
+            requests = [self._probe(now)]
+        elif self._has_room():
+            requests = [request for request in (self._ask_again(now), self._ask_next(now)) if request is not None]
+        else:
+            return []
         if requests:
-            self._last_event = max(self._last_event, now)
+            self._last_event = now
         return requests
 
     def bytes_until_useful(self) -> int:
@@ -179,13 +188,25 @@ class TransferCore:
     def unsent(self, now: float) -> None:
         """The broker refused a request: as ``link_lost``, and wait before the next."""
         self.link_lost()
-        self._back_off(now)
+        self._refusals += 1
+        self._quiet_until = now + min(LONGEST_RETRY_S, 0.5 * 2.0 ** min(self._refusals, 16)) * self._jitter()
 
-    def _note_gap(self, now: float) -> None:
-        gap = now - self._last_event
-        self._longest_gap = max(gap, self._longest_gap * 0.98)
-        self._last_event = now
-        self._silences = 0
+    def _answered(self, asked: _Asked, now: float) -> None:
+        self._longest_gap = max(now - max(self._last_answer, asked.at), self._longest_gap * 0.98)
+        self._last_answer = self._last_event = now
+        if asked.order < self._newest_order:
+            self._overtaken_since = now  # so others may be coming too
+        self._newest_order = max(self._newest_order, asked.order)
+        self._joining = False
+        self._probes = self._refusals = 0
+
+    def _seen(self, index: int) -> None:
+        """A chunk that others asked for. What they got just before we joined, the server does not repeat to us."""
+        if self._joining:
+            self._joining = False
+            self.link_lost()
+            self._cursor = 0
+        self._unasked_cursor = index + 1
 
     def _settle(self, index: int) -> _Asked | None:
         asked = self._asked.pop(index, None)
@@ -220,13 +241,14 @@ class TransferCore:
         if now - self._scanned_at < SCAN_S:
             return
         self._scanned_at = now
-        grace = max(OVERTAKEN_GRACE_S, self._longest_gap)
-        for index, asked in list(self._asked.items()):
-            if asked.order >= self._newest_order:
-                continue
-            if asked.overtaken_at is None:
-                asked.overtaken_at = now
-            elif now - asked.overtaken_at >= grace:
+        overtaken = [index for index, asked in self._asked.items() if asked.order < self._newest_order]
+        if not overtaken:
+            self._overtaken_since = None
+        elif self._overtaken_since is None:
+            self._overtaken_since = now
+        elif now - self._overtaken_since >= max(OVERTAKEN_GRACE_S, 4 * self._longest_gap):
+            self._window = min(self._limit, max(LEAST_WINDOW_BYTES, self._window // 2))
+            for index in overtaken:
                 self._lost(index, now)
 
     def _lost(self, index: int, now: float) -> None:
@@ -238,21 +260,15 @@ class TransferCore:
         self._retry(index, now)
 
     def _silence_s(self) -> float:
-        return min(LONGEST_RETRY_S, max(SILENCE_S, 4 * self._longest_gap))
+        patience = max(SILENCE_S, 2 * self._longest_gap) * 2.0 ** min(self._probes, 16)
+        return min(LONGEST_RETRY_S, patience * (1 + self._jitter()))
 
-    def _all_lost(self, now: float) -> None:
-        self._window = min(self._limit, max(LEAST_WINDOW_BYTES, self._window // 2))
-        for index in list(self._asked):
-            self._settle(index)
-            self._state[index] = _RETRY
-            heappush(self._retries, (now, index))
-        self._back_off(now)
-
-    def _back_off(self, now: float) -> None:
-        # The first retry is at once; a server that is away must not be met by every device in the same second.
-        delay = 0.0 if self._silences == 0 else min(LONGEST_RETRY_S, 2.0 ** min(self._silences, 8))
-        self._silences += 1
-        self._quiet_until = now + delay * (0.5 + 0.5 * self._jitter())
+    def _probe(self, now: float) -> Request:
+        self._probes += 1
+        index, asked = min(self._asked.items(), key=lambda item: item[1].order)
+        self._order += 1
+        self._asked[index] = _Asked(self._order, now, shared=False, before=asked.before or asked)
+        return Request(((index, index),), 1, shared=False)
 
     def _has_room(self) -> bool:
         # A want for each chunk would be as many messages back as forth.
@@ -265,12 +281,12 @@ class TransferCore:
             if self._state[index] == _RETRY:
                 if not self._fits(index):
                     break
-                self._ask(index, shared=False)
+                self._ask(index, now, shared=False)
                 chosen.append(index)
             heappop(self._retries)
         return _request(sorted(chosen), shared=False)
 
-    def _ask_next(self) -> Request | None:
+    def _ask_next(self, now: float) -> Request | None:
         self._cursor = max(self._cursor, self._unasked_cursor)
         self._unasked_cursor = 0
         chosen: list[int] = []
@@ -282,7 +298,7 @@ class TransferCore:
             ranges += not chosen or index != chosen[-1] + 1
             if ranges > MAX_RANGES:
                 break
-            self._ask(index, shared=self.following)
+            self._ask(index, now, shared=self.following)
             chosen.append(index)
             self._cursor = index + 1
         return _request(chosen, shared=self.following)
@@ -294,10 +310,10 @@ class TransferCore:
     def _fits(self, index: int) -> bool:
         return not self._asked or self.in_flight_bytes + self._table.sizes[index] <= self._window
 
-    def _ask(self, index: int, *, shared: bool) -> None:
+    def _ask(self, index: int, now: float, *, shared: bool) -> None:
         self._state[index] = _ASKED
         self._order += 1
-        self._asked[index] = _Asked(self._order, shared)
+        self._asked[index] = _Asked(self._order, now, shared)
         self.in_flight_bytes += self._table.sizes[index]
 
 
