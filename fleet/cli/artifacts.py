@@ -1,0 +1,152 @@
+"""`phifleet artifacts`: what was built, how large, how lossy, how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from agent.contract.manifest import Manifest
+from fleet.core.frontier import choose, frontier
+from fleet.home import Home
+from fleet.profiles_loader import load_profile
+from fleet.toolchains.artifacts import list_artifacts, load
+
+
+class HasHome(Protocol):
+    """What these commands need of click's context object."""
+
+    @property
+    def home(self) -> Home:
+        """The controller's folders."""
+        ...
+
+
+@click.group()
+def artifacts() -> None:
+    """Artifacts that were built: list, show, compare."""
+
+
+@artifacts.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
+@click.pass_obj
+def list_command(obj: HasHome, as_json: bool) -> None:
+    """List the artifacts with their loss, and their speed on the machine that built them."""
+    listing = list_artifacts(obj.home)
+    for problem in listing.damaged:
+        click.echo(f"warning: {problem}", err=True)
+    if as_json:
+        click.echo(json.dumps([row(manifest) for manifest in listing.manifests]))
+    elif listing.manifests:
+        Console(soft_wrap=True).print(_table(listing.manifests))
+    else:
+        click.echo("no artifacts yet; `phifleet build` makes one")
+
+
+@artifacts.command("show")
+@click.argument("artifact")
+@click.option("--json", "as_json", is_flag=True, help="The signed manifest as it is.")
+@click.pass_obj
+def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
+    """Show one artifact, by id, digest, or the beginning of either."""
+    manifest = load(obj.home, artifact)
+    if as_json:
+        click.echo(manifest.to_json().decode())
+        return
+    for name, value in {**row(manifest), "digest": manifest.digest, "context": manifest.context}.items():
+        click.echo(f"{name:20} {_shown(value)}")
+    for title, values in (("recipe", manifest.recipe), ("built with", manifest.versions)):
+        click.echo(f"{title:20} " + ", ".join(f"{name} {value}" for name, value in sorted(values.items())))
+    if manifest.quality:
+        click.echo(f"{'scored on':20} {manifest.quality.tokens} tokens of {manifest.quality.evaluation}")
+    if manifest.speed:
+        click.echo(f"{'timed on':20} {manifest.speed.machine}")
+
+
+@artifacts.command("compare")
+@click.argument("wanted", nargs=-1)
+@click.option("--profile", help="Judge them by a profile's limits, and name the best.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw loss over size into FILE.png and FILE.svg.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
+@click.pass_obj
+def compare_command(
+    obj: HasHome, wanted: tuple[str, ...], profile: str | None, plot: Path | None, as_json: bool
+) -> None:
+    """Compare artifacts (all, or those named) by loss and size; * marks the frontier."""
+    chosen = [load(obj.home, one) for one in wanted] or list(list_artifacts(obj.home).manifests)
+    limits = load_profile(profile) if profile else None
+    edge = {one.id for one in frontier(chosen)}
+    choice = choose(chosen, limits) if limits else None
+    best = choice.best.id if choice and choice.best else None
+    misses = {one.manifest.id: one.misses for one in choice.judged} if choice else {}
+    ordered = sorted(chosen, key=lambda one: (one.size, one.id))
+    if as_json:
+        rows = [row(one) | {"frontier": one.id in edge, "best": one.id == best} for one in ordered]
+        if limits:
+            rows = [one | {"misses": list(misses[one["id"]])} for one in rows]
+        click.echo(json.dumps(rows))
+    else:
+        Console(soft_wrap=True).print(_table(ordered, edge=edge, best=best))
+        for one in ordered:
+            for miss in misses.get(one.id, ()):
+                click.echo(f"{one.id}: {miss}")
+    _warn_of_different_texts(ordered)
+    if plot:
+        from fleet.plot import draw
+
+        for path in draw(ordered, plot):
+            click.echo(f"wrote {path}", err=True)
+
+
+def row(manifest: Manifest) -> dict[str, Any]:
+    """What is listed of an artifact; None where it was not measured."""
+    quality, speed = manifest.quality, manifest.speed
+    measured = ("kl_divergence", "kl_divergence_p99", "perplexity", "perplexity_ratio", "same_top_token")
+    timed = ("ttft_ms", "tpot_ms", "peak_memory_bytes")
+    return {
+        "id": manifest.id,
+        "model": manifest.model.name,
+        "toolchain": manifest.toolchain,
+        "precision": manifest.precision,
+        "target": manifest.target,
+        "bytes": manifest.size,
+        **{name: getattr(quality, name) if quality else None for name in measured},
+        **{name: getattr(speed, name) if speed else None for name in timed},
+        "profile": manifest.profile,
+    }
+
+
+def _table(manifests: Any, *, edge: set[str] | None = None, best: str | None = None) -> Table:
+    table = Table("id", "MB", "KL divergence", "p99", "perplexity", "ratio", "same top", box=None)
+    for name in ("TTFT ms", "TPOT ms", "MiB"):
+        table.add_column(name, justify="right")
+    for one in manifests:
+        quality, speed = one.quality, one.speed
+        mark = (" [bold green]best[/]" if one.id == best else "") + (" *" if edge and one.id in edge else "")
+        loss = ["-"] * 5
+        if quality:
+            loss = [
+                f"{quality.kl_divergence:.4f} ± {quality.kl_divergence_se:.4f}", f"{quality.kl_divergence_p99:.2f}",
+                f"{quality.perplexity:.2f}", f"{quality.perplexity_ratio:.3f}", f"{quality.same_top_token:.1%}",
+            ]  # fmt: skip
+        times = ["-"] * 3
+        if speed:
+            times = [f"{speed.ttft_ms:.0f}", f"{speed.tpot_ms:.1f}", f"{speed.peak_memory_bytes / 2**20:.0f}"]
+        table.add_row(one.id + mark, f"{one.size / 1e6:.1f}", *loss, *times)
+    return table
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _warn_of_different_texts(manifests: list[Manifest]) -> None:
+    texts = sorted({one.quality.evaluation for one in manifests if one.quality})
+    if len(texts) > 1:
+        click.echo(f"warning: they were scored on different texts, and do not compare: {', '.join(texts)}", err=True)

@@ -1,0 +1,91 @@
+"""Chooses among artifacts that were built and measured: the frontier of loss over size, and the best for a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from agent.contract.manifest import Manifest, Target
+from agent.contract.profile import DeviceProfile
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One artifact. ``misses``: each limit of the profile that it does not keep; none: it may be chosen."""
+
+    manifest: Manifest
+    misses: tuple[str, ...]
+    on_frontier: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``best`` is None when no artifact keeps every limit. ``judged`` is sorted by size."""
+
+    best: Manifest | None
+    judged: tuple[Judged, ...]
+
+
+def frontier(manifests: Sequence[Manifest]) -> tuple[Manifest, ...]:
+    """Those measured that no other of the same model beats in both size and loss, sorted by size."""
+    measured = [one for one in manifests if one.quality is not None]
+    measured.sort(key=lambda one: (one.model.source_digest, one.size, _loss(one)))
+    found: list[Manifest] = []
+    for one in measured:
+        same_model = found and found[-1].model.source_digest == one.model.source_digest
+        if not same_model or _loss(one) < _loss(found[-1]):
+            found.append(one)
+    return tuple(sorted(found, key=lambda one: one.size))
+
+
+def choose(manifests: Sequence[Manifest], profile: DeviceProfile) -> Choice:
+    """The least loss within the profile's size, memory, speed and quality limits; of equals the smallest.
+
+    Loss is the mean KL divergence. Speed counts where it was measured on what the artifact is for: on a CPU.
+    """
+    edge = {one.id for one in frontier(manifests)}
+    judged = [Judged(one, tuple(_misses(one, profile)), one.id in edge) for one in manifests]
+    fit = [one.manifest for one in judged if not one.misses]
+    best = min(fit, key=lambda one: (_loss(one), one.size, one.id), default=None)
+    return Choice(best, tuple(sorted(judged, key=lambda one: (one.manifest.size, one.manifest.id))))
+
+
+def _loss(manifest: Manifest) -> float:
+    return manifest.quality.kl_divergence if manifest.quality else float("inf")
+
+
+def _misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
+    if 2 * manifest.size > profile.disk_bytes:
+        yield f"two of {manifest.size / _MIB:.0f} MiB are past the disk's {profile.disk_bytes / _MIB:.0f} MiB"
+    need = manifest.memory.at_context(manifest.context)
+    if need > profile.memory_bytes:
+        yield f"memory of {need / _MIB:.0f} MiB is past {profile.memory_bytes / _MIB:.0f} MiB"
+    if manifest.quality is None:
+        yield "its loss was not measured"
+        return
+    yield from _quality_misses(manifest, profile)
+    if manifest.speed is not None and manifest.target is Target.CPU:
+        yield from _speed_misses(manifest, profile)
+
+
+def _quality_misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
+    quality, gate = manifest.quality, profile.quality
+    if quality is None:
+        return
+    if gate.kl_divergence_max is not None and quality.kl_divergence > gate.kl_divergence_max:
+        yield f"KL divergence {quality.kl_divergence:.3g} is past {gate.kl_divergence_max:g}"
+    if gate.perplexity_ratio_max is not None and quality.perplexity_ratio > gate.perplexity_ratio_max:
+        yield f"perplexity ratio {quality.perplexity_ratio:.3g} is past {gate.perplexity_ratio_max:g}"
+
+
+def _speed_misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
+    speed, limits = manifest.speed, profile.health
+    if speed is None:
+        return
+    rate = 1e3 / speed.tpot_ms if speed.tpot_ms > 0 else float("inf")
+    if limits.tokens_per_s_min is not None and rate < limits.tokens_per_s_min:
+        yield f"{rate:.1f} tokens/s on the build machine are under {limits.tokens_per_s_min:g}"
+    if limits.ttft_ms_p95 is not None and speed.ttft_ms > limits.ttft_ms_p95:
+        yield f"{speed.ttft_ms:.0f} ms to the first token on the build machine are past {limits.ttft_ms_p95:g}"
