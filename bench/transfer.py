@@ -2,8 +2,7 @@
 
 Every part is a process of its own, as in the product: broker, controller's chunk server, agent. The plain run is paho
 to paho, QoS 1, 128 KiB a message, with nothing hashed, nothing written. Both run in turns on the same broker; compare
-the ratio. Where the system lets it (Linux, root), our side runs over emulated round trips too: network namespaces
-and netem.
+the ratio. Then our side over long round trips, emulated by a proxy, against the rate that the link has.
 
     python -m bench.transfer [--mib 96] [--rounds 5] [--no-wan] [--json FILE]
 """
@@ -34,14 +33,15 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion  # noqa: E40
 from agent.contract.manifest import Manifest  # noqa: E402
 from bench.figures import Figure, table  # noqa: E402
 from tests.simulators.artifacts import make_artifact, noise  # noqa: E402
-from tests.simulators.broker import embedded, free_port, mosquitto  # noqa: E402
+from tests.simulators.broker import embedded, mosquitto  # noqa: E402
+from tests.simulators.proxy import proxy  # noqa: E402
 
 MESSAGE = 128 * 1024
 #: Below the 1000 messages that mosquitto queues for a client before it drops: the plain side has no flow control.
 MIB = 96
 WINDOW = 4 * 1024 * 1024
-#: Round trips of the emulated links, in ms, and their rate.
-WAN = ((20, "200mbit"), (100, "200mbit"))
+#: Round trips of the emulated links, in ms, and their rate, in MiB/s.
+WAN = ((20, 20.0), (100, 20.0), (100, 2.0))
 
 
 def main() -> None:
@@ -80,13 +80,13 @@ def figures(options: argparse.Namespace | None = None) -> list[Figure]:
         with mosquitto(options.folder / "broker") as broker:
             options.url = broker.url
             rounds = [(plain(options), ours(options)) for _ in range(options.rounds)]
-        measured = on_mosquitto(options, rounds)
+            measured = on_mosquitto(options, rounds)
+            options.broker = broker
+            far = [] if options.no_wan else [over_wan(options, rtt_ms, mib_s) for rtt_ms, mib_s in WAN]
         with embedded() as broker:
             options.url = broker.url
             measured.append(Figure("the same over the embedded broker", ours(options)["mib_s"], "MiB/s"))
-        if not options.no_wan:
-            measured += [over_wan(options, rtt_ms, rate) for rtt_ms, rate in WAN]
-    return measured
+    return measured + far
 
 
 def on_mosquitto(options: argparse.Namespace, rounds: list[tuple[float, dict[str, Any]]]) -> list[Figure]:
@@ -120,47 +120,20 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             return agent.result()
 
 
-def over_wan(options: argparse.Namespace, rtt_ms: int, rate: str) -> Figure:
-    name = f"artifact over {rtt_ms} ms round trip, {rate}"
-    try:
-        with (
-            namespace(rtt_ms, rate) as (inside, address),
-            mosquitto(options.folder / "wan", port=free_port(), address=address) as broker,
-        ):
-            options.url = broker.url
-            with role(options, "serve") as server:
-                server.ready()
-                with role(options, "fetch", prefix=("ip", "netns", "exec", inside)) as agent:
-                    return Figure(name, agent.result()["mib_s"], "MiB/s", note="reported only")
-    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
-        return Figure(name, 0.0, "MiB/s", note=f"not measured: {error}")
-
-
-@contextmanager
-def namespace(rtt_ms: int, rate: str) -> Iterator[tuple[str, str]]:
-    """The agent's network, joined to ours by a pair of interfaces that delay; yields its name and our address."""
-    name = f"bench{free_port()}"
-    outer, inner = f"o{name[5:]}", f"i{name[5:]}"
-
-    def ip(*arguments: str, inside: bool = False) -> None:
-        prefix = ("ip", "netns", "exec", name) if inside else ()
-        subprocess.run([*prefix, *arguments], check=True, capture_output=True)
-
-    ip("ip", "netns", "add", name)
-    try:
-        ip("ip", "link", "add", outer, "type", "veth", "peer", "name", inner)
-        ip("ip", "link", "set", inner, "netns", name)
-        ip("ip", "addr", "add", "10.213.77.1/30", "dev", outer)
-        ip("ip", "link", "set", outer, "up")
-        ip("ip", "addr", "add", "10.213.77.2/30", "dev", inner, inside=True)
-        ip("ip", "link", "set", inner, "up", inside=True)
-        delay = ("netem", "delay", f"{rtt_ms / 2}ms", "rate", rate, "limit", "100000")
-        ip("tc", "qdisc", "add", "dev", outer, "root", *delay)
-        ip("tc", "qdisc", "add", "dev", inner, "root", *delay, inside=True)
-        yield name, "10.213.77.1"
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "del", outer], check=False, capture_output=True)
+def over_wan(options: argparse.Namespace, rtt_ms: int, mib_s: float) -> Figure:
+    """The agent behind a proxy that delays and limits, as netem would where the kernel has it."""
+    size = min(options.mib, 32)
+    manifest = make_artifact(options.folder / "source", {"model.bin": noise(size << 20, rtt_ms), "config.json": b"{}"})
+    (options.folder / "manifest.json").write_bytes(manifest.to_json())
+    broker = options.broker
+    with proxy(broker.host, broker.port, delay_s=rtt_ms / 2000, bytes_per_s=mib_s * 1048576) as far:
+        options.url = broker.url
+        with role(options, "serve") as server:
+            server.ready()
+            options.url = far.url
+            with role(options, "fetch") as agent:
+                speed = agent.result()["mib_s"]
+    return Figure(f"over {rtt_ms} ms and {mib_s:g} MiB/s", speed, "MiB/s", "the link", mib_s, speed / mib_s)
 
 
 class Role:
@@ -184,8 +157,8 @@ class Role:
 
 
 @contextmanager
-def role(options: argparse.Namespace, name: str, prefix: tuple[str, ...] = ()) -> Iterator[Role]:
-    command = [*prefix, sys.executable, __file__, "--role", name, "--url", options.url, "--folder", str(options.folder)]
+def role(options: argparse.Namespace, name: str) -> Iterator[Role]:
+    command = [sys.executable, __file__, "--role", name, "--url", options.url, "--folder", str(options.folder)]
     command += ["--window", str(options.window)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
