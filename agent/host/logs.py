@@ -39,13 +39,15 @@ def configure(level: str, form: str, folder: Path) -> None:
     logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING), format="%(name)s: %(message)s")
 
 
+class _QuietFile(logging.handlers.RotatingFileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """A log that cannot be written is no reason to stop, nor to fill standard error."""
+
+
 def _file_writer(folder: Path) -> structlog.typing.Processor:
-    """So that `phifleet-agent logs` has something to show wherever the agent runs; a full disk is no reason to stop."""
+    """So that `phifleet-agent logs` has something to show wherever the agent runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = logging.handlers.RotatingFileHandler(
-        folder / "agent.log", maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", delay=True
-    )
-    file.handleError = lambda _record: None  # type: ignore[method-assign]
+    file = _QuietFile(folder / "agent.log", maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", delay=True)
     render = structlog.processors.JSONRenderer(ensure_ascii=False)
 
     def write(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
