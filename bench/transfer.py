@@ -38,7 +38,7 @@ from tests.simulators.proxy import proxy  # noqa: E402
 
 MESSAGE = 128 * 1024
 #: Below the 1000 messages that mosquitto queues for a client before it drops: the plain side has no flow control.
-MIB = 96
+MIB = 112
 WINDOW = 4 * 1024 * 1024
 #: Round trips of the emulated links, in ms, and their rate, in MiB/s.
 WAN = ((20, 20.0), (100, 20.0), (100, 2.0))

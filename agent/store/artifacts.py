@@ -17,7 +17,7 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import ArtifactFile, Manifest
 from agent.errors import StoreError
-from agent.store.files import free_bytes, mebibytes, store_errors, sync_folder, write_atomically
+from agent.store.files import free_bytes, mebibytes, store_errors, sync_folder
 from agent.store.partial import FILES, MANIFEST, Donor, Partial
 
 #: Never filled by a transfer: the journal, logs and the system need it.
@@ -104,7 +104,7 @@ class ArtifactStore:
         try:
             with store_errors("create", folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / MANIFEST, manifest.to_json())
+                (folder / MANIFEST).write_bytes(manifest.to_json())  # synced with the rest, before it counts
             return Partial(folder, manifest)
         except StoreError:
             self._transferring.discard(manifest.digest)

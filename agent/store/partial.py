@@ -16,7 +16,7 @@ from pathlib import Path
 from agent.contract.manifest import Manifest
 from agent.core.chunks import ChunkTable, Place
 from agent.errors import StoreError
-from agent.store.files import explained, is_hole, reserve, store_errors, sync_folder, write_at
+from agent.store.files import explained, is_hole, reserve, store_errors, sync_file, sync_folder, write_at
 
 FILES = "files"
 MANIFEST = "manifest.json"
@@ -45,6 +45,7 @@ class Partial:
         self.table = ChunkTable(manifest)
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
+        self._empty: list[bool] = []
         try:
             for file in manifest.files:
                 path = folder / FILES / file.path
@@ -59,7 +60,8 @@ class Partial:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         descriptor = os.open(path, flags, 0o644)
         self._descriptors.append(descriptor)
-        if os.fstat(descriptor).st_size != size:
+        self._empty.append(os.fstat(descriptor).st_size != size)
+        if self._empty[-1]:
             os.ftruncate(descriptor, 0)
             reserve(descriptor, size)
 
@@ -73,6 +75,7 @@ class Partial:
             if not self._descriptors:
                 return False
             for place in self.table.places(first):
+                self._empty[place.file] = False
                 try:
                     write_at(self._descriptors[place.file], data, place.offset)
                 except OSError as error:
@@ -151,6 +154,7 @@ class Partial:
             with store_errors("sync", self.folder / FILES / file.path):
                 os.fsync(descriptor)
         with store_errors("sync", self.folder):
+            sync_file(self.folder / MANIFEST)
             for folder in sorted(path for path in self.folder.rglob("*") if path.is_dir()):
                 sync_folder(folder)
             sync_folder(self.folder)
@@ -164,7 +168,7 @@ class Partial:
 
     def _holds(self, place: Place, first: int) -> bool:
         size = self.table.sizes[first]
-        if is_hole(self._descriptors[place.file], place.offset, size):
+        if self._empty[place.file] or is_hole(self._descriptors[place.file], place.offset, size):
             return False
         return hashlib.sha256(self._read(place, size)).hexdigest() == self.table.digests[first]
 
