@@ -33,6 +33,7 @@ PARAMETERS = frozenset(
         "frequency_penalty",
         "repetition_penalty",
         "logit_bias",
+        "logprobs",
         "top_logprobs",
         "stop",
     }
@@ -177,3 +178,14 @@ def _with_logprobs(token: int, logits: Logits, count: int) -> Drawn:
         head = head[np.argsort(-logits[head], kind="stable")]
         best = tuple((int(one), float(logits[one]) - base) for one in head)
     return Drawn(token, float(logits[token]) - base, best)
+
+
+def is_plain_greedy(sampling: Sampling) -> bool:
+    """Whether the likeliest token is all that is asked for, so that a runtime may take it itself."""
+    return (
+        sampling.temperature <= 0
+        and not sampling.logit_bias
+        and not sampling.presence_penalty
+        and not sampling.frequency_penalty
+        and sampling.repetition_penalty in (None, 1.0)
+    )

@@ -23,43 +23,65 @@ class Utf8Stream:
         return self._decoder.decode(b"", True)
 
 
-class WindowDetokenizer:
-    """For runtimes that only decode lists of tokens: decodes a short window, and emits what the new token added.
+class Pieces:
+    """The text of each token of a vocabulary, asked for once; shared by all sequences of a model.
 
-    A byte-level token may be half a character and a word-level one may carry its leading space only in context, so
-    the window keeps the tokens of the piece before. The approach is that of text-generation-inference.
+    A byte-level token may be half a character, and a word-level one has its leading space only after another token:
+    so pieces are what a token adds after a neutral one.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], neutral: int) -> None:
         self._decode = decode
-        self._tokens: list[int] = []
-        self._prefix = 0
-        self._read = 0
+        self._neutral = neutral
+        self._before = len(decode([neutral]))
+        self._known: dict[int, str] = {}
 
-    def feed(self, token: int) -> str:
+    def alone(self, token: int) -> str:
+        """What a token is at the very beginning."""
+        return self._decode([token])
+
+    def after(self, token: int) -> str:
+        """What a token adds to a text."""
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self.all_after([token])
+        return known
+
+    def all_after(self, tokens: Sequence[int]) -> str:
+        """What several tokens add."""
+        return self._decode([self._neutral, *tokens])[self._before :]
+
+
+class PieceStream:
+    """For runtimes that only decode lists of tokens; tokens that end within a character wait for the rest of it."""
+
+    #: A character has at most four bytes; with more than that waiting, they are no character.
+    _LONGEST = 4
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._pending: list[int] = []
+        self._begun = False
+
+    def feed(self, token: int, /) -> str:
         """The text that is complete now."""
-        self._tokens.append(token)
-        before, after = self._texts()
-        if len(after) <= len(before) or after.endswith(_REPLACEMENT):
+        if not self._pending:
+            text = self._pieces.after(token) if self._begun else self._pieces.alone(token)
+            if not text.endswith(_REPLACEMENT):
+                self._begun = True
+                return text
+        self._pending.append(token)
+        text = self._pieces.all_after(self._pending)
+        if text.endswith(_REPLACEMENT) and len(self._pending) < self._LONGEST:
             return ""
-        self._prefix, self._read = self._read, len(self._tokens)
-        self._trim()
-        return after[len(before) :]
+        self._begun, self._pending = True, []
+        return text
 
     def flush(self) -> str:
         """What is left, replacement characters included."""
-        before, after = self._texts()
-        self._prefix = self._read = len(self._tokens)
-        return after[len(before) :]
-
-    def _texts(self) -> tuple[str, str]:
-        return self._decode(self._tokens[self._prefix : self._read]), self._decode(self._tokens[self._prefix :])
-
-    def _trim(self) -> None:
-        if self._prefix > 64:
-            del self._tokens[: self._prefix]
-            self._read -= self._prefix
-            self._prefix = 0
+        text = self._pieces.all_after(self._pending) if self._pending else ""
+        self._pending = []
+        return text
 
 
 class StopStrings:

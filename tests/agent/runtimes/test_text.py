@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.runtimes.text import StopStrings, Utf8Stream, WindowDetokenizer
+from agent.runtimes.text import Pieces, PieceStream, StopStrings, Utf8Stream
 
 _letters = st.text("ab\n<é", max_size=30)
 _stops = st.lists(st.text("ab<é", min_size=1, max_size=4), max_size=4)
@@ -52,24 +53,31 @@ def test_a_character_cut_off_at_the_end_is_shown_as_replaced() -> None:
     assert stream.flush() == "�"
 
 
+def _decode(tokens: Sequence[int]) -> str:
+    """As byte-level tokenizers do it."""
+    return bytes(tokens).decode("utf-8", "replace")
+
+
 @given(st.text("aé😀 b", max_size=40))
-def test_a_window_of_tokens_decodes_to_the_whole(text: str) -> None:
-    data = text.encode()
-    stream = WindowDetokenizer(lambda tokens: bytes(tokens).decode("utf-8", "replace"))
-    shown = [stream.feed(byte) for byte in data]
+def test_tokens_of_single_bytes_come_out_as_whole_characters(text: str) -> None:
+    stream = PieceStream(Pieces(_decode, ord("a")))
+    shown = [stream.feed(byte) for byte in text.encode()]
     assert "".join(shown) + stream.flush() == text
     assert not any("�" in piece for piece in shown)
 
 
-def test_a_window_stays_short_on_long_texts() -> None:
-    longest = 0
+@given(st.binary(max_size=40))
+def test_bytes_that_are_no_text_neither_stop_the_stream_nor_lose_what_is_text(data: bytes) -> None:
+    stream = PieceStream(Pieces(_decode, ord("a")))
+    shown = "".join(stream.feed(byte) for byte in data) + stream.flush()
+    assert [char for char in shown if char.isascii()] == [chr(byte) for byte in data if byte < 128]
 
-    def decode(tokens: object) -> str:
-        nonlocal longest
-        data = bytes(tokens)  # type: ignore[call-overload]
-        longest = max(longest, len(data))
-        return str(data.decode())
 
-    stream = WindowDetokenizer(decode)
-    assert "".join(stream.feed(97) for _ in range(1000)) + stream.flush() == "a" * 1000
-    assert longest < 8
+def test_a_leading_space_is_shown_where_the_tokenizer_shows_it() -> None:
+    words = ["a", " The", " cat"]
+
+    def decode(tokens: Sequence[int]) -> str:
+        return "".join(words[token] for token in tokens).removeprefix(" ")
+
+    stream = PieceStream(Pieces(decode, 0))
+    assert [stream.feed(1), stream.feed(2)] == ["The", " cat"]

@@ -1,0 +1,158 @@
+"""Which JSON schemas may go to a grammar engine that does not survive the others: what is known to compile, passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agent.core.inference import InferenceError
+
+_TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
+_REMARKS = frozenset({"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated"})
+_MAX_DEPTH, _MAX_NODES = 32, 2000
+
+
+def vet(text: str) -> None:
+    """Check a schema.
+
+    Raises:
+        InferenceError: ``unsupported``, naming the place and the keyword.
+    """
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _refusal("the schema", f"is no JSON: {error}") from None
+    _Vetting(schema).schema(schema, "the schema", 0)
+    _no_empty_circle(schema)
+
+
+def _refusal(where: str, why: str) -> InferenceError:
+    return InferenceError("unsupported", f"{where} {why}", param="response_format")
+
+
+class _Vetting:
+    def __init__(self, root: Any) -> None:
+        definitions = root.get("$defs", root.get("definitions", {})) if isinstance(root, dict) else {}
+        self._names = set(definitions) if isinstance(definitions, dict) else set()
+        self._nodes = 0
+
+    def schema(self, schema: Any, where: str, depth: int) -> None:
+        self._nodes += 1
+        if depth > _MAX_DEPTH or self._nodes > _MAX_NODES:
+            raise _refusal(where, f"is too deep or too large: at most {_MAX_DEPTH} levels and {_MAX_NODES} parts")
+        if schema is True:
+            return
+        if not isinstance(schema, dict):
+            raise _refusal(where, f"must be an object, not {schema!r}"[:200])
+        for keyword, value in schema.items():
+            check = _KEYWORDS.get(keyword)
+            if check is not None:
+                check(self, value, f"{where}, {keyword}", depth)
+            elif keyword not in _REMARKS:
+                raise _refusal(where, f"uses {keyword!r}, which the runtime that is loaded does not have")
+        _ranges(schema, where)
+
+    def types(self, value: Any, where: str, _depth: int) -> None:
+        names = value if isinstance(value, list) else [value]
+        if not names or any(not isinstance(name, str) or name not in _TYPES for name in names):
+            raise _refusal(where, f"must be one of {', '.join(sorted(_TYPES))}, or a list of them")
+
+    def properties(self, value: Any, where: str, depth: int) -> None:
+        if not isinstance(value, dict):
+            raise _refusal(where, "must be an object")
+        for name, schema in value.items():
+            self.schema(schema, f"{where}.{name}"[:200], depth + 1)
+
+    def required(self, value: Any, where: str, _depth: int) -> None:
+        if not isinstance(value, list) or any(not isinstance(name, str) for name in value):
+            raise _refusal(where, "must be a list of names")
+
+    def additional(self, value: Any, where: str, depth: int) -> None:
+        if not isinstance(value, bool):
+            self.schema(value, where, depth + 1)
+
+    def several(self, value: Any, where: str, depth: int) -> None:
+        if not isinstance(value, list) or not value:
+            raise _refusal(where, "must be a list of schemas")
+        for number, schema in enumerate(value):
+            self.schema(schema, f"{where}[{number}]", depth + 1)
+
+    def values(self, value: Any, where: str, _depth: int) -> None:
+        if not isinstance(value, list) or not value:
+            raise _refusal(where, "must be a list of values")
+
+    def anything(self, _value: Any, _where: str, _depth: int) -> None:
+        return
+
+    def reference(self, value: Any, where: str, _depth: int) -> None:
+        kinds = ("#/$defs/", "#/definitions/")
+        name = next(
+            (value.removeprefix(kind) for kind in kinds if isinstance(value, str) and value.startswith(kind)), ""
+        )
+        if name not in self._names:
+            raise _refusal(where, f"{value!r} names no definition of this schema"[:200])
+
+    def count(self, value: Any, where: str, _depth: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10_000:
+            raise _refusal(where, "must be a whole number from 0 to 10000")
+
+    def bound(self, value: Any, where: str, _depth: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
+            raise _refusal(where, "must be a number below 2 to the power of 53")
+
+
+def _no_empty_circle(root: Any) -> None:
+    """A definition that leads back to itself with nothing in between describes nothing, and never ends."""
+    definitions = {
+        f"#/{group}/{name}": body
+        for group in ("$defs", "definitions")
+        if isinstance(root, dict)
+        for name, body in root.get(group, {}).items()
+    }
+    for name, schema in definitions.items():
+        seen: set[str] = set()
+        ahead = _direct(schema)
+        while ahead:
+            step = ahead.pop()
+            if step == name:
+                raise _refusal(f"the definition {name}"[:200], "refers to itself with nothing in between")
+            if step not in seen:
+                seen.add(step)
+                ahead.extend(_direct(definitions.get(step)))
+
+
+def _direct(schema: Any) -> list[str]:
+    """References that are reached without a value in between."""
+    if not isinstance(schema, dict):
+        return []
+    own = [schema["$ref"]] if isinstance(schema.get("$ref"), str) else []
+    return own + [name for part in schema.get("anyOf", []) for name in _direct(part)]
+
+
+def _ranges(schema: Mapping[str, Any], where: str) -> None:
+    for low, high in (("minItems", "maxItems"), ("minLength", "maxLength"), ("minimum", "maximum")):
+        if low in schema and high in schema and schema[low] > schema[high]:
+            raise _refusal(where, f"has {low} above {high}: nothing fits it")
+
+
+_Check = Callable[[_Vetting, Any, str, int], None]
+_KEYWORDS: Mapping[str, _Check] = {
+    "type": _Vetting.types,
+    "properties": _Vetting.properties,
+    "$defs": _Vetting.properties,
+    "definitions": _Vetting.properties,
+    "required": _Vetting.required,
+    "additionalProperties": _Vetting.additional,
+    "items": _Vetting.schema,
+    "anyOf": _Vetting.several,
+    "enum": _Vetting.values,
+    "const": _Vetting.anything,
+    "$ref": _Vetting.reference,
+    "minItems": _Vetting.count,
+    "maxItems": _Vetting.count,
+    "minLength": _Vetting.count,
+    "maxLength": _Vetting.count,
+    "minimum": _Vetting.bound,
+    "maximum": _Vetting.bound,
+}
