@@ -164,7 +164,7 @@ class Network:
         try:
             self._client.reconnect()
         except ssl.SSLError as error:
-            self._reason = f"TLS fails: {error.reason or error}"
+            self._reason = f"TLS fails: {getattr(error, 'verify_message', '') or error.reason or error}"
         except OSError as error:
             self._reason = f"{error.strerror or error}"
         else:

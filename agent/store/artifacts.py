@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import ArtifactFile, Manifest
 from agent.errors import StoreError
-from agent.store.files import free_bytes, mebibytes, store_errors, sync_folder
+from agent.store.files import free_bytes, mebibytes, store_errors, sync_folder, write_atomically
 from agent.store.partial import FILES, MANIFEST, Donor, Partial
 
 #: Never filled by a transfer: the journal, logs and the system need it.
@@ -39,6 +40,7 @@ class ArtifactStore:
         self._partial = root / "partial"
         self._reserve_bytes = reserve_bytes
         self._transferring: set[str] = set()
+        self._lock = threading.Lock()
         for folder in (self._complete, self._partial):
             with store_errors("create", folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,18 @@ class ArtifactStore:
     def digests(self) -> list[str]:
         """Of the complete artifacts."""
         return sorted(folder.name for folder in self._complete.iterdir() if (folder / MANIFEST).is_file())
+
+    def renew(self, manifest: Manifest) -> None:
+        """Replace a complete artifact's manifest by one for the same files: measured again, or another chat template.
+
+        Raises:
+            agent.errors.StoreError: the disk refuses; the old one is still there.
+        """
+        path = self._complete / manifest.digest / MANIFEST
+        with store_errors("read", path):
+            same = path.read_bytes() == manifest.to_json()
+        if not same:
+            write_atomically(path, manifest.to_json())
 
     def verify(self, digest: str) -> None:
         """Read every file again and compare with the manifest; blocking.
@@ -83,10 +97,9 @@ class ArtifactStore:
         Raises:
             agent.errors.StoreError: something cannot be deleted.
         """
-        spared = {*keep, *self._transferring}
         freed = 0
         for folder in [*self._complete.iterdir(), *self._partial.iterdir()]:
-            if folder.name not in spared:
+            if folder.name not in keep and folder.name not in self._transferring:
                 freed += _size(folder)
                 _delete(folder)
                 _log.info("artifact_deleted", digest=folder.name)
@@ -99,9 +112,9 @@ class ArtifactStore:
             agent.errors.StoreError: not enough room, with the figures (STORE_DISK_FULL), or the disk refuses.
         """
         folder = self._partial / manifest.digest
-        self._check_room(manifest, folder)
-        self._transferring.add(manifest.digest)
+        self._claim(manifest)
         try:
+            self._check_room(manifest, folder)
             with store_errors("create", folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / MANIFEST).write_bytes(manifest.to_json())  # synced with the rest, before it counts
@@ -109,6 +122,12 @@ class ArtifactStore:
         except StoreError:
             self._transferring.discard(manifest.digest)
             raise
+
+    def _claim(self, manifest: Manifest) -> None:
+        with self._lock:
+            if manifest.digest in self._transferring:
+                raise StoreError(f"artifact {manifest.id} is being transferred already; wait for it, or cancel it")
+            self._transferring.add(manifest.digest)
 
     def commit(self, partial: Partial) -> None:
         """Every chunk is there: make it durable, then complete by one rename; blocking.

@@ -67,6 +67,7 @@ class Fetcher:
             agent.errors.TransferError: no chunk for ``stall_s`` seconds.
         """
         if self._store.path(manifest.digest) is not None:
+            await _in_thread(lambda _stop: self._store.renew(manifest))
             return _all_there(manifest)
         partial = await _in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
         try:
@@ -238,11 +239,12 @@ class _Session:
         if not self._core.stalled(now):
             return
         progress = self._core.progress(now)
-        why = "no chunk came" if self._linked else "the broker is not connected"
-        wrong = f", {progress.chunks_rejected} came with wrong bytes" if progress.chunks_rejected else ""
+        wrong = f", and {progress.chunks_rejected} with wrong bytes" if progress.chunks_rejected else ""
+        hint = "does a controller serve it, and does the broker let this device read its chunks?"
         raise TransferError(
             f"artifact {self._partial.manifest.id} stalled at {progress.bytes_done} of {progress.bytes_total} bytes:"
-            f" {why} for {self._core.silent_s(now):.0f} s{wrong}; what came is kept for the next attempt"
+            f" no chunk came for {self._core.silent_s(now):.0f} s{wrong}; what came is kept;"
+            f" {hint if self._linked else 'the broker is not connected'}"
         )
 
     async def _end(self) -> None:

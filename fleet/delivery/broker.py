@@ -14,6 +14,10 @@ from fleet.errors import BrokerError
 #: A chunk is at most 128 KiB; the rest is room for the topic, properties and control messages such as a long want.
 MAX_PAYLOAD_BYTES = 256 * 1024
 
+#: rumqttd keeps what passed through each subscription up to this, so it is also what a transfer costs in memory; a
+#: subscriber that lags further behind loses messages, and an agent's window is smaller.
+_SEGMENT_BYTES, _SEGMENTS = 8 * 1024 * 1024, 4
+
 _CONFIG = """\
 id = 0
 
@@ -22,7 +26,7 @@ id = 0
 max_connections = 1000
 max_outgoing_packet_count = 1000
 max_segment_size = {segment_bytes}
-max_segment_count = 10
+max_segment_count = {segments}
 
 [v5.1]
 name = "v5"
@@ -122,4 +126,5 @@ def _free_port(host: str) -> int:
 
 def _configuration(host: str, port: int) -> str:
     listen = "127.0.0.1" if host == "localhost" else f"[{host}]" if ":" in host else host
-    return _CONFIG.format(listen=listen, port=port, payload_bytes=MAX_PAYLOAD_BYTES, segment_bytes=100 * 1024 * 1024)
+    sizes = {"payload_bytes": MAX_PAYLOAD_BYTES, "segment_bytes": _SEGMENT_BYTES, "segments": _SEGMENTS}
+    return _CONFIG.format(listen=listen, port=port, **sizes)
