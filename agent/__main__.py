@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import structlog
 from agent import cli as local
 from agent import settings as config
 from agent.contract import topics
+from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Presence
+from agent.contract.messages import Failure, Presence
+from agent.core.deployment import Unhealthy
 from agent.daemon.agent import Agent, Body
 from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
@@ -119,14 +122,13 @@ def compose(settings: AgentSettings, who: identity.Identity) -> Body:
     trust = TrustClient(who, link, SystemClock())
     clock = trust.clock
     store = ArtifactStore(settings.state_dir)
-    watchers: list[Monitor] = []
+    listeners: list[Callable[[HostEvent], None]] = []
     host = WorkerHost(
         render,
         _host_settings(settings),
-        on_event=lambda event: _heard(event, watchers),
+        on_event=lambda event: _tell(listeners, event),
     )
     monitor = Monitor(host, clock, _render_prompt, lambda: host.stats().memory_bytes)
-    watchers.append(monitor)
     reporter = Reporter(
         Reporting(who.device, who.profile, version("phifleet")),
         link,
@@ -139,6 +141,7 @@ def compose(settings: AgentSettings, who: identity.Identity) -> Body:
     parts = Parts(trust, store, Fetcher(link, store, who.device), host, monitor, clock)
     works = Works(parts, reporter.progress)
     deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
+    listeners.append(lambda event: _heard(event, monitor, deployer))
     reporter.rejected = lambda: deployer.rejected
     reporter.paused = lambda: deployer.paused
     server = EndpointServer(
@@ -158,14 +161,22 @@ def compose(settings: AgentSettings, who: identity.Identity) -> Body:
     )
 
 
-def _heard(event: HostEvent, watchers: list[Monitor]) -> None:
+def _tell(listeners: list[Callable[[HostEvent], None]], event: HostEvent) -> None:
+    for listen in listeners:
+        listen(event)
+
+
+def _heard(event: HostEvent, monitor: Monitor, deployer: Deployer) -> None:
     if event.kind == "crashed":
-        for monitor in watchers:
-            monitor.worker_died()
+        monitor.worker_died()
+    elif event.kind == "gave_up":
+        failure = Failure(code=event.code or FailureCode.RUNTIME_CRASHED, message=event.message)
+        deployer.post(Unhealthy(event.digest, failure))
 
 
 def _finished(done: FinishedRequest, monitor: Monitor) -> None:
-    if done.error is None or done.failed:
+    # What died with the worker is counted as one death, not as so many errors more.
+    if done.error is None or (done.failed and done.error != "crashed"):
         monitor.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, done.failed)
 
 

@@ -180,7 +180,8 @@ class HealthReport(WireModel):
     worker_restarts: int = 0
     temperature_c: float | None = None
     throttled: bool | None = None
-    verdict: str = "unknown"
+    verdict: Annotated[str, Field(description="unknown, healthy, suspect or unhealthy")] = "unknown"
+    reason: Annotated[str, Field(description="the limit that is broken, with both figures")] = ""
 
 
 class ChunkRange(WireModel):

@@ -94,8 +94,9 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Unhealthy:
-    """What serves outside a deployment cannot go on serving, or the person at the device wants the previous one."""
+    """The artifact of this digest cannot go on serving, or the person at the device wants the previous one."""
 
+    digest: str
     failure: Failure
 
 
@@ -260,8 +261,8 @@ def decide(deployment: Deployment, event: Event, now: datetime) -> tuple[Deploym
             return _order(deployment, desired, now)
         case Restarted():
             return _restart(deployment, now)
-        case Unhealthy(failure):
-            return _lose(deployment, failure)
+        case Unhealthy(digest, failure):
+            return _lose(deployment, digest, failure)
         case Failed(failure):
             return _fail(deployment, failure)
         case DeadlinePassed(seconds):
@@ -305,9 +306,11 @@ def _restart(deployment: Deployment, now: datetime) -> tuple[Deployment, tuple[E
     return _enter(fresh, row.on_restart, now, before=(Serve(),))
 
 
-def _lose(deployment: Deployment, failure: Failure) -> tuple[Deployment, tuple[Effect, ...]]:
-    if deployment.underway and deployment.touched:
+def _lose(deployment: Deployment, digest: str, failure: Failure) -> tuple[Deployment, tuple[Effect, ...]]:
+    if deployment.underway and deployment.touched and deployment.chosen and digest == deployment.chosen.digest:
         return _fail(deployment, failure)  # it is the new artifact that serves
+    if deployment.committed is None or digest != deployment.committed.digest:
+        return deployment, ()  # it has been replaced since: the news is old
     back = deployment.previous
     if deployment.underway:  # the old one is lost; the new one is on its way, and goes on
         return deployment.model_copy(update={"committed": back, "previous": None}), (Serve(),)

@@ -47,6 +47,11 @@ class Verdict(StrEnum):
     UNHEALTHY = "unhealthy"
 
 
+#: Limits whose breach says that the model or its worker is broken. Slowness may be no more than many people asking
+#: at once: it is reported, and it ends a probation, but it takes nothing away that was committed.
+BROKEN = frozenset({FailureCode.HEALTH_ERRORS, FailureCode.HEALTH_RESTARTS, FailureCode.HEALTH_MEMORY})
+
+
 class HealthWindow:
     """The samples of the last ``seconds``, at most ``most`` of them."""
 

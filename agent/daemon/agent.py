@@ -14,6 +14,7 @@ from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.messages import RuntimeFact, SignedDesired
 from agent.core import deployment as core
+from agent.core.health import BROKEN
 from agent.core.ports import Link, Message, ModelHost
 from agent.daemon.control import ControlServer
 from agent.daemon.deployer import Deployer
@@ -203,13 +204,23 @@ class Agent:
         body = self._body
         while True:
             await asyncio.sleep(body.health_interval_s)
-            deployment = body.deployer.deployment
-            if not deployment.underway:  # in probation the deployment's own work looks
-                failure = body.monitor.look()
-                if failure is not None and deployment.committed is not None:
-                    log.error("what serves is unhealthy", code=failure.code.value, reason=failure.message)
-                    body.deployer.post(core.Unhealthy(failure))
+            if not body.deployer.deployment.underway:  # in probation the deployment's own work looks
+                self._judge()
             body.reporter.health(body.monitor, body.restarts(), facts.temperature_c(), facts.throttled())
+
+    def _judge(self) -> None:
+        body, before = self._body, self._body.monitor.verdict
+        failure = body.monitor.look()
+        if failure is None:
+            return
+        deployment = body.deployer.deployment
+        serves = deployment.committed is not None and deployment.committed.digest == body.monitor.digest
+        # With nothing to go back to, a model that limps is better than none; the host says when it cannot run at all.
+        gives_way = serves and deployment.previous is not None and failure.code in BROKEN
+        if gives_way or body.monitor.verdict is not before:
+            log.error("unhealthy", code=failure.code.value, reason=failure.message, rolls_back=gives_way)
+        if gives_way:
+            body.deployer.post(core.Unhealthy(body.monitor.digest, failure))
 
     async def _ask_canaries(self) -> None:
         if self._body.canary_interval_s <= 0:

@@ -83,9 +83,9 @@ class Deployer:
         if self.deployment.underway:
             self.post(core.Failed(failure))
             return f"giving up deployment {self.deployment.deployment_id}"
-        if self.deployment.previous is None:
+        if self.deployment.committed is None or self.deployment.previous is None:
             raise AgentError("there is no artifact before this one to roll back to")
-        self.post(core.Unhealthy(failure))
+        self.post(core.Unhealthy(self.deployment.committed.digest, failure))
         return f"rolling back to {self.deployment.previous.id}"
 
     async def run(self) -> None:
@@ -183,10 +183,12 @@ class Deployer:
     async def _serve(self, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
+        committed = self.deployment.committed
         try:
-            await self._works.serve(self.deployment.committed, _limits(self.deployment))
+            await self._works.serve(committed, _limits(self.deployment))
         except AgentError as error:
-            self.post(core.Unhealthy(Failure(code=error.code, message=str(error))))
+            if committed is not None:
+                self.post(core.Unhealthy(committed.digest, Failure(code=error.code, message=str(error))))
         else:
             self._on_change(self.deployment)
 

@@ -42,6 +42,8 @@ class Monitor:
         self._judge = Judge()
         self._ids = itertools.count(1)
         self.limits = HealthLimits()
+        #: What the figures are about.
+        self.digest = ""
 
     @property
     def window_s(self) -> float:
@@ -53,11 +55,17 @@ class Monitor:
         """Of the last look."""
         return self._judge.verdict
 
+    @property
+    def reason(self) -> str:
+        """The limit that is broken, with both figures; empty when none is."""
+        return self._judge.failure.message if self._judge.failure else ""
+
     def reset(self, manifest: Manifest) -> None:
         """Another model serves: what the old one did says nothing about it."""
         log.debug("health window cleared", artifact=manifest.id)
         self._window.clear()
         self._judge = Judge()
+        self.digest = manifest.digest
 
     def finished(self, ttft_ms: float, tpot_ms: float, tokens: int, failed: bool) -> None:
         """A request ended; ``failed`` when it was the model's or the worker's fault."""

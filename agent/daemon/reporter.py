@@ -164,6 +164,7 @@ class Reporter:
             temperature_c=temperature_c,
             throttled=throttled,
             verdict=monitor.verdict.value,
+            reason=monitor.reason,
         )
         self._put(topics.health(self.identity.device), report, qos=0, retain=False)
 

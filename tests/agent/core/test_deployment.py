@@ -169,16 +169,21 @@ def test_an_order_for_what_is_committed_already_is_done_at_once():
 
 
 def test_what_serves_can_be_lost_twice_before_nothing_is_left():
-    lost, effects = core.decide(at(State.COMMITTED), core.Unhealthy(BROKEN), NOW)
+    lost, effects = core.decide(at(State.COMMITTED), core.Unhealthy(NEW.digest, BROKEN), NOW)
     assert (lost.state, lost.committed, lost.previous) == (State.ROLLED_BACK, OLD, None)
     assert effects == (core.Serve(), core.Report())
-    gone, effects = core.decide(lost, core.Unhealthy(BROKEN), NOW)
+    gone, effects = core.decide(lost, core.Unhealthy(OLD.digest, BROKEN), NOW)
     assert (gone.state, gone.committed) == (State.FAILED, None)
     assert core.Serve() in effects
 
 
+def test_old_news_of_an_artifact_that_was_replaced_is_no_news():
+    lost, _ = core.decide(at(State.COMMITTED), core.Unhealthy(NEW.digest, BROKEN), NOW)
+    assert core.decide(lost, core.Unhealthy(NEW.digest, BROKEN), NOW) == (lost, ())
+
+
 def test_losing_the_old_artifact_does_not_stop_the_new_one_on_its_way():
-    going, effects = core.decide(at(State.TRANSFERRING), core.Unhealthy(BROKEN), NOW)
+    going, effects = core.decide(at(State.TRANSFERRING), core.Unhealthy(OLD.digest, BROKEN), NOW)
     assert going.state is State.TRANSFERRING
     assert going.committed is None
     assert effects == (core.Serve(),)
@@ -204,7 +209,8 @@ EVENTS: list[core.Event] = [
     core.Healthy(OTHER.digest),
     core.Failed(BROKEN),
     core.DeadlinePassed(1),
-    core.Unhealthy(BROKEN),
+    core.Unhealthy(NEW.digest, BROKEN),
+    core.Unhealthy(OTHER.digest, BROKEN),
     core.Restarted(),
 ]
 

@@ -1,0 +1,126 @@
+"""Workers that die, hang and grow, for real, under a real agent: what serves afterwards, and what is reported."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from agent.contract.failures import FailureCode
+from agent.contract.messages import State
+from fleet.demo.run import DemoError, chat
+from tests.load import Load
+from tests.models import Built
+from tests.rig import Rig
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture
+def rig(sample_artifact: Built, tiny_artifact: Built) -> Iterator[Rig]:
+    with Rig() as rig:
+        for each in (sample_artifact, tiny_artifact):
+            rig.take_over(each.manifest, each.files)
+        rig.start_controller()
+        yield rig
+
+
+def worker(rig: Rig) -> int | None:
+    """The process that holds the model."""
+    assert rig.agent is not None
+    children = psutil.Process(rig.agent.pid).children()
+    found = [child.pid for child in children if "agent.runtimes.worker" in " ".join(child.cmdline())]
+    return found[0] if found else None
+
+
+def answers(rig: Rig, built: Built) -> bool:
+    reported = rig.reported()
+    try:
+        return bool(chat(f"{reported.endpoint}/v1", built.manifest.model.name, QUESTION)) if reported else False
+    except DemoError:
+        return False
+
+
+async def test_a_killed_worker_is_back_in_its_load_time_and_queued_requests_are_served(
+    rig: Rig, sample_artifact: Built
+):
+    rig.start_agent(PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
+    rig.order(sample_artifact.manifest)
+    reported = await asyncio.to_thread(rig.settled, 1)
+    load = Load(str(reported.endpoint), sample_artifact.manifest.model.name, clients=8, tokens=24)
+    running = asyncio.create_task(load.run())
+    await asyncio.sleep(3)
+    pid = worker(rig)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    await asyncio.sleep(8)
+    load.stop()
+    await running
+    broken = [seen for seen in load.seen if seen.error]
+    # Those in flight end with a clear error; there are at most as many as the host decodes at once.
+    assert 0 < len(broken) <= 4
+    assert all(seen.began < killed for seen in broken)
+    assert all("worker" in seen.error or "process" in seen.error for seen in broken), [seen.error for seen in broken]
+    assert [seen for seen in load.seen if seen.began < killed < seen.times[-1] and not seen.error], (
+        "queued ones are served"
+    )
+    assert (await asyncio.to_thread(rig.settled, 1)).state is State.COMMITTED
+
+
+def test_a_model_whose_worker_keeps_dying_gives_way_to_the_one_before(
+    rig: Rig, sample_artifact: Built, tiny_artifact: Built
+):
+    rig.start_agent(PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
+    rig.order(sample_artifact.manifest)
+    assert rig.settled(1).state is State.COMMITTED
+    rig.order(tiny_artifact.manifest)
+    assert rig.settled(2).state is State.COMMITTED
+    victims = set()
+
+    def rolled_back() -> bool:
+        reported = rig.reported()
+        if reported and reported.state is State.ROLLED_BACK:
+            return True
+        pid = worker(rig)
+        if pid is not None and pid not in victims and answers(rig, tiny_artifact):
+            victims.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        return False
+
+    rig.until(rolled_back, "the rollback", every_s=0.2)
+    rig.until(lambda: answers(rig, sample_artifact), "the old model to serve")
+    reported = rig.reported()
+    assert reported
+    assert reported.failure
+    assert reported.failure.code in (FailureCode.HEALTH_RESTARTS, FailureCode.RUNTIME_CRASHED)
+    assert reported.digest == sample_artifact.manifest.digest
+
+
+def test_a_worker_that_hangs_is_replaced(rig: Rig, sample_artifact: Built):
+    rig.start_agent(PHIFLEET_AGENT_HANG_TIMEOUT_S="2", PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
+    rig.order(sample_artifact.manifest)
+    assert rig.settled(1).state is State.COMMITTED
+    stopped = worker(rig)
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    assert not answers(rig, sample_artifact), "the request in flight ends with an error, not never"
+    rig.until(lambda: answers(rig, sample_artifact), "a new worker")
+    assert worker(rig) != stopped
+    assert not psutil.pid_exists(stopped) or psutil.Process(stopped).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_worker_past_its_memory_limit_is_replaced_and_said(rig: Rig, sample_artifact: Built):
+    # The sample takes some 250 MB resident; its limit here lets it load and then not serve for long.
+    rig.start_agent(PHIFLEET_AGENT_MEMORY_LIMIT_BYTES=str(60 * 2**20), PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
+    rig.order(sample_artifact.manifest)
+    reported = rig.settled(1)
+    assert reported.state in (State.FAILED, State.ROLLED_BACK)
+    assert reported.failure
+    assert reported.failure.code in (FailureCode.RUNTIME_MEMORY, FailureCode.HEALTH_MEMORY)
+    assert any(letter.isdigit() for letter in reported.failure.message), "with the figures"
