@@ -27,6 +27,7 @@ from agent.core.inference import (
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
 from agent.runtimes.generation import Generation, check_fits
+from agent.runtimes.schema import read
 from agent.runtimes.text import Utf8Stream
 
 #: Tokens of one decode; and of prompts in it while others wait for their next token, which bounds their delay.
@@ -435,6 +436,7 @@ def _gbnf(kind: GuidanceKind, data: str) -> str:
     if kind is GuidanceKind.GRAMMAR:
         return data
     schema = '{"type":"object"}' if kind is GuidanceKind.JSON_OBJECT else data
+    read(schema)
     try:
         return str(llama_grammar.json_schema_to_gbnf(schema))
     except Exception as error:

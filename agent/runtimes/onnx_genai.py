@@ -25,6 +25,7 @@ from agent.core.inference import (
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
 from agent.runtimes.generation import Generation, check_fits
+from agent.runtimes.schema import read
 
 #: Prompt tokens computed in one step: with others waiting for their next token, and alone.
 _PREFILL_SHARED, _PREFILL_ALONE = 64, 512
@@ -148,9 +149,12 @@ class OnnxGenaiEngine:
 
         prompt = self._encode(request.prompt)
         limit = check_fits(len(prompt), request.sampling.max_tokens, self.context)
+        guidance = request.sampling.guidance
+        if guidance is not None and guidance.kind is GuidanceKind.JSON_SCHEMA:
+            read(guidance.data)
         generation = Generation(request, _Stream(self._tokenizer.create_stream()), len(prompt), limit)
         sampler = TokenSampler(request.sampling, prompt)
-        self._waiting.append(_Sequence(generation, prompt, sampler, guided=request.sampling.guidance is not None))
+        self._waiting.append(_Sequence(generation, prompt, sampler, guided=guidance is not None))
 
     def cancel(self, request_id: str) -> None:
         """Before the next token."""

@@ -1,4 +1,8 @@
-"""Which JSON schemas may go to a grammar engine that does not survive the others: what is known to compile, passes."""
+"""Which JSON schemas may go to a runtime's grammar engine.
+
+``read`` refuses what no engine should see. ``vet`` is for an engine that does not survive a schema it cannot compile:
+only what is known to compile passes.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,30 @@ _REMARKS = frozenset({"title", "description", "default", "examples", "$schema", 
 _MAX_DEPTH, _MAX_NODES = 32, 2000
 
 
-def vet(text: str) -> None:
-    """Check a schema.
+def read(text: str) -> Any:
+    """The schema in a text.
 
     Raises:
-        InferenceError: ``unsupported``, naming the place and the keyword.
+        InferenceError: it is no JSON object or boolean, or has a definition that is nothing but itself.
     """
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _refusal("the schema", f"is no JSON: {error}") from None
-    _Vetting(schema).schema(schema, "the schema", 0)
+    if not isinstance(schema, dict | bool):
+        raise _refusal("the schema", "must be an object")
     _no_empty_circle(schema)
+    return schema
+
+
+def vet(text: str) -> None:
+    """Check a schema against what is known to compile.
+
+    Raises:
+        InferenceError: ``unsupported``, naming the place and the keyword.
+    """
+    schema = read(text)
+    _Vetting(schema).schema(schema, "the schema", 0)
 
 
 def _refusal(where: str, why: str) -> InferenceError:
@@ -48,7 +64,7 @@ class _Vetting:
         for keyword, value in schema.items():
             check = _KEYWORDS.get(keyword)
             if check is not None:
-                check(self, value, f"{where}, {keyword}", depth)
+                check(self, value, f"{where}, {keyword}", depth + 1)
             elif keyword not in _REMARKS:
                 raise _refusal(where, f"uses {keyword!r}, which the runtime that is loaded does not have")
         _ranges(schema, where)
@@ -62,7 +78,7 @@ class _Vetting:
         if not isinstance(value, dict):
             raise _refusal(where, "must be an object")
         for name, schema in value.items():
-            self.schema(schema, f"{where}.{name}"[:200], depth + 1)
+            self.schema(schema, f"{where}.{name}"[:200], depth)
 
     def required(self, value: Any, where: str, _depth: int) -> None:
         if not isinstance(value, list) or any(not isinstance(name, str) for name in value):
@@ -70,13 +86,13 @@ class _Vetting:
 
     def additional(self, value: Any, where: str, depth: int) -> None:
         if not isinstance(value, bool):
-            self.schema(value, where, depth + 1)
+            self.schema(value, where, depth)
 
     def several(self, value: Any, where: str, depth: int) -> None:
         if not isinstance(value, list) or not value:
             raise _refusal(where, "must be a list of schemas")
         for number, schema in enumerate(value):
-            self.schema(schema, f"{where}[{number}]", depth + 1)
+            self.schema(schema, f"{where}[{number}]", depth)
 
     def values(self, value: Any, where: str, _depth: int) -> None:
         if not isinstance(value, list) or not value:
@@ -107,8 +123,8 @@ def _no_empty_circle(root: Any) -> None:
     definitions = {
         f"#/{group}/{name}": body
         for group in ("$defs", "definitions")
-        if isinstance(root, dict)
-        for name, body in root.get(group, {}).items()
+        if isinstance(root, dict) and isinstance(root.get(group), dict)
+        for name, body in root[group].items()
     }
     for name, schema in definitions.items():
         seen: set[str] = set()
@@ -127,7 +143,8 @@ def _direct(schema: Any) -> list[str]:
     if not isinstance(schema, dict):
         return []
     own = [schema["$ref"]] if isinstance(schema.get("$ref"), str) else []
-    return own + [name for part in schema.get("anyOf", []) for name in _direct(part)]
+    parts = schema.get("anyOf")
+    return own + [name for part in (parts if isinstance(parts, list) else []) for name in _direct(part)]
 
 
 def _ranges(schema: Mapping[str, Any], where: str) -> None:

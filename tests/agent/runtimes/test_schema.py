@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.core.inference import InferenceError
+from agent.runtimes.schema import read, vet
+
+GOOD = [
+    "true",
+    "{}",
+    '{"type": ["string", "null"], "description": "x"}',
+    '{"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 3}, "minItems": 1, "maxItems": 2}',
+    '{"$defs": {"tree": {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}}, "$ref": "#/$defs/tree"}',
+    '{"anyOf": [{"const": 1}, {"enum": ["a", null]}]}',
+]
+BAD = {
+    "{": "no JSON",
+    "[]": "must be an object",
+    "5": "must be an object",
+    '{"type": "strin"}': "type",
+    '{"properties": {"a": {"pattern": "("}}}': "properties.a uses 'pattern'",
+    '{"minItems": 3, "maxItems": 2}': "nothing fits",
+    '{"minLength": -1}': "whole number",
+    '{"minimum": "x"}': "number",
+    '{"$ref": "https://example.org/schema"}': "names no definition",
+    '{"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}}': "refers to itself",
+    '{"anyOf": []}': "list of schemas",
+    '{"required": [1]}': "list of names",
+    '{"$defs": 5, "anyOf": 3}': "must be",
+}
+
+
+@pytest.mark.parametrize("schema", GOOD)
+def test_good_ones_pass(schema: str) -> None:
+    vet(schema)
+
+
+@pytest.mark.parametrize("schema", list(BAD))
+def test_bad_ones_are_refused_by_name(schema: str) -> None:
+    with pytest.raises(InferenceError, match=BAD[schema]) as caught:
+        vet(schema)
+    assert caught.value.param == "response_format"
+
+
+def test_depth_and_size_are_bounded() -> None:
+    deep = '{"items":' * 100 + "{}" + "}" * 100
+    with pytest.raises(InferenceError, match="too deep"):
+        vet(deep)
+    with pytest.raises(InferenceError, match=r"no JSON|too deep"):
+        vet('{"items":' * 100_000 + "{}" + "}" * 100_000)
+    with pytest.raises(InferenceError, match="too large"):
+        vet(json.dumps({"properties": {f"p{number}": {} for number in range(3000)}}))
+
+
+_words = st.sampled_from(["type", "items", "anyOf", "$ref", "$defs", "properties", "required", "enum", "minimum", "x"])
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["string", "#/$defs/x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(_json)
+def test_anything_is_passed_or_refused(value: object) -> None:
+    for check in (read, vet):
+        with contextlib.suppress(InferenceError):
+            check(json.dumps(value))
