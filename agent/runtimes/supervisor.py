@@ -169,10 +169,14 @@ class WorkerProcess:
         """End it at once; ``verdict`` is why, for those who see it die."""
         if self.alive:
             self._verdict = self._verdict or verdict
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._signal_kill()
         await self.died
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _signal_kill(self) -> None:
+        # Not Process.kill(): it reaps a child that is dead already, and its exit status is lost to who waits for it.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(self.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     async def _connect(self) -> None:
         reader, self._writer = await asyncio.open_connection(sock=self._sock, limit=wire.MAX_LINE_BYTES)
@@ -195,8 +199,7 @@ class WorkerProcess:
             )
         except OSError:
             pass
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._signal_kill()
         status = await self._process.wait()
         if self._writer is not None:
             self._writer.close()
