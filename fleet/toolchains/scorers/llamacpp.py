@@ -9,7 +9,7 @@ from typing import Any
 from fleet.errors import BuildError
 from fleet.toolchains.scorers import Opened, Timing
 
-_LONGEST = 1024
+_BATCH = 1024
 
 
 class LlamaCpp:
@@ -28,7 +28,8 @@ class LlamaCpp:
         if not self._model:
             raise BuildError(f"llama.cpp does not load {opened.path.name}")
         context = llama_cpp.llama_context_default_params()
-        context.n_ctx = context.n_batch = min(opened.context, _LONGEST)
+        # The whole context: LongRoPE's factors are chosen by it, and the memory measured is then what the device needs.
+        context.n_ctx, context.n_batch = opened.context, min(opened.context, _BATCH)
         context.n_threads = context.n_threads_batch = opened.threads
         self._context = llama_cpp.llama_init_from_model(self._model, context)
         if not self._context:
@@ -50,9 +51,16 @@ class LlamaCpp:
         """Nothing to do."""
 
     def logits(self, ids: Sequence[int], start: int) -> Any:
-        """In one batch."""
+        """In batches; rows before ``start`` are left out."""
+        import numpy as np
+
         self._forget()
-        return self._decode(ids, at=0, every=True)[start - 1 : len(ids) - 1]
+        parts = []
+        for at in range(0, len(ids), _BATCH):
+            piece = ids[at : at + _BATCH]
+            found = self._decode(piece, at=at, every=at + len(piece) >= start)
+            parts.append(found[max(0, start - 1 - at) :] if at + len(piece) >= start else found[:0])
+        return np.concatenate(parts)[: len(ids) - start]
 
     def _forget(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)

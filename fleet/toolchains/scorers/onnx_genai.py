@@ -10,6 +10,9 @@ from agent.contract.manifest import Target
 from fleet.errors import BuildError
 from fleet.toolchains.scorers import Opened, Timing
 
+_PIECE = 512
+_LONGROPE_SWITCH = 4096
+
 
 class OnnxGenai:
     """A model; every call has a generator of its own."""
@@ -44,17 +47,20 @@ class OnnxGenai:
         """Nothing to do."""
 
     def logits(self, ids: Sequence[int], start: int) -> Any:
-        """In one pass over the prompt."""
+        """In pieces, as a device computes a prompt; past LongRoPE's switch in one, where alone the library sees it."""
         import numpy as np
 
         generator = self._generator(len(ids) + 1)
-        self._append(generator, ids)
-        found = np.asarray(generator.get_output("logits"))
-        if found.shape[1] != len(ids):
-            raise BuildError(
-                f"the model gives logits of {found.shape[1]} tokens of {len(ids)}: build it without pruning"
-            )
-        return found[0, start - 1 : len(ids) - 1].astype(np.float32)
+        size = _PIECE if len(ids) <= _LONGROPE_SWITCH else len(ids)
+        parts = []
+        for at in range(0, len(ids), size):
+            piece = ids[at : at + size]
+            self._append(generator, piece)
+            found = np.asarray(generator.get_output("logits"))[0]
+            if len(found) != len(piece):
+                raise BuildError(f"the model gives logits of {len(found)} of {len(piece)} tokens; build it unpruned")
+            parts.append(found[max(0, start - 1 - at) :].astype(np.float32))
+        return np.concatenate(parts)[: len(ids) - start]
 
     def _append(self, generator: Any, ids: Sequence[int]) -> None:
         import numpy as np
