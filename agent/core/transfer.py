@@ -35,8 +35,9 @@ SCAN_S = 0.2
 #: Without any answer for this long, or twice the longest recent gap, one chunk is asked for again.
 SILENCE_S = 0.3
 LONGEST_RETRY_S = 60.0
-#: Losses on the shared topic after which it is plainly too fast for this device.
-LOSSES_TO_LEAVE_SHARED = 32
+#: Losses on the shared topic, each within a minute of the last, after which it is plainly too fast for this device.
+LOSSES_TO_LEAVE_SHARED = 6
+LOSSES_FORGOTTEN_S = 60.0
 
 _MISSING, _HAVE, _ASKED, _RETRY = range(4)
 
@@ -100,7 +101,8 @@ class TransferCore:
         self._joining = True
         self._longest_gap = 0.0
         self._quiet_until = self._scanned_at = now
-        self._losses = self._duplicate_bytes = self._unasked_cursor = 0
+        self._duplicate_bytes = self._unasked_cursor = 0
+        self._losses, self._lost_at = 0, now
         self.following = True
         self.in_flight_bytes = 0
         self._left = self._state.count(_MISSING)
@@ -189,7 +191,10 @@ class TransferCore:
         """The broker refused a request: as ``link_lost``, and wait before the next."""
         self.link_lost()
         self._refusals += 1
-        self._quiet_until = now + min(LONGEST_RETRY_S, 0.5 * 2.0 ** min(self._refusals, 16)) * self._jitter()
+        self._quiet_until = now + self._spread(min(LONGEST_RETRY_S, 0.5 * 2.0 ** min(self._refusals, 16)))
+
+    def _spread(self, seconds: float) -> float:
+        return seconds * (0.5 + 0.5 * self._jitter())
 
     def _answered(self, asked: _Asked, now: float) -> None:
         self._longest_gap = max(now - max(self._last_answer, asked.at), self._longest_gap * 0.98)
@@ -233,7 +238,7 @@ class TransferCore:
         if self._state[index] in (_HAVE, _RETRY):
             return
         attempts = self._attempts[index] = self._attempts.get(index, 0) + 1
-        delay = 0.0 if attempts == 1 else min(LONGEST_RETRY_S, 0.25 * 2.0 ** min(attempts, 16)) * self._jitter()
+        delay = 0.0 if attempts == 1 else self._spread(min(LONGEST_RETRY_S, 0.25 * 2.0 ** min(attempts, 16)))
         self._state[index] = _RETRY
         heappush(self._retries, (now + delay, index))
 
@@ -247,17 +252,17 @@ class TransferCore:
         elif self._overtaken_since is None:
             self._overtaken_since = now
         elif now - self._overtaken_since >= max(OVERTAKEN_GRACE_S, 4 * self._longest_gap):
-            self._window = min(self._limit, max(LEAST_WINDOW_BYTES, self._window // 2))
-            for index in overtaken:
-                self._lost(index, now)
+            self._lost(overtaken, now)
 
-    def _lost(self, index: int, now: float) -> None:
-        asked = self._settle(index)
-        if asked is not None and asked.shared:
-            self._losses += 1
-            if self._losses >= LOSSES_TO_LEAVE_SHARED:
-                self.following = False
-        self._retry(index, now)
+    def _lost(self, indices: list[int], now: float) -> None:
+        self._window = min(self._limit, max(LEAST_WINDOW_BYTES, self._window // 2))
+        if any(self._asked[index].shared for index in indices):
+            self._losses = self._losses + 1 if now - self._lost_at < LOSSES_FORGOTTEN_S else 1
+            self._lost_at = now
+            self.following = self.following and self._losses < LOSSES_TO_LEAVE_SHARED
+        for index in indices:
+            self._settle(index)
+            self._retry(index, now)
 
     def _silence_s(self) -> float:
         patience = max(SILENCE_S, 2 * self._longest_gap) * 2.0 ** min(self._probes, 16)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -37,6 +38,9 @@ _HINTS = {"Protocol error": " (perhaps a payload above the broker's message_size
 
 BulkSource = Callable[[], "tuple[str, bytes] | None"]
 """The next bulk publication as ``(topic, payload)``, or None when there is none now."""
+
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Network:
         self._client.on_subscribe, self._client.on_message = self._on_subscribe, self._on_message
         self._reason = "not started"
         self._up = False
+        self._running = False
         self._stopping = threading.Event()
         self._work: deque[Callable[[], None]] = deque()
         self._backlog: deque[Publication] = deque()
@@ -93,14 +98,17 @@ class Network:
     def start(self) -> None:
         """Begin to connect; returns at once."""
         self._reason = "still connecting"
+        self._running = True
         self._thread.start()
 
     def stop(self) -> None:
         """Say goodbye and end the thread; blocks for a second or so."""
         self._stopping.set()
         self._wake()
-        if self._thread.ident is not None:
-            self._thread.join(self._settings.connect_timeout_s + 2)
+        if self._thread.ident is None:
+            self._close_wake()
+        else:
+            self._thread.join(3.0)  # an attempt to connect may last longer, and ends by itself
 
     def publish(self, publication: Publication) -> None:
         """Send as soon as the broker's window has room; ``done`` tells the outcome."""
@@ -124,11 +132,12 @@ class Network:
         if threading.current_thread() is not self._thread:
             self._wake()
 
-    # Everything below runs on the link's thread.
-
     def _do(self, work: Callable[[], None]) -> None:
         self._work.append(work)
-        self._wake()
+        if self._running:
+            self._wake()
+        else:  # not started, or ended: it fails at once, as without a connection
+            self._run_work()
 
     def _wake(self) -> None:
         try:
@@ -136,21 +145,35 @@ class Network:
         except OSError:
             return  # full means that a wake-up is under way; closed means that nobody waits
 
+    # Everything below runs on the link's thread.
+
     def _main(self) -> None:
         backoff = Backoff()
         try:
             while not self._stopping.is_set():
-                if self._connect():
-                    backoff = self._converse(backoff)
+                backoff = self._attempt(backoff)
                 if self._stopping.is_set():
                     self._reason = "closed"
                 backoff = backoff.lost(time.monotonic(), self._settings.backoff)
                 self._ended()
                 self._wait(backoff.delay_s(self._settings.backoff, random.random()))  # noqa: S311 - jitter, not a secret
         finally:
+            self._running = False
             self._fail_all("the link was closed")
-            self._wake_in.close()
-            self._wake_out.close()
+            self._close_wake()
+
+    def _close_wake(self) -> None:
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _attempt(self, backoff: Backoff) -> Backoff:
+        try:
+            return self._converse(backoff) if self._connect() else backoff
+        except Exception as error:
+            # Whatever a hostile or broken server can make paho raise, the link must come back from.
+            _log.exception("link_fault", broker=str(self.address))
+            self._reason = f"fault in the link: {error!r}"
+            return backoff
 
     def _wait(self, seconds: float) -> None:
         # In slices, so that work handed over meanwhile fails at once instead of after the back-off.
@@ -165,8 +188,8 @@ class Network:
             self._client.reconnect()
         except ssl.SSLError as error:
             self._reason = f"TLS fails: {getattr(error, 'verify_message', '') or error.reason or error}"
-        except OSError as error:
-            self._reason = f"{error.strerror or error}"
+        except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
+            self._reason = f"{getattr(error, 'strerror', '') or error}"
         else:
             return True
         return False
@@ -223,7 +246,11 @@ class Network:
 
     def _run_work(self) -> None:
         while self._work:
-            self._work.popleft()()
+            try:
+                work = self._work.popleft()
+            except IndexError:  # once this thread has ended, others empty it, and two may at once
+                return
+            work()
 
     def _goodbye(self) -> None:
         """Flush what is queued and a DISCONNECT after it, unless the connection has ended by itself."""

@@ -59,13 +59,16 @@ class Proxy:
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
-        under_way: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue(4096)
+        under_way: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue(128)
 
         async def deliver() -> None:
             while (item := await under_way.get()) is not None:
+                if writer.transport.is_closing():
+                    continue
                 await asyncio.sleep(max(0.0, item[0] - loop.time()))
-                writer.write(item[1])
-                await writer.drain()
+                with contextlib.suppress(OSError):
+                    writer.write(item[1])
+                    await writer.drain()
 
         delivering = loop.create_task(deliver())
         free_at = 0.0
@@ -78,8 +81,7 @@ class Proxy:
                     free_at += len(data) / self.bytes_per_s
                 await under_way.put((free_at + self.delay_s, data))
         await under_way.put(None)
-        with contextlib.suppress(OSError):
-            await delivering
+        await delivering
         writer.transport.abort()
 
     async def _serve(self, ready: threading.Event, stop: asyncio.Event) -> None:

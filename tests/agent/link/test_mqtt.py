@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import resource
 import socket
 import threading
@@ -328,5 +329,66 @@ async def test_closing_is_quick_also_while_it_tries_to_connect() -> None:
             await link.close()
 
 
-async def test_close_before_start_is_fine() -> None:
-    await MqttLink(settings("mqtt://127.0.0.1:1")).close()
+async def test_before_start_and_after_close_it_fails_at_once(broker: Broker) -> None:
+    link = MqttLink(settings(broker.url))
+    async with asyncio.timeout(5):
+        await link.subscribe("a", lambda message: None)
+        with pytest.raises(LinkError, match="not started"):
+            await link.publish("a", b"")
+        await link.close()
+        async with connected(broker.url) as link:
+            pass
+        with pytest.raises(LinkError, match="closed"):
+            await link.publish("a", b"")
+        await link.unsubscribe("a")
+
+
+async def test_host_that_is_no_name_is_no_reason_to_crash() -> None:
+    async with MqttLink(settings(f"mqtt://{'a' * 70}.example")) as link:
+        with pytest.raises(LinkError, match="label"):
+            await link.wait_connected(0.5)
+
+
+async def test_hostile_broker_does_not_end_the_link() -> None:
+    chance = random.Random(5)
+    connections = 0
+
+    async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.read(1000)
+        writer.write(b"\x20\x03\x00\x00\x00")  # a good CONNACK
+        kind = bytes([chance.choice([0x30, 0x32, 0x34, 0x40, 0x50, 0x62, 0x90, 0xB0, 0xD0, 0xE0, 0xF0])])
+        body = chance.randbytes(chance.randrange(0, 40))
+        writer.write(kind + bytes([len(body)]) + body + chance.randbytes(chance.randrange(0, 10)))
+        await writer.drain()
+        await asyncio.sleep(0.01)
+        writer.close()
+
+    server = await asyncio.start_server(pretend, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    link = MqttLink(LinkSettings(f"mqtt://127.0.0.1:{port}", "device", backoff=BackoffPolicy(0.01, 0.01)))
+    async with link:
+        await link.subscribe("#", lambda message: None)
+        await until(lambda: connections >= 60, 20)
+        assert link._network._thread.is_alive()
+    server.close()
+
+
+async def test_slow_broker_slows_the_source(mosquitto_broker: Broker) -> None:
+    asked = 0
+    name = topic("flood")
+
+    def source() -> tuple[str, bytes] | None:
+        nonlocal asked
+        asked += 1
+        return name, bytes(64 * 1024)
+
+    with proxy(mosquitto_broker.host, mosquitto_broker.port, bytes_per_s=1 << 20) as slow:
+        async with connected(slow.url) as link:
+            link.serve_bulk(source)
+            await asyncio.sleep(1.5)
+            assert asked * 64 * 1024 < 32 << 20, "the kernel's buffers and the proxy's queue, and no more"
+            before = asked
+            await asyncio.sleep(0.5)
+            assert asked - before < 100
