@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -16,10 +16,9 @@ from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.toolchains import progress as work
-from fleet.toolchains.artifacts import find
-from fleet.toolchains.build import build as build_artifact
-from fleet.toolchains.build import choose_recipe, plan_build
+from fleet.toolchains.build import choose_recipe
 from fleet.toolchains.checkpoint import resolve_model
+from fleet.toolchains.jobs import Request, build_all
 from fleet.toolchains.sample_model import SampleReport, make_sample
 
 
@@ -68,24 +67,35 @@ def describe_sample(report: SampleReport) -> list[str]:
 @click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="Of the profile's recipes.")
 @click.option("--target", type=click.Choice([str(one) for one in Target]), help="Of the profile's recipes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output, for each artifact.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Builds side by side, at most.")
 @click.pass_obj
 def build(
     obj: HasHome, model: str, profiles: tuple[str, ...], toolchain: str | None, precision: str | None,
-    target: str | None, as_json: bool,
+    target: str | None, as_json: bool, jobs: int,
 ) -> None:  # fmt: skip
     """Quantize a model for one or more device profiles.
 
-    The profile's first recipe is taken that matches what is named. An artifact that is there is not built again.
+    The profile's first recipe is taken that matches what is named. An artifact that is there is not built again, so an
+    interrupted run goes on where it was.
     """
     loaded = [load_profile(name) for name in profiles]
-    recipes = [choose_recipe(profile, toolchain, precision, target) for profile in loaded]
-    with bar("checkpoint") as progress:
-        checkpoint = resolve_model(model, progress=progress)
-    for profile, recipe in zip(loaded, recipes, strict=True):
-        there = find(obj.home, plan_build(checkpoint, profile, recipe).id) is not None
-        with bar(f"{profile.name} {recipe.toolchain} {recipe.precision} {recipe.target}") as progress:
-            manifest = build_artifact(checkpoint, profile, recipe, obj.home, progress=progress)
-        click.echo(_as_json(manifest, there) if as_json else _as_text(manifest, there))
+    requests = [Request(profile, choose_recipe(profile, toolchain, precision, target)) for profile in loaded]
+    with bars() as lines:
+        checkpoint = resolve_model(model, progress=lines("checkpoint"))
+        outcomes = build_all(checkpoint, requests, obj.home, jobs=jobs, progress=lambda i: lines(_title(requests[i])))
+    for outcome in outcomes:
+        if outcome.manifest is not None:
+            click.echo((_as_json if as_json else _as_text)(outcome.manifest, outcome.reused))
+    failed = [outcome.error for outcome in outcomes if outcome.error is not None]
+    for error in failed[1:]:
+        click.echo(f"error: {error}", err=True)
+    if failed:
+        raise failed[0]
+
+
+def _title(request: Request) -> str:
+    recipe = request.recipe
+    return f"{request.profile.name} {recipe.toolchain} {recipe.precision} {recipe.target}"
 
 
 def _as_text(manifest: Manifest, there: bool) -> str:
@@ -106,6 +116,13 @@ def _as_json(manifest: Manifest, there: bool) -> str:
 @contextmanager
 def bar(title: str) -> Iterator[work.ProgressCallback]:
     """A progress bar on standard error, one line, that shows the phase it is in."""
+    with bars() as lines:
+        yield lines(title)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str], work.ProgressCallback]]:
+    """Progress bars on standard error: each call with a title adds a line, and returns what moves it."""
     columns = (
         TextColumn("[bold]{task.fields[title]}"),
         BarColumn(),
@@ -113,12 +130,15 @@ def bar(title: str) -> Iterator[work.ProgressCallback]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=None, title=title)
 
-        def tell(step: work.Progress) -> None:
-            total = None if step.fraction is None else 1.0
-            shown.update(
-                task, description=f"{step.phase} {step.detail}".rstrip(), total=total, completed=step.fraction or 0
-            )
+        def line(title: str) -> work.ProgressCallback:
+            task = shown.add_task("", total=None, title=title)
 
-        yield tell
+            def tell(step: work.Progress) -> None:
+                total = None if step.fraction is None else 1.0
+                text = f"{step.phase} {step.detail}".rstrip()
+                shown.update(task, description=text, total=total, completed=step.fraction or 0)
+
+            return tell
+
+        yield line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,9 @@ def build(
     try:
         home.artifacts.mkdir(parents=True, exist_ok=True)
         _sweep(home)
-        half = home.artifacts / f"{artifacts.HALF_MADE}{os.getpid()}-{plan.id}"
+        half = home.artifacts / f"{artifacts.HALF_MADE}{os.getpid()}-{threading.get_ident()}-{plan.id}"
         try:
-            return _build_into(half, plan, home, progress, threads or _cores())
+            return _build_into(half, plan, home, progress, threads or cores())
         finally:
             shutil.rmtree(half, ignore_errors=True)
     except OSError as error:
@@ -200,7 +201,8 @@ def _sweep(home: Home) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

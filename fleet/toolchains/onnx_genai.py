@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
-from fleet.errors import BuildError, ProfileError
+from fleet.errors import ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
+from fleet.toolchains.gptq import Grid, Quantized
+from fleet.toolchains.onnx_graph import OnnxGraph, builder_algorithm
+from fleet.toolchains.onnx_window import attend_within_window
+from fleet.toolchains.options import Option, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery import Wanted, recover
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
@@ -25,7 +29,19 @@ _BUILDS = {
     Target.DML: (Precision.INT4, Precision.FP16),
     Target.WEBGPU: (Precision.INT4, Precision.FP16),
 }
-_QUANTIZED = (Precision.INT4, Precision.INT8)
+_COMMON: dict[str, Option] = {"block_size": (32, (16, 32, 64, 128, 256)), "symmetric": (True, (True, False))}
+_QUANTIZED: dict[Precision, dict[str, Option]] = {
+    Precision.INT4: _COMMON | {
+        # The builder's own three, and gptq: ours, on a calibration text, into the builder's format.
+        "algorithm": ("default", ("default", "rtn", "k_quant", "gptq")),
+        # What is INT8 all the same: the last product, or that and the layers that llama.cpp thinks sensitive.
+        "mixed": (None, (None, "last", "layers")),
+        "calibration": (None, (None, str)),
+    },
+    Precision.INT8: _COMMON | {"algorithm": ("default", ("default", "rtn", "k_quant"))},
+}  # fmt: skip
+_BITS = {Precision.INT4: 4, Precision.INT8: 8}
+_MIXED = {"last": "last_matmul:int8", "layers": "last_matmul:int8,mixed_layers:int8"}
 
 
 class OnnxGenai:
@@ -47,15 +63,22 @@ class OnnxGenai:
         """Options of the builder for quantized precisions; none otherwise."""
         if recipe.precision not in _BUILDS.get(recipe.target, ()):
             raise ProfileError(f"onnx_genai does not build {recipe.precision} for {recipe.target}")
-        options: dict[str, Any] = {}
-        if recipe.precision in _QUANTIZED:
+        what = f"onnx_genai {recipe.precision} for {recipe.target}"
+        known = _QUANTIZED.get(recipe.precision, {})
+        if known:
             # Accuracy level 4: activations in INT8 too, what the builder takes on a CPU; 0 leaves it to the device.
-            level = 4 if recipe.target is Target.CPU else 0
-            options = {"algorithm": "default", "block_size": 32, "symmetric": True, "accuracy_level": level}
-        if unknown := sorted(set(recipe.options) - set(options)):
-            raise ProfileError(f"onnx_genai {recipe.precision} has no option {', '.join(unknown)}; "
-                               f"it has {', '.join(options) or 'none'}")  # fmt: skip
-        return options | recipe.options
+            known = known | {"accuracy_level": (4 if recipe.target is Target.CPU else 0, (0, 1, 2, 3, 4))}
+        options = complete(what, recipe.options, known)
+        if options.get("algorithm") == "gptq" and not options["calibration"]:
+            raise ProfileError(f"{what}: algorithm gptq needs a calibration: 'bundled', or a text file")
+        if options.get("algorithm") == "gptq" and options["mixed"]:
+            raise ProfileError(f"{what}: gptq and mixed exclude each other")
+        if options.get("algorithm") == "default" and not options["symmetric"]:
+            # Its embedding reads zero points that are not there, where it shares the last product's weights.
+            raise ProfileError(
+                f"{what}: the builder lays asymmetric weights out wrongly by default; take rtn or k_quant"
+            )
+        return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """Weights in float32 as loaded, and what is written, beside the libraries."""
@@ -73,10 +96,15 @@ class OnnxGenai:
         )
         with watching(watches, progress):
             _run_builder(job, source)
-        progress(Progress("finishing"))
-        _unstamp(job.out / "model.onnx")
+        attend_within_window(job.out)
+        progress(Progress("checking"))
+        graph = OnnxGraph(job.out / "model.onnx")
+        notes = graph.check(_BITS[job.precision], job.options) if job.options else {}
+        if job.options.get("algorithm") == "gptq":
+            notes["recovered"] = graph.replace(_recovered(job, source, progress))
+        graph.unstamp()
         _limit_context(job.out / "genai_config.json", job.context)
-        return Converted(entry=".", kv_element_bytes=_kv_element_bytes(job.out / "model.onnx"))
+        return Converted(entry=".", kv_element_bytes=graph.kv_element_bytes(), notes=notes)
 
     def speak(self, job: SpeakJob) -> str:
         """Greedy, on the CPU."""
@@ -102,27 +130,22 @@ def _run_builder(job: ConvertJob, source: Path) -> None:
     pairs = {}
     if job.options:
         pairs = {
-            "algo_config": job.options["algorithm"],
+            "algo_config": builder_algorithm(job.options),
             "block_size": job.options["block_size"],
             "is_symmetric": str(job.options["symmetric"]).lower(),
             "accuracy_level": job.options["accuracy_level"],
         }
+        if job.options.get("mixed"):
+            pairs["matmul_mixed_precision"] = _MIXED[job.options["mixed"]]
     arguments = ("", str(source), str(job.out), str(job.precision), str(job.target), str(job.scratch / "cache"))
     extra = builder.parse_extra_options(*arguments, [f"{key}={value}" for key, value in pairs.items()])
     builder.create_model(*arguments, **extra)
 
 
-def _unstamp(model: Path) -> None:
-    """The builder stamps the git commit of the folder it is installed in: keep its version alone.
-
-    Serialised deterministically; the weights are in a file beside it and stay as they are.
-    """
-    import onnx
-
-    proto = onnx.load(str(model), load_external_data=False)
-    proto.producer_version = version("onnxruntime-genai")
-    data = proto.SerializeToString(deterministic=True)
-    model.write_bytes(data)
+def _recovered(job: ConvertJob, source: Path, progress: ProgressCallback) -> dict[str, Quantized]:
+    grid = Grid(4, job.options["block_size"], "symmetric" if job.options["symmetric"] else "asymmetric")
+    wanted = Wanted(lambda _: grid, grid)
+    return recover(source, job.calibration, wanted, threads=job.threads, progress=progress)
 
 
 def _limit_context(path: Path, context: int) -> None:
@@ -130,14 +153,3 @@ def _limit_context(path: Path, context: int) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["search"]["max_length"] = min(context, config["model"]["context_length"])
     write_json(path, config)
-
-
-def _kv_element_bytes(model: Path) -> float:
-    import onnx
-
-    proto = onnx.load(str(model), load_external_data=False)
-    sizes = {onnx.TensorProto.FLOAT: 4.0, onnx.TensorProto.FLOAT16: 2.0, onnx.TensorProto.BFLOAT16: 2.0}
-    for value in proto.graph.input:
-        if value.name.startswith("past_key_values"):
-            return sizes.get(value.type.tensor_type.elem_type, 1.0)
-    raise BuildError(f"{model}: the builder wrote a model without a KV cache")

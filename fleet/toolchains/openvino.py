@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
-from fleet.toolchains.openvino_unstamp import unstamp
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.source import mirror
@@ -74,7 +72,7 @@ class OpenVino:
         return 2 * model.weights_bytes + calibrated + 3 * 2**30
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
-        """Export, compress, and take out what differs from build to build."""
+        """Export, then compress what was exported."""
         progress(Progress("loading the toolchain"))
         source = mirror(job.source, job.scratch / "source")
         quantized = job.precision in (Precision.INT4, Precision.INT8)
@@ -86,8 +84,6 @@ class OpenVino:
             for file in sorted(out.iterdir()):
                 if file.is_file() and file.stem != Path(MODEL).stem:
                     file.replace(job.out / file.name)
-        progress(Progress("finishing"))
-        unstamp(job.out)
         return Converted(entry=".", kv_element_bytes=2, notes=notes)
 
     def speak(self, job: SpeakJob) -> str:
@@ -199,9 +195,3 @@ def _count_types(model: Any) -> dict[str, int]:
             name = node.get_output_element_type(0).get_type_name()
             counts[name] = counts.get(name, 0) + size
     return {name: count for name, count in sorted(counts.items()) if count >= 4096}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as optimum-intel wrote it."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config

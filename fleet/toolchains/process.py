@@ -84,6 +84,15 @@ _FAILED = {
 }
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop_all() -> None:
+    """End every child of this process, for example because the operator interrupted builds in other threads."""
+    for child in tuple(_running):
+        _signal_group(child, "SIGKILL")
+
+
 @dataclass
 class _Child:
     kind: str
@@ -100,9 +109,11 @@ class _Child:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 env=os.environ | _ENVIRONMENT | {"PYTHONPATH": _python_path()}, start_new_session=True,
             )  # fmt: skip
+        _running.add(child)
         try:
             answer = self._follow(child)
         finally:
+            _running.discard(child)
             _stop(child)
         if "result" not in answer:
             raise self._failure(answer, child.returncode)

@@ -1,0 +1,198 @@
+"""Quantizes a checkpoint layer by layer on calibration text, each layer making good what those before it lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleet.errors import BuildError
+from fleet.toolchains.gptq import Grid, Quantized, quantize
+from fleet.toolchains.progress import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SEQUENCE = 256
+#: How much of the difference between the inputs before and after quantization a layer makes good: all of it would
+#: fit the calibration text too closely.
+_CORRECTION = 0.6
+_DAMP = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """``grid_of`` says how a matrix of that name is to be quantized; None leaves it. ``output`` is for the last one."""
+
+    grid_of: Callable[[str], Grid | None]
+    output: Grid | None = None
+
+
+class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass that has shown what was wanted
+    pass
+
+
+def recover(
+    source: Path, texts: Sequence[str], wanted: Wanted, *, threads: int, progress: ProgressCallback
+) -> dict[str, Quantized]:
+    """Name of the weight in the checkpoint to its quantized form, for every matrix that ``wanted`` names.
+
+    Raises:
+        BuildError: the calibration text is too short.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        model, ids = _load(source, texts)
+        return _Walk(model, ids, wanted, threads, progress).run()
+
+
+def _load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
+    """The model in float32, and the texts end to end, as sequences: shape (sequences, tokens)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokens = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
+    rows = len(tokens) // _SEQUENCE
+    if rows < 4:
+        raise BuildError(f"the calibration text has {len(tokens)} tokens; at least {4 * _SEQUENCE} are needed")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    return model, torch.tensor(tokens[: rows * _SEQUENCE]).reshape(rows, _SEQUENCE)
+
+
+class _Walk:
+    """Two streams of hidden states go through the layers: as they were, and as they are after quantization."""
+
+    def __init__(self, model: Any, ids: Tensor, wanted: Wanted, threads: int, progress: ProgressCallback) -> None:
+        import torch
+
+        self._model, self._wanted, self._threads, self._progress = model, wanted, threads, progress
+        body = model.model
+        self._layers = body.layers
+        self._whole = list(body.embed_tokens(ids).split(4))
+        self._rounded: list[Tensor] = []
+        position = torch.arange(ids.shape[1])[None]
+        self._rotary = {"position_ids": position, "position_embeddings": body.rotary_emb(self._whole[0], position)}
+        self._ids = ids
+        self.found: dict[str, Quantized] = {}
+
+    def run(self) -> dict[str, Quantized]:
+        self._output()
+        self._rounded = list(self._model.model.embed_tokens(self._ids).split(4))
+        for number, layer in enumerate(self._layers):
+            self._progress(Progress("recovering", number / len(self._layers)))
+            self._layer(f"model.layers.{number}", layer)
+        return self.found
+
+    def _output(self) -> None:
+        """The last matrix, on what reaches it in the unquantized model; where tied, it is the embedding too."""
+        import torch
+
+        if self._wanted.output is None:
+            return
+        hidden = self._whole
+        for number, layer in enumerate(self._layers):
+            self._progress(Progress("running the model", number / len(self._layers)))
+            hidden = [self._through(layer, part) for part in hidden]
+        states = torch.cat([self._model.model.norm(part).flatten(0, 1) for part in hidden])
+        gram = states.T @ states
+        head = self._model.lm_head
+        if head.weight.data_ptr() == self._model.model.embed_tokens.weight.data_ptr():
+            # As an embedding every column counts alike.
+            gram.diagonal().add_(gram.diagonal().mean())
+        self._progress(Progress("recovering the last layer"))
+        result = self._quantize(head.weight, gram, self._wanted.output)
+        self.found["lm_head.weight"] = result
+        head.weight.data.copy_(result.dequantized())
+
+    def _layer(self, prefix: str, layer: Any) -> None:
+        """Quantize each matrix in the order in which it runs, on inputs that those before it have shaped."""
+        linears = [(name, part) for name, part in layer.named_modules() if type(part).__name__ == "Linear"]
+        before: dict[str, list[Tensor]] = {}
+        after = []
+        for part in self._whole:
+            taken, out = self._inputs(layer, part, [module for _, module in linears])
+            after.append(out)
+            for (name, _), value in zip(linears, taken, strict=True):
+                before.setdefault(name, []).append(value)
+        for name, module in linears:
+            grid = self._wanted.grid_of(f"{prefix}.{name}.weight")
+            if grid is None:
+                continue
+            gram, cross = self._grams(layer, module, before.pop(name))
+            target = _corrected(module.weight, gram, cross)
+            result = self._quantize(target, gram, grid)
+            self.found[f"{prefix}.{name}.weight"] = result
+            module.weight.data.copy_(result.dequantized())
+        self._whole = after
+        self._rounded = [self._through(layer, part) for part in self._rounded]
+
+    def _quantize(self, weights: Tensor, gram: Tensor, grid: Grid) -> Quantized:
+        """Many small steps: handing each to several threads takes longer than doing it."""
+        import torch
+
+        torch.set_num_threads(1)
+        try:
+            return quantize(weights, gram, grid, damp=_DAMP)
+        finally:
+            torch.set_num_threads(self._threads)
+
+    def _grams(self, layer: Any, module: Any, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """``X^T X`` of the inputs as they are now, and ``(X_before - X)^T X``."""
+        import torch
+
+        columns = module.weight.shape[1]
+        gram, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
+        for part, whole in zip(self._rounded, before, strict=True):
+            now = self._input(layer, part, module)
+            gram += now.T @ now
+            cross += (whole - now).T @ now
+        return gram, cross
+
+    def _through(self, layer: Any, hidden: Tensor) -> Tensor:
+        out = layer(hidden, attention_mask=None, **self._rotary)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def _inputs(self, layer: Any, hidden: Tensor, modules: list[Any]) -> tuple[list[Tensor], Tensor]:
+        taken: dict[Any, Tensor] = {}
+
+        def take(module: Any, args: tuple[Tensor, ...]) -> None:
+            taken[module] = args[0].flatten(0, 1)
+
+        hooks = [module.register_forward_pre_hook(take) for module in modules]
+        try:
+            out = self._through(layer, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [taken[module] for module in modules], out
+
+    def _input(self, layer: Any, hidden: Tensor, module: Any) -> Tensor:
+        taken: list[Tensor] = []
+
+        def take(_: Any, args: tuple[Tensor, ...]) -> None:
+            taken.append(args[0].flatten(0, 1))
+            raise _Captured
+
+        hook = module.register_forward_pre_hook(take)
+        try:
+            self._through(layer, hidden)
+        except _Captured:
+            pass
+        finally:
+            hook.remove()
+        return taken[0]
+
+
+def _corrected(weights: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """Weights that give for the inputs as they are what the original gave for the inputs as they were."""
+    import torch
+
+    damped = gram.double()
+    damped.diagonal().add_(_DAMP * damped.diagonal().mean())
+    change = torch.linalg.solve(damped, cross.T.double()).T.float()
+    return weights + _CORRECTION * (weights @ change)
