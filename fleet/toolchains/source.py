@@ -31,7 +31,9 @@ def hub_config(config: dict[str, Any], stored_dtype: str) -> dict[str, Any]:
         kind = scaling.get("type") or scaling.get("rope_type")
         original = scaling.get("original_max_position_embeddings")
         view.setdefault("original_max_position_embeddings", original or view["max_position_embeddings"])
-        unwanted = ("rope_type", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "factor")
+        unwanted = {"rope_type", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "factor"}
+        if view.get("model_type") == "phimoe":  # there transformers 5 looks for it here alone
+            unwanted.remove("original_max_position_embeddings")
         scaling = {key: value for key, value in scaling.items() if key not in unwanted} | {"type": kind}
     elif view.get("model_type") == "phi3":
         # Absent, it would default to 4096, and a difference from max_position_embeddings means LongRoPE to some.
