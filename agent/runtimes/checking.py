@@ -21,57 +21,60 @@ class Checker:
     def __init__(self, timeout_s: float, cache_file: Path | None = None) -> None:
         self._timeout_s = timeout_s
         self._file = cache_file
-        self._cache: dict[str, Any] = _read(cache_file)
+        self._cache = {key: kept for key, kept in read_cache(cache_file).items() if _is_answer(kept)}
 
     async def fact(self, spec: RuntimeSpec) -> RuntimeFact:
         """Usable, or why not. Never raises."""
         installed = versions(spec)
         if installed is None:
             return RuntimeFact(name=spec.name, usable=False, reason=missing(spec))
-        key = _key(spec, installed)
+        key = environment(spec)
         answer = self._cache.get(key)
         if answer is None:
             answer = await _check(spec, self._timeout_s)
             self._cache[key] = answer
             if "error" not in answer:
                 # A failure is not kept past this process: it may have been a full memory, or a driver since repaired.
-                await asyncio.to_thread(self._save)
+                await asyncio.to_thread(write_cache, self._file, self._kept())
         main = next(iter(installed.values()), "")
         if "error" in answer:
             return RuntimeFact(name=spec.name, version=main, usable=False, reason=str(answer["error"]))
         devices = tuple(str(device) for device in answer["devices"])
         return RuntimeFact(name=spec.name, version=main or str(answer["version"]), devices=devices, usable=True)
 
-    def _save(self) -> None:
-        if self._file is None:
-            return
-        kept = {key: answer for key, answer in self._cache.items() if "error" not in answer}
-        temporary = self._file.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # it is only a cache
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(kept), "utf-8")
-            temporary.replace(self._file)
+    def _kept(self) -> dict[str, Any]:
+        return {key: answer for key, answer in self._cache.items() if "error" not in answer}
 
 
-def _read(file: Path | None) -> dict[str, Any]:
+def read_cache(file: Path | None) -> dict[str, Any]:
+    """What was kept; a damaged or missing file is an empty one."""
     if file is None:
         return {}
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    return {
-        key: answer
-        for key, answer in content.items()
-        if isinstance(answer, dict) and isinstance(answer.get("devices"), list) and "version" in answer
-    }
+    return content if isinstance(content, dict) else {}
 
 
-def _key(spec: RuntimeSpec, installed: dict[str, str]) -> str:
-    """A new package, Python, kernel (and with it most drivers) or driver release is checked again."""
-    packages = ",".join(f"{name}={version}" for name, version in installed.items())
+def write_cache(file: Path | None, content: dict[str, Any]) -> None:
+    """Keep it, if the disk lets us: it is only a cache."""
+    if file is None:
+        return
+    temporary = file.with_suffix(".tmp")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content), "utf-8")
+        temporary.replace(file)
+
+
+def _is_answer(kept: Any) -> bool:
+    return isinstance(kept, dict) and isinstance(kept.get("devices"), list) and "version" in kept
+
+
+def environment(spec: RuntimeSpec) -> str:
+    """All that a measurement depends on: a new package, Python, kernel or driver is a new environment."""
+    packages = ",".join(f"{name}={version}" for name, version in (versions(spec) or {}).items())
     return f"{spec.module};{packages};{platform.python_version()};{platform.release()};{_drivers()}"
 
 

@@ -121,3 +121,15 @@ def check_fits(prompt_tokens: int, max_tokens: int, context: int) -> int:
             param="messages",
         )
     return min(max_tokens, context - prompt_tokens)
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """Length of the common beginning; by halves, since comparing slices is far quicker than comparing tokens."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

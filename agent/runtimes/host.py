@@ -13,11 +13,11 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.contract.messages import Proof, RuntimeFact
 from agent.core.inference import GenerationEvent, GenerationRequest, InferenceError, ModelInfo
+from agent.core.memory import MemoryPlan, Placement, plan
 from agent.errors import AgentError, RuntimeLoadError
 from agent.runtimes.available import available_bytes, read_ahead
 from agent.runtimes.checking import Checker
 from agent.runtimes.loading import LoadedModel, load_model
-from agent.runtimes.memory import MemoryPlan, Placement, plan
 from agent.runtimes.proving import prove
 from agent.runtimes.registry import REGISTRY, RuntimeSpec, missing, versions
 from agent.runtimes.served import ServedModel
@@ -101,8 +101,8 @@ class WorkerHost:
                 await self._restore()
                 raise
             self._proven = loaded
-            loop = asyncio.get_running_loop()
-            self._expiry = loop.call_later(self._settings.proven_keep_s, self._expire)
+            keep_s = self._settings.swap_keep_s if self._parked else self._settings.proven_keep_s
+            self._expiry = asyncio.get_running_loop().call_later(keep_s, self._expire, keep_s)
             log.info("artifact_proven", artifact=manifest.id, **proof.model_dump())
             return proof
 
@@ -289,8 +289,8 @@ class WorkerHost:
         if loaded is not None:
             await loaded.worker.close()
 
-    def _expire(self) -> None:
-        log.warning("proven_expired", seconds=self._settings.proven_keep_s)
+    def _expire(self, keep_s: float) -> None:
+        log.warning("proven_expired", seconds=keep_s)
         task = asyncio.create_task(self.discard(), name="discard-proven")
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)

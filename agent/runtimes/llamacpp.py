@@ -26,15 +26,16 @@ from agent.core.inference import (
 )
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
-from agent.runtimes.generation import Generation, check_fits
-from agent.runtimes.schema import read
+from agent.runtimes.generation import Generation, check_fits, common_prefix
+from agent.runtimes.llamacpp_binding import Batch, Log
+from agent.runtimes.llamacpp_grammar import Grammar, gbnf
+from agent.runtimes.llamacpp_quirks import quiet_openmp, without_amx
 from agent.runtimes.text import Utf8Stream
 
 #: Tokens of one decode; and of prompts in it while others wait for their next token, which bounds their delay.
 _BATCH, _PREFILL_SHARED = 512, 128
 #: Copying another sequence's cache pays from here on; shorter prefixes are computed again.
 _WORTH_COPYING = 64
-_LOG_WARN, _LOG_ERROR = 3, 4
 
 
 class LlamaCppRuntime:
@@ -44,6 +45,7 @@ class LlamaCppRuntime:
 
     def check(self) -> Check:
         """Import it; loading the library is what fails when it was built for another processor."""
+        quiet_openmp()
         import llama_cpp
 
         devices = ("CPU", "GPU") if llama_cpp.llama_supports_gpu_offload() else ("CPU",)
@@ -53,14 +55,15 @@ class LlamaCppRuntime:
         """Load one GGUF file."""
         path = source.path if source.path.is_file() else next(iter(sorted(source.path.glob("*.gguf"))), source.path)
         _check_file(path)
+        quiet_openmp()
         import llama_cpp
 
-        log = _Log(llama_cpp)
+        log = Log(llama_cpp)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0 if options.device == "CPU" else -1
-        params.use_extra_bufts = bool(options.extra.get("use_extra_bufts", not _has_amx()))
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        with without_amx():
+            model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not model:
             raise RuntimeLoadError(f"llama.cpp cannot load {path}: {log.last() or 'no reason given'}")
         return LlamaCppEngine(llama_cpp, model, source, options, log)
@@ -81,7 +84,7 @@ class _Sequence:
     generation: Generation
     prompt: list[int]
     sampler: Any
-    grammar: _Grammar | None
+    grammar: Grammar | None
     slot: _Slot | None = None
     next: int | None = None
 
@@ -93,7 +96,7 @@ class _Sequence:
 class LlamaCppEngine:
     """See the module."""
 
-    def __init__(self, lib: Any, model: Any, source: ModelSource, options: LoadOptions, log: _Log) -> None:
+    def __init__(self, lib: Any, model: Any, source: ModelSource, options: LoadOptions, log: Log) -> None:
         import numpy as np
 
         self._lib = lib
@@ -106,7 +109,7 @@ class LlamaCppEngine:
         self._sequences = max(1, min(options.max_sequences, options.kv_tokens // self.context))
         self.device = "CPU" if options.device == "CPU" or not lib.llama_supports_gpu_offload() else options.device
         self._context = self._make_context(options)
-        self._batch = _Batch(lib, np, _BATCH)
+        self._batch = Batch(lib, np, _BATCH)
         self._slots = [_Slot(number) for number in range(self._sequences)]
         self._waiting: deque[_Sequence] = deque()
         self._ended: list[GenerationEvent] = []
@@ -217,19 +220,19 @@ class LlamaCppEngine:
             known = self._pieces[token] = buffer.raw[:size]
         return known
 
-    def _grammar(self, request: GenerationRequest) -> _Grammar | None:
+    def _grammar(self, request: GenerationRequest) -> Grammar | None:
         guidance = request.sampling.guidance
         if guidance is None:
             return None
-        return _Grammar(self._lib, self._np, self._vocab, _gbnf(guidance.kind, guidance.data))
+        return Grammar(self._lib, self._np, self._vocab, gbnf(guidance.kind, guidance.data))
 
     def _start(self, sequence: _Sequence, free: list[_Slot]) -> None:
         """Into the free slot that shares most with the prompt; or into the oldest, with another's cache copied."""
-        slot = max(free, key=lambda one: (_common(one.tokens, sequence.prompt), -one.used))
-        shared = _common(slot.tokens, sequence.prompt)
-        donor = max(self._slots, key=lambda one: _common(one.tokens, sequence.prompt))
+        slot = max(free, key=lambda one: (common_prefix(one.tokens, sequence.prompt), -one.used))
+        shared = common_prefix(slot.tokens, sequence.prompt)
+        donor = max(self._slots, key=lambda one: common_prefix(one.tokens, sequence.prompt))
         memory = self._lib.llama_get_memory(self._context)
-        offered = _common(donor.tokens, sequence.prompt)
+        offered = common_prefix(donor.tokens, sequence.prompt)
         if offered > shared + _WORTH_COPYING:
             slot = min(free, key=lambda one: one.used)
             self._lib.llama_memory_seq_rm(memory, slot.number, -1, -1)
@@ -244,29 +247,48 @@ class LlamaCppEngine:
         sequence.generation.cached_tokens = shared
 
     def _fill(self) -> list[tuple[_Sequence, int]]:
-        """Who draws, and from which row of the logits."""
+        """Who draws, and from which row of the logits.
+
+        In the order of the slots, whatever each has to add: llama.cpp computes neighbouring streams together, and
+        begins anew at every gap.
+        """
         batch, drawing = self._batch, []
         batch.size = 0
-        running = [slot for slot in self._slots if slot.sequence]
-        for slot in running:
+        shares = self._share_room()
+        for slot in self._slots:
             sequence = slot.sequence
-            if sequence is not None and sequence.next is not None:
-                drawing.append((sequence, batch.add(slot.number, len(slot.tokens), [sequence.next], draw=True)))
-                slot.tokens.append(sequence.next)
-                sequence.next = None
-        room = min(_PREFILL_SHARED, _BATCH - batch.size) if drawing else _BATCH
-        for slot in sorted(running, key=lambda one: len(one.sequence.prompt) - len(one.tokens) if one.sequence else 0):
-            sequence = slot.sequence
-            missing = len(sequence.prompt) - len(slot.tokens) if sequence is not None else 0
-            if sequence is None or missing <= 0 or room <= 0:
+            if sequence is None:
                 continue
-            piece = sequence.prompt[len(slot.tokens) : len(slot.tokens) + room]
-            index = batch.add(slot.number, len(slot.tokens), piece, draw=len(piece) == missing)
-            slot.tokens.extend(piece)
-            room -= len(piece)
-            if len(piece) == missing:
-                drawing.append((sequence, index))
+            piece, last = self._next_tokens(sequence, slot, shares.get(slot.number, 0))
+            if piece:
+                row = batch.add(slot.number, len(slot.tokens), piece, draw=last)
+                slot.tokens.extend(piece)
+                if last:
+                    drawing.append((sequence, row))
         return drawing
+
+    def _share_room(self) -> dict[int, int]:
+        """Tokens of its prompt that each slot may add now, the one that has least left first."""
+        left = {
+            slot.number: len(slot.sequence.prompt) - len(slot.tokens)
+            for slot in self._slots
+            if slot.sequence is not None and slot.sequence.next is None
+        }
+        answering = sum(slot.sequence is not None and slot.sequence.next is not None for slot in self._slots)
+        room = min(_PREFILL_SHARED, _BATCH - answering) if answering else _BATCH
+        shares = {}
+        for number in sorted(left, key=left.__getitem__):
+            shares[number] = min(left[number], room)
+            room -= shares[number]
+        return shares
+
+    def _next_tokens(self, sequence: _Sequence, slot: _Slot, share: int) -> tuple[list[int], bool]:
+        """What a sequence adds, and whether it draws afterwards."""
+        if sequence.next is not None:
+            token, sequence.next = sequence.next, None
+            return [token], True
+        begun = len(slot.tokens)
+        return sequence.prompt[begun : begun + share], begun + share == len(sequence.prompt)
 
     def _draw(self, sequence: _Sequence, index: int) -> list[GenerationEvent]:
         row = self._lib.llama_get_logits_ith(self._context, index)
@@ -311,86 +333,6 @@ class LlamaCppEngine:
         return events
 
 
-class _Batch:
-    """``llama_batch`` over arrays that are filled in place."""
-
-    def __init__(self, lib: Any, np: Any, capacity: int) -> None:
-        self.size = 0
-        self._token = np.zeros(capacity, np.int32)
-        self._position = np.zeros(capacity, np.int32)
-        self._sequence = np.zeros(capacity, np.int32)
-        self._draw = np.zeros(capacity, np.int8)
-        self._one = np.ones(capacity, np.int32)
-        self._pointers = np.arange(capacity, dtype=np.uint64) * 4 + self._sequence.ctypes.data
-        self._np = np
-        self._struct = lib.llama_batch(
-            token=_pointer(self._token, ctypes.c_int32),
-            pos=_pointer(self._position, ctypes.c_int32),
-            n_seq_id=_pointer(self._one, ctypes.c_int32),
-            seq_id=_pointer(self._pointers, ctypes.POINTER(ctypes.c_int32)),
-            logits=_pointer(self._draw, ctypes.c_int8),
-        )
-
-    def add(self, sequence: int, position: int, tokens: list[int], *, draw: bool) -> int:
-        """Append; the row of the last token."""
-        start, self.size = self.size, self.size + len(tokens)
-        self._token[start : self.size] = tokens
-        self._position[start : self.size] = self._np.arange(position, position + len(tokens))
-        self._sequence[start : self.size] = sequence
-        self._draw[start : self.size] = 0
-        self._draw[self.size - 1] = draw
-        return self.size - 1
-
-    def struct(self) -> Any:
-        """What ``llama_decode`` takes."""
-        self._struct.n_tokens = self.size
-        return self._struct
-
-
-class _Grammar:
-    """llama.cpp's grammar sampler. Applied to one candidate first: masking a whole vocabulary is slow."""
-
-    def __init__(self, lib: Any, np: Any, vocab: Any, text: str) -> None:
-        self._lib = lib
-        self._np = np
-        self._type = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-        self._one = np.zeros(1, self._type)
-        self._sampler = lib.llama_sampler_init_grammar(vocab, text.encode(), b"root")
-        if not self._sampler:
-            raise InferenceError("invalid", "llama.cpp refuses the grammar", param="response_format")
-
-    def __del__(self) -> None:
-        if getattr(self, "_sampler", None):
-            self._lib.llama_sampler_free(self._sampler)
-            self._sampler = None
-
-    def allows(self, token: int) -> bool:
-        """Whether it may come next; an end marker only where the grammar is complete."""
-        self._one[0] = (token, 1.0, 0.0)
-        return bool(self._apply(self._one)["logit"][0] > -1e30)
-
-    def masked(self, logits: Any) -> Any:
-        """The logits, with minus infinity where the grammar forbids."""
-        every = self._np.zeros(len(logits), self._type)
-        every["id"] = self._np.arange(len(logits))
-        every["logit"] = logits
-        return self._apply(every)["logit"].copy()
-
-    def accept(self, token: int) -> None:
-        """Advance; only for tokens that are allowed, others end the process."""
-        self._lib.llama_sampler_accept(self._sampler, token)
-
-    def _apply(self, candidates: Any) -> Any:
-        array = self._lib.llama_token_data_array(
-            data=ctypes.cast(candidates.ctypes.data, ctypes.POINTER(self._lib.llama_token_data)),
-            size=len(candidates),
-            selected=-1,
-            sorted=False,
-        )
-        self._lib.llama_sampler_apply(self._sampler, ctypes.byref(array))
-        return candidates
-
-
 class _Pieces:
     """Bytes of tokens to text."""
 
@@ -405,46 +347,6 @@ class _Pieces:
         return self._stream.flush()
 
 
-class _Log:
-    """llama.cpp logs some hundred lines a load: only warnings pass, and the last error is kept for messages."""
-
-    def __init__(self, lib: Any) -> None:
-        self._lines: deque[str] = deque(maxlen=3)
-
-        def receive(level: int, text: bytes, _data: Any) -> None:
-            if level in (_LOG_WARN, _LOG_ERROR):
-                line = text.decode("utf-8", "replace").strip()
-                if level == _LOG_ERROR:
-                    self._lines.append(line)
-                print(line, flush=True)  # noqa: T201 - the worker's output is the daemon's log
-
-        self._callback = lib.llama_log_callback(receive)
-        lib.llama_log_set(self._callback, None)
-
-    def last(self) -> str:
-        """The last errors."""
-        return "; ".join(self._lines)
-
-
-def _pointer(array: Any, kind: Any) -> Any:
-    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
-
-
-def _gbnf(kind: GuidanceKind, data: str) -> str:
-    from llama_cpp import llama_grammar
-
-    if kind is GuidanceKind.GRAMMAR:
-        return data
-    schema = '{"type":"object"}' if kind is GuidanceKind.JSON_OBJECT else data
-    read(schema)
-    try:
-        return str(llama_grammar.json_schema_to_gbnf(schema))
-    except Exception as error:
-        raise InferenceError(
-            "invalid", f"the JSON schema cannot become a grammar: {error}", param="response_format"
-        ) from error
-
-
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise RuntimeLoadError(f"{path} is no GGUF file")
@@ -452,22 +354,6 @@ def _check_file(path: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise RuntimeLoadError(f"{path} is no GGUF file: it begins with {magic!r}")
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for at, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return at
-    return min(len(left), len(right))
-
-
-def _has_amx() -> bool:
-    """llama.cpp's AMX path crashes on some of its machines (its issue 20824, and on ours): it is left out there."""
-    try:
-        return " amx_int8" in Path("/proc/cpuinfo").read_text("ascii", "replace")
-    except OSError:
-        return False
 
 
 RUNTIME = LlamaCppRuntime()

@@ -24,7 +24,7 @@ from agent.core.inference import (
 )
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
-from agent.runtimes.generation import Generation, check_fits
+from agent.runtimes.generation import Generation, check_fits, common_prefix
 from agent.runtimes.schema import read
 
 #: Prompt tokens computed in one step: with others waiting for their next token, and alone.
@@ -226,7 +226,9 @@ class OnnxGenaiEngine:
             self._make_room(capacity)
             return _Slot(self._generator(capacity, None), capacity), 0
         # The last token of the prompt is always computed: its logits are what is drawn from.
-        shared = {id(slot): min(_common(slot.tokens, prompt), len(prompt) - 1) for slot in fitting if slot.long == long}
+        shared = {
+            id(slot): min(common_prefix(slot.tokens, prompt), len(prompt) - 1) for slot in fitting if slot.long == long
+        }
         slot = max(fitting, key=lambda one: (shared.get(id(one), 0), -len(one.tokens)))
         self._idle.remove(slot)
         return slot, shared.get(id(slot), 0)
@@ -319,14 +321,6 @@ class _Stream:
     def flush(self) -> str:
         """It keeps nothing that could be shown."""
         return ""
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for at, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return at
-    return min(len(left), len(right))
 
 
 def _is_longrope(folder: Any) -> bool:

@@ -30,8 +30,10 @@ class HostSettings:
     #: 0: as many as there are physical cores for us.
     threads: int = 0
     drain_timeout_s: float = 120.0
-    #: A proven model that nobody activates is dropped after this.
+    #: A proven model that nobody activates is dropped after this; sooner where the model that served before had to
+    #: make room for it, since nothing serves until then.
     proven_keep_s: float = 900.0
+    swap_keep_s: float = 20.0
     #: Resident bytes of the worker; 0: not limited.
     memory_limit_bytes: int = 0
     #: Private bytes that the operating system grants the worker at all; 0: not limited.

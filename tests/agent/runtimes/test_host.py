@@ -319,19 +319,21 @@ async def test_without_memory_for_two_the_models_are_swapped(
     assert (await answer(host, ask("w")))[1].completion_tokens == 8
 
 
-@pytest.mark.parametrize("how", ["wrong answer", "discarded"])
+@pytest.mark.parametrize("how", ["wrong answer", "discarded", "forgotten"])
 async def test_a_swap_that_comes_to_nothing_is_undone(
     how: str, host_of: HostFactory, artifact: Make, events: Events
 ) -> None:
     old = artifact("old", memory_bytes=80 * MIB)
-    host = await _serving(host_of(free=100 * MIB), old)
+    host = await _serving(host_of(free=100 * MIB, swap_keep_s=0.2), old)
     new = artifact("new", need=150 * MIB, answers={"France": "Lyon" if how == "wrong answer" else "Paris"})
     if how == "wrong answer":
         with pytest.raises(ProbeError):
             await host.prove(*new)
     else:
         await host.prove(*new)
-        await host.discard()
+        if how == "discarded":
+            await host.discard()
+        await _until(lambda: host.active() is not None)
     info = host.active()
     assert info is not None
     assert info.digest == old[0].digest

@@ -6,6 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.runtimes.generation import common_prefix
 from agent.runtimes.text import Pieces, PieceStream, StopStrings, Utf8Stream
 
 _letters = st.text("ab\n<é", max_size=30)
@@ -81,3 +82,10 @@ def test_a_leading_space_is_shown_where_the_tokenizer_shows_it() -> None:
 
     stream = PieceStream(Pieces(decode, 0))
     assert [stream.feed(1), stream.feed(2)] == ["The", " cat"]
+
+
+@given(st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), max_size=20))
+def test_the_common_beginning(left: list[int], right: list[int]) -> None:
+    size = common_prefix(left, right)
+    assert left[:size] == right[:size]
+    assert size == min(len(left), len(right)) or left[size] != right[size]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.manifest import MemoryNeed
-from agent.runtimes.memory import USABLE_SHARE, Placement, plan
+from agent.core.memory import USABLE_SHARE, Placement, plan
 
 _NEED = MemoryNeed(weights_bytes=500, kv_bytes_per_token=1, overhead_bytes=100)
 
