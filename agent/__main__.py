@@ -142,8 +142,9 @@ def compose(settings: AgentSettings, who: identity.Identity) -> Body:
     works = Works(parts, reporter.progress)
     deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
     listeners.append(lambda event: _heard(event, monitor, deployer))
-    reporter.rejected = lambda: deployer.rejected
-    reporter.paused = lambda: deployer.paused
+    reporter.rejected = lambda: deployer.orders.rejected
+    reporter.paused = lambda: deployer.orders.paused
+    reporter.deployment(deployer.deployment)
     server = EndpointServer(
         host, _endpoint_config(settings), stats=host.stats, on_finished=lambda done: _finished(done, monitor)
     )
@@ -167,7 +168,7 @@ def _tell(listeners: list[Callable[[HostEvent], None]], event: HostEvent) -> Non
 
 
 def _heard(event: HostEvent, monitor: Monitor, deployer: Deployer) -> None:
-    if event.kind == "crashed":
+    if event.kind == "crashed" and event.digest == monitor.digest:
         monitor.worker_died()
     elif event.kind == "gave_up":
         failure = Failure(code=event.code or FailureCode.RUNTIME_CRASHED, message=event.message)
@@ -176,7 +177,7 @@ def _heard(event: HostEvent, monitor: Monitor, deployer: Deployer) -> None:
 
 def _finished(done: FinishedRequest, monitor: Monitor) -> None:
     # What died with the worker is counted as one death, not as so many errors more.
-    if done.error is None or (done.failed and done.error != "crashed"):
+    if done.digest == monitor.digest and (done.error is None or (done.failed and done.error != "crashed")):
         monitor.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, done.failed)
 
 

@@ -15,6 +15,8 @@ from agent.contract.base import Timestamp, WireModel
 from agent.contract.failures import FailureCode
 from agent.contract.messages import ArtifactRef, Desired, Failure, Proof, State
 
+#: More than this between two decisions is a clock that was set, or a device that was off.
+MOST_BETWEEN_DECISIONS_S = 3600.0
 #: After this many restarts within one deployment the device rolls back by itself.
 MAX_RESTARTS = 5
 
@@ -80,9 +82,10 @@ class Healthy:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The work of the present state failed."""
+    """The work of the present state failed. ``sequence`` names the order, where another may have come meanwhile."""
 
     failure: Failure
+    sequence: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,9 @@ class Deployment(WireModel):
     proof: Proof | None = None
     failure: Failure | None = None
     restarts: int = 0
-    started_at: Timestamp | None = None
+    #: Seconds of the order's deadline that are used up, as of ``decided_at``.
+    spent_s: float = 0.0
+    decided_at: Timestamp | None = None
     #: The endpoint may be serving something else than ``committed``.
     touched: bool = False
     #: The largest sequence number ever accepted: an older order is a replay.
@@ -209,7 +214,7 @@ TABLE: MappingProxyType[State, Row] = MappingProxyType(
     {
         S.IDLE: _rest(S.IDLE, "no order yet"),
         S.RESOLVING: Row(
-            W.RESOLVE, 900, Resolved, S.TRANSFERRING, S.FAILED, S.RESOLVING, True, "asks TUF for the signed manifests"
+            W.RESOLVE, None, Resolved, S.TRANSFERRING, S.FAILED, S.RESOLVING, True, "asks TUF for the signed manifests"
         ),
         # A device that loses power during a long transfer is in no boot loop: the stall limit and the order's own
         # deadline bound it, so restarts do not count here.
@@ -256,6 +261,7 @@ def decide(deployment: Deployment, event: Event, now: datetime) -> tuple[Deploym
     Raises:
         IllegalTransitionError: the present state does not know this event.
     """
+    deployment = _age(deployment, now)
     match event:
         case Ordered(desired):
             return _order(deployment, desired, now)
@@ -263,12 +269,21 @@ def decide(deployment: Deployment, event: Event, now: datetime) -> tuple[Deploym
             return _restart(deployment, now)
         case Unhealthy(digest, failure):
             return _lose(deployment, digest, failure)
-        case Failed(failure):
-            return _fail(deployment, failure)
+        case Failed(failure, sequence):
+            meant = sequence in (None, deployment.newest_sequence)
+            return _fail(deployment, failure) if meant else (deployment, ())
         case DeadlinePassed(seconds):
             return _fail(deployment, _deadline_failure(deployment, seconds))
         case _:
             return _advance(deployment, event, now)
+
+
+def _age(deployment: Deployment, now: datetime) -> Deployment:
+    """Count the time since the last decision, but not a clock that jumped: a device without one wakes up years ago."""
+    if not deployment.underway or deployment.decided_at is None:
+        return deployment
+    passed = min(max(0.0, (now - deployment.decided_at).total_seconds()), MOST_BETWEEN_DECISIONS_S)
+    return deployment.model_copy(update={"spent_s": deployment.spent_s + passed, "decided_at": now})
 
 
 def _order(deployment: Deployment, desired: Desired, now: datetime) -> tuple[Deployment, tuple[Effect, ...]]:
@@ -282,12 +297,17 @@ def _order(deployment: Deployment, desired: Desired, now: datetime) -> tuple[Dep
             "proof": None,
             "failure": None,
             "restarts": 0,
-            "started_at": now,
+            "spent_s": 0.0,
+            "decided_at": now,
             "newest_sequence": desired.sequence,
         }
     )
     if not deployment.touched and deployment.committed == desired.artifacts[0]:
-        return fresh.model_copy(update={"state": S.COMMITTED, "chosen": deployment.committed}), (Halt(), Report())
+        return fresh.model_copy(update={"state": S.COMMITTED, "chosen": deployment.committed}), (
+            Halt(),
+            Serve(),
+            Report(),
+        )
     return _enter(fresh, S.RESOLVING, now, before=(Halt(),))
 
 
@@ -297,7 +317,7 @@ def _restart(deployment: Deployment, now: datetime) -> tuple[Deployment, tuple[E
     fresh = deployment.model_copy(update={"touched": False})
     if row.work is None:
         return fresh, (Serve(), Report())
-    if row.counts_restarts:
+    if row.counts_restarts and not _waits_for_window(deployment, now):
         fresh = fresh.model_copy(update={"restarts": fresh.restarts + 1})
     if fresh.restarts > MAX_RESTARTS:
         reason = f"the agent restarted {fresh.restarts} times while {deployment.state.value}; giving this artifact up"
@@ -306,24 +326,26 @@ def _restart(deployment: Deployment, now: datetime) -> tuple[Deployment, tuple[E
     return _enter(fresh, row.on_restart, now, before=(Serve(),))
 
 
+def _waits_for_window(deployment: Deployment, now: datetime) -> bool:
+    """Nothing was tried yet that could have brought the device down."""
+    begin = deployment.desired.window.not_before if deployment.desired else None
+    return deployment.state in (S.PROVING, S.ACTIVATING) and begin is not None and now < begin
+
+
 def _lose(deployment: Deployment, digest: str, failure: Failure) -> tuple[Deployment, tuple[Effect, ...]]:
     if deployment.underway and deployment.touched and deployment.chosen and digest == deployment.chosen.digest:
         return _fail(deployment, failure)  # it is the new artifact that serves
     if deployment.committed is None or digest != deployment.committed.digest:
         return deployment, ()  # it has been replaced since: the news is old
     back = deployment.previous
+    if back is None and failure.code is not FailureCode.STORE_CORRUPT:
+        # Its bytes are whole: what keeps it from serving may pass, and there is nothing to go back to.
+        return deployment.model_copy(update={"failure": failure}), (Report(),)
+    lost = deployment.model_copy(update={"committed": back, "previous": None, "failure": failure})
     if deployment.underway:  # the old one is lost; the new one is on its way, and goes on
-        return deployment.model_copy(update={"committed": back, "previous": None}), (Serve(),)
-    lost = deployment.model_copy(
-        update={
-            "state": S.ROLLED_BACK if back else S.FAILED,
-            "committed": back,
-            "previous": None,
-            "failure": failure,
-            "touched": False,
-        }
-    )
-    return lost, (Serve(), Report())
+        return lost, (Serve(), Report())
+    state = S.ROLLED_BACK if back else S.FAILED
+    return lost.model_copy(update={"state": state, "touched": False}), (Serve(), Report())
 
 
 def _fail(deployment: Deployment, failure: Failure) -> tuple[Deployment, tuple[Effect, ...]]:
@@ -371,6 +393,7 @@ def _accept(deployment: Deployment, digest: str, then: State, now: datetime) -> 
             "state": S.COMMITTED,
             "previous": deployment.previous if deployment.committed == chosen else deployment.committed,
             "committed": chosen,
+            "failure": None,
             "touched": False,
         }
     )
@@ -393,8 +416,7 @@ def deadline_s(deployment: Deployment, now: datetime) -> float:
         return row.deadline_s or 0.0
     if deployment.state is S.PROBATION:
         return desired.probation_s + _SLACK_S
-    spent = (now - deployment.started_at).total_seconds() if deployment.started_at else 0.0
-    left = max(0.0, desired.deadline_s - max(0.0, spent))
+    left = max(0.0, desired.deadline_s - deployment.spent_s)
     if deployment.state is S.ACTIVATING and desired.window.not_before:
         # The window is the operator's wish to wait; the order's own deadline still bounds it.
         wait = max(0.0, (desired.window.not_before - now).total_seconds())

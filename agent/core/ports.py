@@ -123,6 +123,14 @@ class ArtifactStore(Protocol):
         """
         ...
 
+    def discard(self, digest: str) -> None:
+        """Forget an artifact that turned out to be damaged; blocking.
+
+        Raises:
+            agent.errors.StoreError: it cannot be deleted.
+        """
+        ...
+
     def collect(self, keep: Sequence[str]) -> int:
         """Delete what is neither in ``keep`` nor being transferred; returns bytes freed."""
         ...

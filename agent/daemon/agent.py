@@ -12,7 +12,7 @@ import structlog
 
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
-from agent.contract.messages import RuntimeFact, SignedDesired
+from agent.contract.messages import RuntimeFact, SignedDesired, State
 from agent.core import deployment as core
 from agent.core.health import BROKEN
 from agent.core.ports import Link, Message, ModelHost
@@ -27,6 +27,7 @@ log = structlog.get_logger()
 
 #: What the device is changes slowly: disk and memory are told again this often, in seconds.
 FACTS_EVERY_S = 600.0
+_CANDIDATE_SERVES = frozenset({State.ACTIVATING, State.PROBATION})
 
 
 class Connection(Link, Protocol):
@@ -106,7 +107,7 @@ class Agent:
             AgentError: the endpoint cannot listen, or the link's settings are wrong.
         """
         body = self._body
-        body.deployer.paused = self._paused.exists()
+        body.deployer.orders.paused = self._paused.exists()
         await body.server.start()
         await self._control.start()
         body.reporter.endpoint = body.server.url
@@ -156,7 +157,7 @@ class Agent:
                     "malformed message ignored, further ones only counted", topic=message.topic, error=str(error)
                 )
             return
-        self._body.deployer.order(message.payload)
+        self._body.deployer.orders.take(message.payload)
 
     async def _status(self) -> dict[str, Any]:
         body, active = self._body, self._body.host.active()
@@ -165,7 +166,7 @@ class Agent:
         return {
             "running": True,
             "connected": body.link.connected,
-            "paused": body.deployer.paused,
+            "paused": body.deployer.orders.paused,
             "endpoint": body.server.url,
             "serving": None if active is None else {"model": active.name, "artifact": active.artifact},
             **told,
@@ -180,13 +181,13 @@ class Agent:
 
     async def _pause(self) -> dict[str, Any]:
         self._paused.touch()
-        self._body.deployer.paused = True
+        self._body.deployer.orders.pause()
         self._body.reporter.tell()
         return {"ok": "paused: new orders are held; what serves goes on serving"}
 
     async def _resume(self) -> dict[str, Any]:
         self._paused.unlink(missing_ok=True)
-        self._body.deployer.resume()
+        self._body.deployer.orders.resume()
         self._body.reporter.tell()
         return {"ok": "orders are taken again"}
 
@@ -204,7 +205,7 @@ class Agent:
         body = self._body
         while True:
             await asyncio.sleep(body.health_interval_s)
-            if not body.deployer.deployment.underway:  # in probation the deployment's own work looks
+            if body.deployer.deployment.state not in _CANDIDATE_SERVES:  # there the deployment's own work looks
                 self._judge()
             body.reporter.health(body.monitor, body.restarts(), facts.temperature_c(), facts.throttled())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,10 @@ from agent.daemon.monitor import Monitor
 from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
 
 log = structlog.get_logger()
+
+
+#: How often the clock is looked at while waiting for the window.
+WINDOW_LOOK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Works:
             case core.Work.TRANSFER:
                 return await self._transfer(deployment.candidates, desired)
             case core.Work.VERIFY:
-                return await self._verify(deployment.candidates)
+                return await self._verify(deployment.candidates, desired)
             case core.Work.PROVE:
                 return await self._prove(deployment.candidates)
             case core.Work.ACTIVATE:
@@ -90,10 +94,22 @@ class Works:
             manifest = self._parts.store.manifest(ref.digest)
             if folder is None or manifest is None:
                 raise StoreError(f"the committed artifact {ref.id} is not on disk", FailureCode.STORE_CORRUPT)
-            await asyncio.to_thread(self._parts.store.verify, ref.digest)
+            await self._verify_committed(ref)
             info = await self._parts.host.activate(manifest, folder)
             self._parts.monitor.reset(manifest)
             log.info("serving", artifact=ref.id, runtime=info.runtime, load_s=round(info.load_s, 2))
+
+    async def _verify_committed(self, ref: ArtifactRef) -> None:
+        try:
+            await asyncio.to_thread(self._parts.store.verify, ref.digest)
+        except StoreError as error:
+            if error.code is FailureCode.STORE_CORRUPT:  # so that the next order fetches it anew
+                await asyncio.to_thread(self._parts.store.discard, ref.digest)
+            raise
+
+    def forget(self, keep: Sequence[str]) -> None:
+        """Drop the manifests of all other artifacts."""
+        self._manifests = {digest: known for digest, known in self._manifests.items() if digest in keep}
 
     async def _resolve(self, desired: Desired) -> core.Resolved:
         fit, reasons = [], []
@@ -131,27 +147,37 @@ class Works:
     async def _transfer(self, candidates: tuple[ArtifactRef, ...], desired: Desired) -> core.Transferred:
         here, last = [], None
         for ref in candidates:
-            manifest = await self._manifest(ref)
             try:
-                progress = await self._parts.transfer.fetch(
-                    manifest,
-                    window_bytes=desired.transfer.window_bytes,
-                    stall_s=desired.transfer.stall_s,
-                    on_progress=self._on_progress,
-                )
+                await self._fetch(ref, desired)
             except AgentError as error:
                 log.warning("variant not transferred", artifact=ref.id, code=error.code.value, error=str(error))
                 last = error
-                continue
-            self._on_progress(progress)
-            here.append(ref)
+            else:
+                here.append(ref)
         if not here:
             raise last or StoreError("the order names no artifact")
         return core.Transferred(tuple(here))
 
-    async def _verify(self, candidates: tuple[ArtifactRef, ...]) -> core.Verified:
+    async def _fetch(self, ref: ArtifactRef, desired: Desired) -> None:
+        progress = await self._parts.transfer.fetch(
+            await self._manifest(ref),
+            window_bytes=desired.transfer.window_bytes,
+            stall_s=desired.transfer.stall_s,
+            on_progress=self._on_progress,
+        )
+        self._on_progress(progress)
+
+    async def _verify(self, candidates: tuple[ArtifactRef, ...], desired: Desired) -> core.Verified:
         for ref in candidates:
-            await asyncio.to_thread(self._parts.store.verify, ref.digest)
+            try:
+                await asyncio.to_thread(self._parts.store.verify, ref.digest)
+            except StoreError as error:
+                if error.code is not FailureCode.STORE_CORRUPT:
+                    raise
+                log.warning("damaged on disk, fetched once more", artifact=ref.id, error=str(error))
+                await asyncio.to_thread(self._parts.store.discard, ref.digest)
+                await self._fetch(ref, desired)
+                await asyncio.to_thread(self._parts.store.verify, ref.digest)
         return core.Verified()
 
     async def _prove(self, candidates: tuple[ArtifactRef, ...]) -> core.Proved:
@@ -186,10 +212,11 @@ class Works:
 
     async def _wait_for_window(self, desired: Desired) -> None:
         begin, end = desired.window.not_before, desired.window.not_after
-        now = self._parts.clock.now()
-        if begin is not None and now < begin:
+        if begin is not None and self._parts.clock.now() < begin:
             log.info("waiting for the window", not_before=begin.isoformat())
-            await asyncio.sleep((begin - now).total_seconds())
+        # In slices: the clock may be set meanwhile, and no event tells.
+        while begin is not None and (now := self._parts.clock.now()) < begin:  # noqa: ASYNC110
+            await asyncio.sleep(min(WINDOW_LOOK_S, (begin - now).total_seconds()))
         if end is not None and self._parts.clock.now() > end:
             raise AgentError(f"the window to change the model closed at {end.isoformat()}", FailureCode.DEADLINE)
 

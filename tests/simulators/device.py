@@ -26,7 +26,7 @@ from agent.core.inference import (
     TokenEvent,
 )
 from agent.core.ports import ProgressHandler
-from agent.errors import AgentError, StoreError, TrustError
+from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
 
 
 class SimClock:
@@ -78,6 +78,8 @@ class SimStore:
 
     complete: dict[str, Manifest] = field(default_factory=dict)
     corrupt: set[str] = field(default_factory=set)
+    #: Comes out wrong however often it is fetched.
+    rotten: set[str] = field(default_factory=set)
 
     def path(self, digest: str) -> Path | None:
         return Path("/simulated") / digest if digest in self.complete else None
@@ -86,8 +88,12 @@ class SimStore:
         return self.complete.get(digest)
 
     def verify(self, digest: str) -> None:
-        if digest in self.corrupt or digest not in self.complete:
+        if digest in self.corrupt | self.rotten or digest not in self.complete:
             raise StoreError(f"{digest[:12]}: other bytes than the manifest's", FailureCode.STORE_CORRUPT)
+
+    def discard(self, digest: str) -> None:
+        self.complete.pop(digest, None)
+        self.corrupt.discard(digest)
 
     def collect(self, keep: Sequence[str]) -> int:
         gone = [digest for digest in self.complete if digest not in keep]
@@ -112,6 +118,8 @@ class SimTransfer:
             await asyncio.Event().wait()
         if self.error is not None:
             raise self.error
+        if manifest.digest in self.store.complete:
+            return Progress(bytes_total=manifest.size, bytes_done=manifest.size, bytes_reused=manifest.size)
         self.fetched.append(manifest.digest)
         self.store.complete[manifest.digest] = manifest
         progress = Progress(bytes_total=manifest.size, bytes_done=manifest.size, bytes_received=manifest.size)
@@ -130,6 +138,8 @@ class SimHost:
     broken: set[str] = field(default_factory=set)
     usable: bool = True
     hang_in_prove: bool = False
+    #: How often `activate` fails before it works.
+    short_of_memory: int = 0
     serving: Manifest | None = None
     history: list[str] = field(default_factory=list)
 
@@ -145,6 +155,9 @@ class SimHost:
         return Proof(runtime="onnx_genai", load_s=0.1, ttft_ms=20, tpot_ms=tpot)
 
     async def activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
+        if self.short_of_memory > 0:
+            self.short_of_memory -= 1
+            raise RuntimeLoadError("needs 9 bytes, 3 are free", FailureCode.RUNTIME_MEMORY)
         if manifest.digest in self.activate_errors:
             raise self.activate_errors[manifest.digest]
         self.serving = manifest

@@ -32,6 +32,9 @@ def order(sequence: int = 1, *artifacts: ArtifactRef, **more: object) -> Desired
     return Desired.model_validate(fields | more)
 
 
+CORRUPT = Failure(code=FailureCode.STORE_CORRUPT, message="other bytes")
+
+
 HAPPY: list[tuple[core.Event, State, core.Work | None]] = [
     (core.Ordered(order()), State.RESOLVING, core.Work.RESOLVE),
     (core.Resolved((NEW,)), State.TRANSFERRING, core.Work.TRANSFER),
@@ -132,8 +135,8 @@ def test_losing_power_during_a_long_transfer_is_no_boot_loop():
     for _ in range(50):
         deployment, _ = core.decide(deployment, core.Restarted(), NOW)
     assert deployment.state is State.TRANSFERRING
-    late = NOW + timedelta(hours=7)
-    _, effects = core.decide(deployment, core.Restarted(), late)
+    for hour in range(1, 7):
+        deployment, effects = core.decide(deployment, core.Restarted(), NOW + timedelta(hours=hour))
     assert [effect.deadline_s for effect in effects if isinstance(effect, core.Begin)] == [0.0]
 
 
@@ -149,6 +152,27 @@ def test_a_digest_that_was_not_ordered_is_never_accepted(state: State):
 def test_an_order_seen_before_changes_nothing():
     deployment = at(State.PROVING)
     assert core.decide(deployment, core.Ordered(order(1)), NOW) == (deployment, ())
+
+
+def test_a_clock_that_is_set_by_years_costs_a_deployment_an_hour_at_most():
+    deployment = at(State.TRANSFERRING)
+    jumped, effects = core.decide(deployment, core.Transferred((NEW,)), NOW + timedelta(days=20000))
+    assert jumped.state is State.VERIFYING
+    assert [effect.deadline_s for effect in effects if isinstance(effect, core.Begin)] == [1800]
+    assert core.deadline_s(jumped.model_copy(update={"state": State.TRANSFERRING}), NOW) == 5 * 3600
+
+
+def test_waiting_for_the_window_through_restarts_is_no_boot_loop():
+    begin = NOW + timedelta(hours=5)
+    deployment = at(State.ACTIVATING).model_copy(update={"desired": order(1, window=Window(not_before=begin))})
+    for _ in range(20):
+        deployment, _ = core.decide(deployment, core.Restarted(), NOW)
+    assert deployment.state is State.PROVING
+
+
+def test_a_failure_meant_for_an_older_order_spares_the_newer():
+    deployment = at(State.PROVING)
+    assert core.decide(deployment, core.Failed(BROKEN, sequence=0), NOW) == (deployment, ())
 
 
 def test_a_newer_order_supersedes_the_work_of_the_older():
@@ -172,9 +196,15 @@ def test_what_serves_can_be_lost_twice_before_nothing_is_left():
     lost, effects = core.decide(at(State.COMMITTED), core.Unhealthy(NEW.digest, BROKEN), NOW)
     assert (lost.state, lost.committed, lost.previous) == (State.ROLLED_BACK, OLD, None)
     assert effects == (core.Serve(), core.Report())
-    gone, effects = core.decide(lost, core.Unhealthy(OLD.digest, BROKEN), NOW)
+    gone, effects = core.decide(lost, core.Unhealthy(OLD.digest, CORRUPT), NOW)
     assert (gone.state, gone.committed) == (State.FAILED, None)
     assert core.Serve() in effects
+
+
+def test_the_last_artifact_is_kept_while_its_bytes_are_whole():
+    kept, effects = core.decide(at(State.COMMITTED, committed=None), core.Unhealthy(NEW.digest, BROKEN), NOW)
+    assert (kept.state, kept.committed, kept.failure) == (State.COMMITTED, NEW, BROKEN)
+    assert effects == (core.Report(),)
 
 
 def test_old_news_of_an_artifact_that_was_replaced_is_no_news():
@@ -183,10 +213,10 @@ def test_old_news_of_an_artifact_that_was_replaced_is_no_news():
 
 
 def test_losing_the_old_artifact_does_not_stop_the_new_one_on_its_way():
-    going, effects = core.decide(at(State.TRANSFERRING), core.Unhealthy(OLD.digest, BROKEN), NOW)
+    going, effects = core.decide(at(State.TRANSFERRING), core.Unhealthy(OLD.digest, CORRUPT), NOW)
     assert going.state is State.TRANSFERRING
     assert going.committed is None
-    assert effects == (core.Serve(),)
+    assert effects == (core.Serve(), core.Report())
 
 
 def test_the_window_is_waited_for_but_not_past_the_orders_deadline():

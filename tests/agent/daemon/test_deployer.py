@@ -13,7 +13,7 @@ import pytest
 from agent.contract.base import sha256_hex
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import ArtifactFile, Manifest, content_digest
-from agent.contract.messages import ArtifactRef, Desired, Failure, State
+from agent.contract.messages import ArtifactRef, Desired, Failure, Progress, State
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.daemon.deployer import Deployer
@@ -91,7 +91,7 @@ class Device:
         return await self.until(lambda now: now.newest_sequence == sequence and not now.underway)
 
     async def deploys(self, sequence: int, *manifests: Manifest, **more: object) -> core.Deployment:
-        self.deployer.order(order(sequence, *manifests, **more))
+        self.deployer.orders.take(order(sequence, *manifests, **more))
         return await self.settled(sequence)
 
 
@@ -133,7 +133,7 @@ FAULTS = [
         FailureCode.TRANSFER_STALLED,
         State.FAILED,
     ),
-    Fault("other bytes", lambda d: d.store.corrupt.add(NEW.digest), FailureCode.STORE_CORRUPT, State.FAILED),
+    Fault("other bytes each time", lambda d: d.store.rotten.add(NEW.digest), FailureCode.STORE_CORRUPT, State.FAILED),
     Fault(
         "does not load",
         lambda d: d.host.prove_errors.update({NEW.digest: RuntimeLoadError("bad graph")}),
@@ -238,7 +238,7 @@ async def test_work_past_its_deadline_fails_and_frees_the_device():
 async def test_a_newer_order_overtakes_a_hanging_one():
     async with Device().boot() as device:
         device.host.hang_in_prove = True
-        device.deployer.order(order(1, NEW))
+        device.deployer.orders.take(order(1, NEW))
         await device.until(lambda now: now.state is State.PROVING)
         device.host.hang_in_prove = False
         done = await device.deploys(2, OTHER)
@@ -259,9 +259,11 @@ async def test_an_order_that_is_not_signed_is_reported_and_changes_nothing():
         await device.deploys(1, OLD)
         before, saved = device.deployer.deployment, device.journal.saved
         device.trust.error = TrustError("signed by nobody we know", FailureCode.TRUST_SIGNATURE)
-        device.deployer.order(order(2, NEW))
-        await device.until(lambda _: device.deployer.rejected is not None)
-        assert device.deployer.rejected == Failure(code=FailureCode.TRUST_SIGNATURE, message="signed by nobody we know")
+        device.deployer.orders.take(order(2, NEW))
+        await device.until(lambda _: device.deployer.orders.rejected is not None)
+        assert device.deployer.orders.rejected == Failure(
+            code=FailureCode.TRUST_SIGNATURE, message="signed by nobody we know"
+        )
         assert (device.deployer.deployment, device.journal.saved) == (before, saved)
         assert device.trust.refreshed == 1, "the director's keys may have changed: asked once, not for ever"
 
@@ -270,9 +272,9 @@ async def test_the_retained_order_coming_again_does_nothing():
     async with Device().boot() as device:
         await device.deploys(1, OLD)
         saved = device.journal.saved
-        device.deployer.order(order(1, OLD))
+        device.deployer.orders.take(order(1, OLD))
         await asyncio.sleep(0.1)
-        assert device.deployer.rejected is None
+        assert device.deployer.orders.rejected is None
         assert device.journal.saved == saved
 
 
@@ -320,14 +322,14 @@ async def test_a_full_disk_under_the_journal_ends_the_deployment_not_the_agent()
     async with Device().boot() as device:
         await device.deploys(1, OLD)
         device.host.hang_in_prove = True
-        device.deployer.order(order(2, NEW))
+        device.deployer.orders.take(order(2, NEW))
         await device.until(lambda now: now.state is State.PROVING)
         device.journal.full = True
         device.host.hang_in_prove = False
-        device.deployer.order(order(3, OTHER))
-        await device.until(lambda _: device.deployer.rejected is not None)
-        assert device.deployer.rejected
-        assert device.deployer.rejected.code is FailureCode.STORE_DISK_FULL
+        device.deployer.orders.take(order(3, OTHER))
+        await device.until(lambda _: device.deployer.orders.rejected is not None)
+        assert device.deployer.orders.rejected
+        assert device.deployer.orders.rejected.code is FailureCode.STORE_DISK_FULL
         device.deployer.post(core.Failed(Failure(code=FailureCode.PROBE_FAILED, message="said Berlin")))
         assert (await device.until(lambda now: now.state is State.FAILED)).committed == ref(OLD)
         device.journal.full = False
@@ -342,3 +344,86 @@ async def test_after_a_restart_the_limits_of_the_committed_order_hold():
     async with again.boot():
         await again.until(lambda _: again.host.serving == OLD)
         assert again.monitor.limits.tokens_per_s_min == 7
+
+
+async def test_what_rotted_on_disk_is_fetched_once_more():
+    async with Device().boot() as device:
+        device.store.complete[NEW.digest] = NEW
+        device.store.corrupt.add(NEW.digest)
+        assert (await device.deploys(1, NEW)).state is State.COMMITTED
+        assert device.transfer.fetched == [NEW.digest]
+
+
+@pytest.mark.parametrize("attempts", [1, 10])
+async def test_a_passing_shortage_at_boot_does_not_cost_the_device_its_model(attempts: int):
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD)
+    again = Device(journal=first.journal, store=first.store)
+    again.host.short_of_memory = attempts
+    async with again.boot():
+        await again.until(lambda _: again.host.serving == OLD)
+        assert again.deployer.deployment.committed == ref(OLD)
+
+
+async def test_with_one_to_go_back_to_patience_ends():
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD)
+        await first.deploys(2, NEW)
+    again = Device(journal=first.journal, store=first.store)
+    again.host.activate_errors[NEW.digest] = RuntimeLoadError("no such operator")
+    async with again.boot():
+        ended = await again.until(lambda now: now.state is State.ROLLED_BACK)
+        await again.until(lambda _: again.host.serving == OLD)
+        assert ended.failure and ended.failure.code is FailureCode.RUNTIME_LOAD
+
+
+async def test_a_halted_work_ends_before_the_next_begins():
+    """Two at once would write to, and unsubscribe from, the same things."""
+    busy: list[str] = []
+
+    class SlowToStop(SimTransfer):
+        async def fetch(self, manifest: Manifest, **more: object) -> Progress:  # type: ignore[override]
+            assert busy == [], "two transfers at once"
+            busy.append(manifest.id)
+            try:
+                if manifest.digest == NEW.digest:
+                    await asyncio.Event().wait()
+                return await super().fetch(manifest, **more)  # type: ignore[arg-type]
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.2)
+                raise
+            finally:
+                busy.remove(manifest.id)
+
+    device = Device()
+    device.transfer = SlowToStop(device.store)
+    async with device.boot():
+        device.deployer.orders.take(order(1, NEW))
+        await device.until(lambda now: now.state is State.TRANSFERRING)
+        await asyncio.sleep(0.05)
+        assert (await device.deploys(2, OTHER)).state is State.COMMITTED
+
+
+async def test_an_order_that_found_the_disk_full_is_taken_when_there_is_room():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        device.journal.full = True
+        device.deployer.orders.take(order(2, NEW))
+        await device.until(lambda _: device.deployer.orders.rejected is not None)
+        device.journal.full = False
+        assert (await device.settled(2)).committed == ref(NEW)
+
+
+async def test_pausing_holds_an_order_that_is_being_checked():
+    async with Device().boot() as device:
+        device.trust.error = TrustError("the controller is away", FailureCode.TRUST_UNREACHABLE)
+        device.deployer.orders.take(order(1, NEW))
+        await asyncio.sleep(0.05)
+        device.deployer.orders.pause()
+        device.trust.error = None
+        await asyncio.sleep(0.1)
+        assert device.deployer.deployment.newest_sequence == 0
+        device.deployer.orders.resume()
+        assert (await device.settled(1)).state is State.COMMITTED
