@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,15 +12,26 @@ from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
+from fleet.toolchains.gptq import Grid, Quantized
+from fleet.toolchains.mlx_weights import replace
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery import Wanted, recover
 from fleet.toolchains.source import mirror
 
 #: Bits of a weight by the share of the layers that mlx-lm thinks sensitive; ``v_proj`` matches all of ``qkv_proj``.
 MIXED = (None, "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 _GROUPS: Option = (64, (32, 64, 128))
-_INT4_OPTIONS: dict[str, Option] = {"group_size": _GROUPS, "mixed": (None, MIXED)}
+_INT4_OPTIONS: dict[str, Option] = {
+    "group_size": _GROUPS,
+    "mixed": (None, MIXED),
+    # Part of a matrix's name to its bits, where they are not 4: the first that is found wins.
+    "bits_of": ({}, (dict,)),
+    # Quantize anew on the calibration text, see ``recovery``, into what mlx-lm laid out.
+    "recover": (False, (True, False)),
+    "calibration": (None, (None, str)),
+}
 _INT8_OPTIONS: dict[str, Option] = {"group_size": _GROUPS}
 _BITS = {Precision.INT4: 4, Precision.INT8: 8}
 _DTYPES = {Precision.FP16: "float16", Precision.BF16: "bfloat16", Precision.FP32: "float32"}
@@ -40,6 +52,7 @@ class Mlx:
             raise ProfileError(f"{what}: MLX runs on metal and cpu, not on {recipe.target}")
         known = {Precision.INT4: _INT4_OPTIONS, Precision.INT8: _INT8_OPTIONS}.get(recipe.precision, {})
         options = complete(what, recipe.options, known)
+        _check(what, options)
         group = options.get("group_size", 1)
         if model.shape.hidden % group or model.shape.intermediate % group:
             raise ProfileError(f"{what}: rows of {model.shape.hidden} and {model.shape.intermediate} weights do not "
@@ -63,8 +76,10 @@ class Mlx:
         convert(
             str(source), mlx_path=str(out), quantize=bits is not None, q_bits=bits,
             q_group_size=job.options.get("group_size"), dtype=_DTYPES.get(job.precision, "float16"),
-            quant_predicate=job.options.get("mixed"),
+            quant_predicate=job.options.get("mixed") or _predicate(job.options),
         )  # fmt: skip
+        if job.options.get("recover"):
+            notes["recovered"] = replace(out, _recovered(job, source, progress))
         _keep(out, job.out)
         return Converted(entry=".", kv_element_bytes=4 if job.precision is Precision.FP32 else 2, notes=notes)
 
@@ -76,6 +91,41 @@ class Mlx:
         model, tokenizer, *_ = load(str(job.folder / job.entry))
         ids = tokenizer.encode(job.prompt, add_special_tokens=False)
         return str(generate(model, tokenizer, prompt=ids, max_tokens=job.max_tokens))
+
+
+def _check(what: str, options: dict[str, Any]) -> None:
+    bits_of = options.get("bits_of", {})
+    if wrong := {name: bits for name, bits in bits_of.items() if bits not in (2, 3, 4, 5, 6, 8)}:
+        raise ProfileError(f"{what}: bits_of can be 2, 3, 4, 5, 6 or 8, not {wrong}")
+    if options.get("mixed") and (bits_of or options["recover"]):
+        raise ProfileError(f"{what}: mixed goes neither with bits_of nor with recover")
+    if options.get("recover") and not options["calibration"]:
+        raise ProfileError(f"{what}: recover needs a calibration: 'bundled', or a text file")
+
+
+def _bits(options: dict[str, Any], name: str) -> int:
+    return next((int(bits) for part, bits in options["bits_of"].items() if part in name), 4)
+
+
+def _predicate(options: dict[str, Any]) -> Callable[..., Any] | None:
+    """mlx-lm asks it for each module: False, or how to quantize."""
+    if not options.get("bits_of"):
+        return None
+
+    def choose(name: str, module: Any, *_: Any) -> Any:
+        if not hasattr(module, "to_quantized"):
+            return False
+        return {"group_size": options["group_size"], "bits": _bits(options, name)}
+
+    return choose
+
+
+def _recovered(job: ConvertJob, source: Path, progress: ProgressCallback) -> dict[str, Quantized]:
+    def grid(name: str) -> Grid:
+        return Grid(_bits(job.options, name), job.options["group_size"], "affine")
+
+    wanted = Wanted(grid, output=grid("model.embed_tokens"))
+    return recover(source, job.calibration, wanted, threads=job.threads, progress=progress)
 
 
 def _bake_short_factors(path: Path, context: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fleet.errors import ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized
-from fleet.toolchains.onnx_graph import OnnxGraph, builder_algorithm
+from fleet.toolchains.onnx_graph import OnnxGraph
 from fleet.toolchains.onnx_window import attend_within_window
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.phi3_writer import write_json
@@ -32,8 +32,9 @@ _BUILDS = {
 _COMMON: dict[str, Option] = {"block_size": (32, (16, 32, 64, 128, 256)), "symmetric": (True, (True, False))}
 _QUANTIZED: dict[Precision, dict[str, Option]] = {
     Precision.INT4: _COMMON | {
-        # The builder's own three, and gptq: ours, on a calibration text, into the builder's format.
-        "algorithm": ("default", ("default", "rtn", "k_quant", "gptq")),
+        "algorithm": ("default", ("default", "rtn", "k_quant")),
+        # Quantize anew on the calibration text, see ``recovery``, into what the builder laid out.
+        "recover": (False, (True, False)),
         # What is INT8 all the same: the last product, or that and the layers that llama.cpp thinks sensitive.
         "mixed": (None, (None, "last", "layers")),
         "calibration": (None, (None, str)),
@@ -69,10 +70,8 @@ class OnnxGenai:
             # Accuracy level 4: activations in INT8 too, what the builder takes on a CPU; 0 leaves it to the device.
             known = known | {"accuracy_level": (4 if recipe.target is Target.CPU else 0, (0, 1, 2, 3, 4))}
         options = complete(what, recipe.options, known)
-        if options.get("algorithm") == "gptq" and not options["calibration"]:
-            raise ProfileError(f"{what}: algorithm gptq needs a calibration: 'bundled', or a text file")
-        if options.get("algorithm") == "gptq" and options["mixed"]:
-            raise ProfileError(f"{what}: gptq and mixed exclude each other")
+        if options.get("recover"):
+            _check_recovery(what, options)
         if options.get("algorithm") == "default" and not options["symmetric"]:
             # Its embedding reads zero points that are not there, where it shares the last product's weights.
             raise ProfileError(
@@ -100,7 +99,7 @@ class OnnxGenai:
         progress(Progress("checking"))
         graph = OnnxGraph(job.out / "model.onnx")
         notes = graph.check(_BITS[job.precision], job.options) if job.options else {}
-        if job.options.get("algorithm") == "gptq":
+        if job.options.get("recover"):
             notes["recovered"] = graph.replace(_recovered(job, source, progress))
         graph.unstamp()
         _limit_context(job.out / "genai_config.json", job.context)
@@ -124,13 +123,20 @@ class OnnxGenai:
         return str(tokenizer.decode(made))
 
 
+def _check_recovery(what: str, options: dict[str, Any]) -> None:
+    if not options["calibration"]:
+        raise ProfileError(f"{what}: recover needs a calibration: 'bundled', or a text file")
+    if options["mixed"] or options["algorithm"] == "k_quant":
+        raise ProfileError(f"{what}: recover goes with algorithm default or rtn, and not with mixed")
+
+
 def _run_builder(job: ConvertJob, source: Path) -> None:
     from onnxruntime_genai.models import builder
 
     pairs = {}
     if job.options:
         pairs = {
-            "algo_config": builder_algorithm(job.options),
+            "algo_config": job.options["algorithm"],
             "block_size": job.options["block_size"],
             "is_symmetric": str(job.options["symmetric"]).lower(),
             "accuracy_level": job.options["accuracy_level"],

@@ -105,7 +105,7 @@ class OnnxGraph:
         if any(bool(product.zeros) == options["symmetric"] for product in products) and not self._always_zeros(options):
             wrong.append("symmetric is not what was asked for")
         named = any(re.search(r"_Q\dG\d+$", product.weight) for product in products)
-        if named != (builder_algorithm(options) != "default"):
+        if named != (options["algorithm"] != "default"):
             wrong.append(f"the algorithm {options['algorithm']} was not used")
         if wrong:
             raise BuildError(f"the model builder ignored an option: {'; '.join(wrong)}")
@@ -145,13 +145,6 @@ class OnnxGraph:
             done += 1
         data.flush()
         return done
-
-
-def builder_algorithm(options: dict[str, Any]) -> str:
-    """Ours goes into what one of the builder's has laid out; its default lays asymmetric weights out wrongly."""
-    if options["algorithm"] == "gptq":
-        return "default" if options["symmetric"] else "rtn"
-    return str(options["algorithm"])
 
 
 def _source_of(product: str) -> str:

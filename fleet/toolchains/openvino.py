@@ -13,8 +13,10 @@ from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
+from fleet.toolchains.openvino_weights import Constants
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery import Wanted, recover
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
@@ -23,7 +25,7 @@ _TARGETS = (Target.CPU, Target.GPU, Target.NPU)
 _INT4_OPTIONS: dict[str, Option] = {
     "symmetric": (False, (True, False)),
     # Weights that share a scale; -1 is a whole row. Rows that are no multiple take the next smaller that fits.
-    "group_size": (64, (-1, 32, 64, 128, 256)),
+    "group_size": (64, (-1, 32, 64, 96, 128, 192, 256)),
     # Share of the weights at INT4; the rest, the most sensitive ones, at INT8.
     "ratio": (1.0, (int, float)),
     # Embeddings and the last layer at INT4 too.
@@ -33,9 +35,13 @@ _INT4_OPTIONS: dict[str, Option] = {
     "scale_estimation": (False, (True, False)),
     "gptq": (False, (True, False)),
     "lora_correction": (False, (True, False)),
+    # Quantize anew on the calibration text, see ``recovery``, into what NNCF laid out.
+    "recover": (False, (True, False)),
 }
 _INT8_OPTIONS: dict[str, Option] = {"symmetric": (False, (True, False))}
-_NEEDS_TEXT = ("scale_estimation", "gptq", "lora_correction")
+_NEEDS_TEXT = ("scale_estimation", "gptq", "lora_correction", "recover")
+#: NNCF's own ways to lose less, which ``recover`` would undo.
+_OF_NNCF = ("awq", "scale_estimation", "gptq", "lora_correction", "all_layers")
 #: Tokens of one calibration sample: statistics grow with it, and so does memory.
 _SAMPLE_TOKENS = 256
 
@@ -84,6 +90,8 @@ class OpenVino:
             for file in sorted(out.iterdir()):
                 if file.is_file() and file.stem != Path(MODEL).stem:
                     file.replace(job.out / file.name)
+        # What it says is in openvino_tokenizer.xml, which is what the runtime reads.
+        (job.out / "tokenizer.json").unlink(missing_ok=True)
         return Converted(entry=".", kv_element_bytes=2, notes=notes)
 
     def speak(self, job: SpeakJob) -> str:
@@ -102,6 +110,8 @@ def _check_int4(what: str, options: dict[str, Any], target: Target) -> None:
         raise ProfileError(f"{what}: ratio is a share from 0 to 1, not {options['ratio']}")
     if wanting := [name for name in _NEEDS_TEXT if options[name] and not options["calibration"]]:
         raise ProfileError(f"{what}: {', '.join(wanting)} needs a calibration: 'bundled', or a text file")
+    if options["recover"] and (undone := [name for name in _OF_NNCF if options[name]]):
+        raise ProfileError(f"{what}: recover does not go with {', '.join(undone)}")
     if options["gptq"] and options["lora_correction"]:
         raise ProfileError(f"{what}: gptq and lora_correction exclude each other")
     if target is not Target.NPU:
@@ -132,7 +142,7 @@ def _compress(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
     logging.getLogger("nncf").setLevel(logging.INFO)
     model = openvino.Core().read_model(whole / MODEL)
     arguments = _arguments(job)
-    if job.options.get("calibration"):
+    if job.options.get("calibration") and not job.options.get("recover"):
         samples = list(_samples(whole, model, job.calibration))
         arguments |= {"dataset": nncf.Dataset(samples), "subset_size": len(samples)}
     watches = (
@@ -144,8 +154,21 @@ def _compress(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
     )
     with watching(watches, progress):
         compressed = nncf.compress_weights(model, **arguments)
+    notes: dict[str, Any] = {"weights": _count_types(compressed)}
+    if job.options.get("recover"):
+        notes["recovered"] = _recover(job, compressed, progress)
     openvino.save_model(compressed, job.out / MODEL, compress_to_fp16=False)
-    return {"weights": _count_types(compressed)}
+    return notes
+
+
+def _recover(job: ConvertJob, compressed: Any, progress: ProgressCallback) -> int:
+    constants = Constants(compressed)
+    source = job.scratch / "source"
+    wanted = Wanted(constants.grid_of)
+    found = recover(source, job.calibration, wanted, threads=job.threads, progress=progress)
+    for name, matrix in found.items():
+        constants.replace(name, matrix)
+    return len(found)
 
 
 def _arguments(job: ConvertJob) -> dict[str, Any]:
