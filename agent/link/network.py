@@ -68,6 +68,7 @@ class Network:
         self._client = make_client(settings, self.address)
         self._client.on_connect, self._client.on_disconnect = self._on_connect, self._on_disconnect
         self._client.on_subscribe, self._client.on_message = self._on_subscribe, self._on_message
+        self._client.on_plain = self._on_plain
         self._reason = "not started"
         self._up = False
         self._running = False
@@ -380,3 +381,7 @@ class Network:
         except UnicodeDecodeError:
             return
         self._listener.received(to_message(topic, message))
+
+    def _on_plain(self, topic: str, payload: bytes, retained: bool) -> None:
+        """PUBLISH at QoS 0 without properties."""
+        self._listener.received(Message(topic, payload, retained))
