@@ -29,7 +29,7 @@ from agent.daemon.works import Parts, Works
 from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits
 from agent.endpoint.chat import render
 from agent.errors import AgentError
-from agent.host import facts, logs
+from agent.host import facts, lock, logs
 from agent.host.clock import SystemClock
 from agent.link import LinkSettings, MqttLink
 from agent.link.settings import Will
@@ -63,14 +63,14 @@ def cli(ctx: click.Context, /, file: Path | None, **flags: Any) -> None:
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="From `phifleet device add`; needed at the first start."
 )
-@click.option("--state-dir", type=click.Path(path_type=Path), help="Folder of artifacts, journal, trust and identity.")
+@local.state_dir_option
 @click.option("--broker", help="mqtt://host:port or mqtts://host:port; else the bundle's.")
 @click.option("--host", help="Address the endpoint listens on.")
 @click.option("--port", type=int, help="TCP port of the endpoint; 0 takes a free one.")
 @click.option("--unix-socket", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
 @click.option("--show-config", is_flag=True, help="Print each setting and where it came from, then end.")
 @click.pass_obj
-def run(outer: tuple[Path | None, dict[str, Any]], /, bundle: Path | None, show_config: bool, **flags: Any) -> None:
+def run(outer: local.Outer, /, bundle: Path | None, show_config: bool, **flags: Any) -> None:
     """Run the agent in the foreground, as a service manager wants it."""
     file, common = outer
     settings, source = config.load(common | {name: value for name, value in flags.items() if value is not None}, file)
@@ -78,19 +78,19 @@ def run(outer: tuple[Path | None, dict[str, Any]], /, bundle: Path | None, show_
         for name, value, origin in config.provenance(settings, source):
             click.echo(f"{name} = {value}    ({origin})")
         return
-    logs.configure(settings.log_level, settings.log_format, settings.state_dir / "logs")
-    who = _identity(settings, bundle)
-    asyncio.run(_run(settings, who))
+    with lock.hold(settings.state_dir):
+        logs.configure(settings.log_level, settings.log_format, settings.state_dir / "logs")
+        asyncio.run(_run(settings, _identity(settings, bundle)))
 
 
 @cli.command()
+@local.state_dir_option
 @click.option("--bundle", type=click.Path(path_type=Path), required=True, help="From `phifleet device add`.")
 @click.option("--replace", is_flag=True, help="Even if this device is enrolled as another, or in another fleet.")
 @click.pass_obj
-def enrol(outer: tuple[Path | None, dict[str, Any]], /, bundle: Path, replace: bool) -> None:
+def enrol(outer: local.Outer, /, bundle: Path, replace: bool, state_dir: Path | None) -> None:
     """Import a bundle: who this device is, where its broker is, and what it believes."""
-    file, common = outer
-    settings, _ = config.load(common, file)
+    settings = local.settings_of(outer, state_dir=state_dir)
     who = identity.enrol(identity.read_bundle(bundle), settings.state_dir, replace=replace)
     click.echo(f"enrolled as {who.device} ({who.profile}); broker {who.broker}; state in {settings.state_dir}")
 
@@ -232,7 +232,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(EXIT_INTERRUPTED)
-    except AgentError as error:
+    except (AgentError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_FAILED)
 

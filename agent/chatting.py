@@ -18,11 +18,12 @@ _PATIENCE_S = 600.0
 class Conversation:
     """Keeps what was said, so that the model does too."""
 
-    def __init__(self, endpoint: str, model: str, key: str | None, max_tokens: int) -> None:
+    def __init__(self, endpoint: str, model: str, key: str | None, max_tokens: int, temperature: float) -> None:
         self._endpoint = endpoint
         self._model = model
         self._key = key
         self._max_tokens = max_tokens
+        self._temperature = temperature
         self._messages: list[dict[str, str]] = []
         #: Of the last answer: tokens, tokens a second, milliseconds to the first token.
         self.figures = ""
@@ -59,6 +60,7 @@ class Conversation:
             "model": self._model,
             "messages": self._messages,
             "max_tokens": self._max_tokens,
+            "temperature": self._temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
         }

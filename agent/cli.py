@@ -21,6 +21,14 @@ from agent.store.journal import FileJournal
 Outer = tuple[Path | None, dict[str, Any]]
 
 
+#: What service managers take for "not running" (systemctl status, LSB).
+EXIT_NOT_RUNNING = 3
+
+state_dir_option = click.option(
+    "--state-dir", type=click.Path(path_type=Path), help="Folder of artifacts, journal, trust and identity."
+)
+
+
 class NotRunningError(AgentError):
     """No agent answers on this device."""
 
@@ -58,24 +66,29 @@ def ask(state_dir: Path, command: str) -> dict[str, Any]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@state_dir_option
 @click.pass_obj
-def status(outer: Outer, as_json: bool) -> None:
+def status(outer: Outer, /, state_dir: Path | None, as_json: bool) -> None:
     """What this device serves, where its deployment stands, and how well inference runs."""
-    settings = settings_of(outer)
+    settings = settings_of(outer, state_dir=state_dir)
     try:
         found = ask(settings.state_dir, "status")
     except NotRunningError as error:
-        found = {"running": False, "reason": str(error), "journal": _journal(settings.state_dir)}
-    if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
-        return
-    for line in _lines(found):
+        found = {"running": False, "reason": str(error), "remembered": _remembered(settings.state_dir)}
+    for line in [json.dumps(found, ensure_ascii=False)] if as_json else _lines(found):
         click.echo(line)
+    if not found["running"]:
+        sys.exit(EXIT_NOT_RUNNING)
 
 
-def _journal(state_dir: Path) -> dict[str, Any] | None:
+def _remembered(state_dir: Path) -> dict[str, Any] | None:
+    """What the journal says, in short."""
     document = FileJournal(state_dir / "journal").load()
-    return None if document is None else dict(json.loads(document))
+    if document is None:
+        return None
+    found = json.loads(document)
+    artifacts = {name: (found.get(name) or {}).get("id") for name in ("committed", "previous")}
+    return {"state": found.get("state"), "sequence": found.get("newest_sequence"), **artifacts}
 
 
 def _lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
@@ -84,17 +97,18 @@ def _lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ")
         elif value not in (None, [], ()):
-            yield f"{indent}{name:<16} {value}"
+            yield f"{indent}{name:<16} {round(value, 2) if isinstance(value, float) else value}"
 
 
 @click.command()
 @click.option("-n", "count", type=click.IntRange(1), default=50, show_default=True, help="Lines, the newest.")
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines come, until interrupted.")
 @click.option("--deployment", help="Only lines of this deployment.")
+@state_dir_option
 @click.pass_obj
-def logs(outer: Outer, count: int, follow: bool, deployment: str | None) -> None:
+def logs(outer: Outer, /, state_dir: Path | None, count: int, follow: bool, deployment: str | None) -> None:
     """The agent's own log, also where no journal keeps it."""
-    path = settings_of(outer).state_dir / "logs" / "agent.log"
+    path = settings_of(outer, state_dir=state_dir).state_dir / "logs" / "agent.log"
     if not path.exists():
         raise ConfigError(f"there is no log at {path}; has the agent run with this --state-dir?")
     with path.open(encoding="utf-8", errors="replace") as source:
@@ -114,33 +128,40 @@ def _of(line: str, deployment: str | None) -> bool:
 
 
 @click.command()
+@state_dir_option
 @click.pass_obj
-def rollback(outer: Outer) -> None:
+def rollback(outer: Outer, /, state_dir: Path | None) -> None:
     """Serve the artifact before, or give up the deployment under way."""
-    click.echo(ask(settings_of(outer).state_dir, "rollback")["ok"])
+    click.echo(ask(settings_of(outer, state_dir=state_dir).state_dir, "rollback")["ok"])
 
 
 @click.command()
+@state_dir_option
 @click.pass_obj
-def pause(outer: Outer) -> None:
+def pause(outer: Outer, /, state_dir: Path | None) -> None:
     """Take no new orders until `resume`; what serves goes on serving. Survives a restart."""
-    click.echo(ask(settings_of(outer).state_dir, "pause")["ok"])
+    click.echo(ask(settings_of(outer, state_dir=state_dir).state_dir, "pause")["ok"])
 
 
 @click.command()
+@state_dir_option
 @click.pass_obj
-def resume(outer: Outer) -> None:
+def resume(outer: Outer, /, state_dir: Path | None) -> None:
     """Take orders again, the newest that came meanwhile first."""
-    click.echo(ask(settings_of(outer).state_dir, "resume")["ok"])
+    click.echo(ask(settings_of(outer, state_dir=state_dir).state_dir, "resume")["ok"])
 
 
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: the likeliest word."
+)
+@state_dir_option
 @click.pass_obj
-def chat(outer: Outer, prompt: str | None, max_tokens: int) -> None:
+def chat(outer: Outer, /, state_dir: Path | None, prompt: str | None, max_tokens: int, temperature: float) -> None:
     """Talk to the model that serves: one PROMPT, or line by line until end of file."""
-    settings = settings_of(outer)
+    settings = settings_of(outer, state_dir=state_dir)
     found = ask(settings.state_dir, "status")
     serving = found.get("serving")
     if not serving:
@@ -148,7 +169,7 @@ def chat(outer: Outer, prompt: str | None, max_tokens: int) -> None:
     from agent.chatting import Conversation
 
     key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
-    conversation = Conversation(str(found["endpoint"]), str(serving["model"]), key, max_tokens)
+    conversation = Conversation(str(found["endpoint"]), str(serving["model"]), key, max_tokens, temperature)
     for line in [prompt] if prompt else _prompts():
         for piece in conversation.say(line):
             sys.stdout.write(piece)

@@ -48,7 +48,7 @@ class ControlServer:
         """Close, and take the file away."""
         if self._server is not None:
             self._server.close()
-            self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)  # ours: the state folder is locked
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

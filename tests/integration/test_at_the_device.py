@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def rig(sample_artifact: Built, tiny_artifact: Built) -> Iterator[Rig]:
 
 def test_a_day_at_the_device(rig: Rig, sample_artifact: Built, tiny_artifact: Built):
     before = agent(rig, "status")
-    assert before.returncode == 0
+    assert before.returncode == 3
     assert "no agent answers" in before.stdout
 
     rig.start_controller()
@@ -69,8 +70,10 @@ def test_a_day_at_the_device(rig: Rig, sample_artifact: Built, tiny_artifact: Bu
     assert sample_artifact.manifest.id in agent(rig, "rollback").stdout
     rig.until(lambda: (found := rig.reported()) and found.state is State.ROLLED_BACK, "the rollback")
     rig.until(lambda: (found := rig.reported()) and found.digest == sample_artifact.manifest.digest, "the old model")
-    lines = agent(rig, "logs", "-n", "500", "--deployment", "").stdout.splitlines()
-    assert all(json.loads(line)["level"] for line in lines)
+    second = rig.reported().deployment  # type: ignore[union-attr]
+    lines = agent(rig, "logs", "-n", "500", "--deployment", second).stdout.splitlines()
+    assert lines
+    assert {json.loads(line)["deployment"] for line in lines} == {second}
 
 
 def test_control_is_for_the_agents_own_user_alone(rig: Rig):
@@ -90,3 +93,23 @@ def test_without_an_agent_each_command_says_what_to_do(rig: Rig, command: str):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert str(rig.state_dir) in done.stderr
+
+
+def test_a_second_agent_on_the_same_folder_is_refused(rig: Rig):
+    rig.start_agent()
+    rig.until((rig.state_dir / "control.json").exists, "the agent")
+    second = agent(rig, "run", "--bundle", str(rig.bundle), "--port", "0")
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: another agent runs")
+    assert (rig.state_dir / "control.json").exists()
+    assert agent(rig, "status").returncode == 0
+
+
+def test_a_state_folder_that_cannot_be_made_is_said(rig: Rig, tmp_path: Path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    command = [sys.executable, "-m", "agent", "run", "--state-dir", str(blocked / "state"), "--bundle", str(rig.bundle)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert str(blocked) in done.stderr
+    assert "Traceback" not in done.stderr
