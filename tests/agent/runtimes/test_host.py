@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from agent.contract.failures import FailureCode
 from agent.core.inference import FinishReason, InferenceError, TokenEvent
@@ -409,3 +410,90 @@ async def test_a_proven_worker_that_dies_before_its_time_is_loaded_again(host_of
     await asyncio.sleep(0.1)
     await host.activate(*made)
     assert (await answer(host, ask("w")))[1].completion_tokens == 8
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
+async def test_no_file_descriptor_for_a_new_worker_is_a_death_like_any_other(
+    host_of: HostFactory, artifact: Make, events: Events
+) -> None:
+    import resource
+
+    host = await _serving(host_of(crash_limit=100, backoff_first_s=0.01), artifact())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))  # those that are open stay open
+    try:
+        os.kill(_pid(host), signal.SIGKILL)
+        waiting = asyncio.create_task(answer(host, ask("still here", "waiting")))
+        await _until(lambda: events.kinds().count("crashed") > 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert events[-1].code is FailureCode.RUNTIME_LOAD
+    assert "cannot start a worker" in events[-1].message
+    assert (await asyncio.wait_for(waiting, 10))[0].startswith("still here")
+
+
+async def _swapping(host: WorkerHost, make: Make) -> asyncio.Task[object]:
+    """A proof of a model that takes long to load, in the place of one that takes longer still to come back."""
+    await _serving(host, make("old", memory_bytes=80 * MIB, load_s=1.5))
+    proving: asyncio.Task[object] = asyncio.create_task(host.prove(*make("new", need=150 * MIB, load_s=30.0)))
+    await _until(lambda: host.stats().state == "swapping")
+    await _until(lambda: len(psutil.Process().children()) == 1)
+    await asyncio.sleep(0.2)
+    return proving
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_closing_does_not_wait_for_a_proof_nor_bring_back_what_it_displaced(
+    cancelled: bool, host_of: HostFactory, artifact: Make
+) -> None:
+    host = host_of(free=100 * MIB)
+    proving = await _swapping(host, artifact)
+    begun = time.monotonic()
+    if cancelled:  # as the daemon does, before it closes the host
+        proving.cancel()
+        await asyncio.gather(proving, return_exceptions=True)
+    await host.close()
+    assert time.monotonic() - begun < 1.0
+    with pytest.raises(asyncio.CancelledError):
+        await proving
+    assert psutil.Process().children() == []
+    with pytest.raises(RuntimeLoadError, match="shutting down"):
+        await host.prove(*artifact("late"))
+
+
+async def test_after_a_cancelled_proof_the_model_comes_back_in_the_background(
+    host_of: HostFactory, artifact: Make
+) -> None:
+    host = host_of(free=100 * MIB)
+    proving = await _swapping(host, artifact)
+    begun = time.monotonic()
+    proving.cancel()
+    await asyncio.gather(proving, return_exceptions=True)
+    assert time.monotonic() - begun < 1.0
+    assert host.active() is None
+    await _until(lambda: host.active() is not None)
+    assert (await answer(host, ask("back")))[0].startswith("back")
+
+
+async def test_a_proof_that_expires_while_another_begins_holds_nothing_up(host_of: HostFactory, artifact: Make) -> None:
+    host = host_of(proven_keep_s=0.3, drain_timeout_s=20.0)
+    await host.prove(*artifact("first"))
+    second = artifact("second", load_s=0.2)
+    await host._lock.acquire()  # something else is at work while the time runs out
+    proving = asyncio.create_task(host.prove(*second))
+    await asyncio.sleep(0.5)
+    host._lock.release()
+    begun = time.monotonic()
+    await proving
+    assert time.monotonic() - begun < 3.0
+    await host.activate(*second)
+    assert (await answer(host, ask("w")))[1].completion_tokens == 8
+
+
+async def test_those_who_ask_at_once_share_one_check_of_each_runtime() -> None:
+    host = WorkerHost(render, registry={"simulated": SPEC})
+    with capture_logs() as logs:
+        first, second = await asyncio.gather(host.runtimes(), host.runtimes())
+    assert first == second
+    checks = [line["runtime"] for line in logs if line["event"] == "checking_runtime"]
+    assert checks == ["simulated"]
