@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from agent.contract.messages import RuntimeFact
 from agent.runtimes.registry import RuntimeSpec, missing, versions
+
+log = structlog.get_logger(__name__)
 
 
 class Checker:
@@ -22,25 +26,33 @@ class Checker:
         self._timeout_s = timeout_s
         self._file = cache_file
         self._cache = {key: kept for key, kept in read_cache(cache_file).items() if _is_answer(kept)}
+        # One check at a time: it imports a whole runtime. Whoever asks meanwhile shares its result.
+        self._lock = asyncio.Lock()
 
     async def fact(self, spec: RuntimeSpec) -> RuntimeFact:
         """Usable, or why not. Never raises."""
         installed = versions(spec)
         if installed is None:
             return RuntimeFact(name=spec.name, usable=False, reason=missing(spec))
-        key = environment(spec)
-        answer = self._cache.get(key)
-        if answer is None:
-            answer = await _check(spec, self._timeout_s)
-            self._cache[key] = answer
-            if "error" not in answer:
-                # A failure is not kept past this process: it may have been a full memory, or a driver since repaired.
-                await asyncio.to_thread(write_cache, self._file, self._kept())
+        async with self._lock:
+            answer = await self._answer(spec, environment(spec))
         main = next(iter(installed.values()), "")
         if "error" in answer:
             return RuntimeFact(name=spec.name, version=main, usable=False, reason=str(answer["error"]))
         devices = tuple(str(device) for device in answer["devices"])
         return RuntimeFact(name=spec.name, version=main or str(answer["version"]), devices=devices, usable=True)
+
+    async def _answer(self, spec: RuntimeSpec, key: str) -> dict[str, Any]:
+        known: dict[str, Any] | None = self._cache.get(key)
+        if known is not None:
+            return known
+        log.info("checking_runtime", runtime=spec.name, timeout_s=self._timeout_s)
+        answer = await _check(spec, self._timeout_s)
+        self._cache[key] = answer
+        if "error" not in answer:
+            # A failure is not kept past this process: it may have been a full memory, or a driver since repaired.
+            await asyncio.to_thread(write_cache, self._file, self._kept())
+        return answer
 
     def _kept(self) -> dict[str, Any]:
         return {key: answer for key, answer in self._cache.items() if "error" not in answer}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
@@ -24,6 +25,8 @@ from agent.runtimes.served import ServedModel
 from agent.runtimes.settings import HostEvent, HostSettings, HostStats, Render
 
 log = structlog.get_logger(__name__)
+
+Result = TypeVar("Result")
 
 
 class WorkerHost:
@@ -53,6 +56,9 @@ class WorkerHost:
         self._parked: tuple[Manifest, Path] | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._draining: set[asyncio.Task[None]] = set()
+        self._undoing: set[asyncio.Task[None]] = set()
+        self._at_work: asyncio.Task[Any] | None = None
+        self._closing = False
         self._swap_s = 0.0
         self._swaps = 0
         self._restarts_before = 0
@@ -84,67 +90,29 @@ class WorkerHost:
     async def prove(self, manifest: Manifest, folder: Path) -> Proof:
         """Load in a fresh worker, answer the signed probes; the worker is kept for ``activate``.
 
-        Without memory for two models the one that serves is unloaded first; it comes back if the proof fails.
+        Without memory for two models the one that serves is unloaded first; it comes back if the proof fails. After
+        a cancellation it comes back in the background: whoever cancels does not wait for a model to load.
         """
-        async with self._lock:
-            await self._drop_proven()
-            try:
-                loaded = await self._bring_in(manifest, folder)
-                try:
-                    proof = await prove(
-                        loaded.worker, manifest, loaded.info, self._render, self._settings.probe_timeout_s
-                    )
-                except BaseException:
-                    await loaded.worker.kill()
-                    raise
-            except BaseException:
-                await self._restore()
-                raise
-            self._proven = loaded
-            keep_s = self._settings.swap_keep_s if self._parked else self._settings.proven_keep_s
-            self._expiry = asyncio.get_running_loop().call_later(keep_s, self._expire, keep_s)
-            log.info("artifact_proven", artifact=manifest.id, **proof.model_dump())
-            return proof
+        return await self._alone(lambda: self._prove(manifest, folder))
 
     async def activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
         """Move new requests to this artifact; the old model drains in the background, then is unloaded."""
-        async with self._lock:
-            current = self._active
-            if self._proven is not None and self._proven.of(manifest) and self._proven.worker.alive:
-                loaded, self._proven = self._proven, None
-                self._cancel_expiry()
-            elif current is not None and current.manifest.digest == manifest.digest and not current.failed:
-                return current.info
-            else:
-                await self._drop_proven()
-                try:
-                    loaded = await self._bring_in(manifest, folder)
-                except BaseException:
-                    await self._restore()
-                    raise
-            self._exchange(self._serve(loaded))
-            return loaded.info
+        return await self._alone(lambda: self._activate(manifest, folder))
 
     async def discard(self) -> None:
         """Drop what was proven and not activated; what it displaced comes back."""
-        async with self._lock:
-            await self._drop_proven()
-            await self._restore()
+        await self._alone(self._discard)
 
     async def retire(self) -> None:
         """Serve nothing."""
-        async with self._lock:
-            await self._drop_proven()
-            self._parked = None
-            model, self._active = self._active, None
-            self._reason = "the model was retired"
-            if model is not None:
-                await model.drain(self._settings.drain_timeout_s)
-                await self._close(model)
-                self._tell("retired", model.manifest)
+        await self._alone(self._retire)
 
     async def close(self) -> None:
-        """End every worker at once."""
+        """End every worker at once, and with it what is at work: its caller sees a ``CancelledError``."""
+        self._closing = True
+        for task in (self._at_work, *self._undoing):
+            if task is not None:
+                task.cancel()
         async with self._lock:
             await self._drop_proven()
             model, self._active = self._active, None
@@ -153,7 +121,7 @@ class WorkerHost:
                 await self._close(model)
             for task in list(self._draining):
                 task.cancel()
-            await asyncio.gather(*self._draining, return_exceptions=True)
+            await asyncio.gather(*self._draining, *self._undoing, return_exceptions=True)
 
     def stats(self) -> HostStats:
         """Now, for metrics."""
@@ -181,6 +149,88 @@ class WorkerHost:
         if self._parked is not None:
             raise InferenceError("unavailable", "the model is being replaced", retry_after_s=max(1.0, self._swap_s))
         raise InferenceError("unavailable", self._reason)
+
+    async def _alone(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """One at a time, in a task of its own, so that ``close`` need not wait for it."""
+        async with self._lock:
+            if self._closing:
+                raise RuntimeLoadError("the agent is shutting down", FailureCode.CANCELLED)
+            self._at_work = task = asyncio.create_task(work())
+            try:
+                return await task
+            finally:
+                self._at_work = None
+
+    async def _prove(self, manifest: Manifest, folder: Path) -> Proof:
+        await self._drop_proven()
+        async with self._undone():
+            loaded = await self._bring_in(manifest, folder)
+            try:
+                proof = await prove(loaded.worker, manifest, loaded.info, self._render, self._settings.probe_timeout_s)
+            except BaseException:
+                await loaded.worker.kill()
+                raise
+        self._proven = loaded
+        keep_s = self._settings.swap_keep_s if self._parked else self._settings.proven_keep_s
+        self._expiry = asyncio.get_running_loop().call_later(keep_s, self._expire, loaded, keep_s)
+        log.info("artifact_proven", artifact=manifest.id, **proof.model_dump())
+        return proof
+
+    async def _activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
+        current = self._active
+        if self._proven is not None and self._proven.of(manifest) and self._proven.worker.alive:
+            loaded, self._proven = self._proven, None
+            self._cancel_expiry()
+        elif current is not None and current.manifest.digest == manifest.digest and not current.failed:
+            return current.info
+        else:
+            await self._drop_proven()
+            async with self._undone():
+                loaded = await self._bring_in(manifest, folder)
+        self._exchange(self._serve(loaded))
+        return loaded.info
+
+    async def _discard(self) -> None:
+        async with self._undone():
+            await self._drop_proven()
+            await self._restore()
+
+    async def _retire(self) -> None:
+        await self._drop_proven()
+        self._parked = None
+        model, self._active = self._active, None
+        self._reason = "the model was retired"
+        if model is not None:
+            await self._drain(model)
+            self._tell("retired", model.manifest)
+
+    @contextlib.asynccontextmanager
+    async def _undone(self) -> AsyncIterator[None]:
+        """If the body fails, what it unloaded serves again; after a cancellation a little later."""
+        try:
+            try:
+                yield
+            except Exception:
+                await self._restore()
+                raise
+        except asyncio.CancelledError:
+            if self._parked is not None and not self._closing:
+                self._undo(self._restore_unless_proven)
+            raise
+
+    async def _restore_unless_proven(self) -> None:
+        if self._proven is None:  # else another proof came first, and what becomes of that decides
+            async with self._undone():
+                await self._restore()
+
+    def _undo(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.create_task(self._undo_alone(work), name="undo")
+        self._undoing.add(task)
+        task.add_done_callback(self._undoing.discard)
+
+    async def _undo_alone(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with contextlib.suppress(RuntimeLoadError):  # it was closed meanwhile
+            await self._alone(work)
 
     async def _bring_in(self, manifest: Manifest, folder: Path) -> LoadedModel:
         """Load beside the active model, or in its place, as memory allows."""
@@ -241,8 +291,7 @@ class WorkerHost:
         self._tell("swap_begun", model.manifest)
         self._parked, self._active = (model.manifest, model.folder), None
         self._swap_s = model.info.load_s + 2.0
-        await model.drain(self._settings.drain_timeout_s)
-        await self._close(model)
+        await self._drain(model)
 
     async def _restore(self) -> None:
         """What was unloaded for a proof that failed serves again."""
@@ -289,11 +338,13 @@ class WorkerHost:
         if loaded is not None:
             await loaded.worker.close()
 
-    def _expire(self, keep_s: float) -> None:
-        log.warning("proven_expired", seconds=keep_s)
-        task = asyncio.create_task(self.discard(), name="discard-proven")
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
+    def _expire(self, loaded: LoadedModel, keep_s: float) -> None:
+        log.warning("proven_expired", artifact=loaded.manifest.id, seconds=keep_s)
+        self._undo(lambda: self._forget(loaded))
+
+    async def _forget(self, loaded: LoadedModel) -> None:
+        if self._proven is loaded:  # else it was activated, or another was proven, while this waited its turn
+            await self._discard()
 
     def _cancel_expiry(self) -> None:
         if self._expiry is not None:

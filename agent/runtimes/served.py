@@ -251,7 +251,9 @@ class ServedModel:
                 return await self._loaded.again()
             except RuntimeLoadError as error:
                 death = Death(error.code, str(error))
-                self._report("crashed", death)
+            except Exception as error:  # whatever it is: a keeper that ends leaves those who wait without an answer
+                death = Death(FailureCode.RUNTIME_CRASHED, f"{type(error).__name__}: {error}")
+            self._report("crashed", death)
 
     def _give_up(self, death: Death, count: int) -> None:
         window = self._settings.crash_window_s

@@ -66,19 +66,21 @@ class WorkerProcess:
         """A new child, not loaded yet.
 
         Raises:
-            RuntimeLoadError: the operating system starts no process.
+            RuntimeLoadError: the operating system gives no process, or no file descriptor to talk to it.
         """
-        ours, theirs = socket.socketpair()
-        try:
-            process = await _spawn(spec, theirs, memory_limit_bytes)
-        except OSError as error:
-            ours.close()
-            raise RuntimeLoadError(f"cannot start a worker for {spec.name}: {error}") from error
-        finally:
-            theirs.close()
-        worker = cls(spec, process, ours)
-        await worker._connect()
-        return worker
+        async with contextlib.AsyncExitStack() as undo:
+            try:
+                ours, theirs = socket.socketpair()
+                undo.callback(ours.close)
+                with theirs:
+                    process = await _spawn(spec, theirs, memory_limit_bytes)
+                undo.push_async_callback(_end, process)
+                worker = cls(spec, process, ours)
+                await worker._connect()
+            except OSError as error:
+                raise RuntimeLoadError(f"cannot start a worker for {spec.name}: {error}") from error
+            undo.pop_all()
+            return worker
 
     @property
     def alive(self) -> bool:
@@ -154,7 +156,7 @@ class WorkerProcess:
         """Resident now; 0 when it is gone."""
         try:
             return int(psutil.Process(self.pid).memory_info().rss) if self.alive else 0
-        except psutil.Error:
+        except (psutil.Error, OSError):  # OSError: no file descriptor is left to look with
             return 0
 
     async def close(self, grace_s: float = 5.0) -> None:
@@ -162,7 +164,11 @@ class WorkerProcess:
         if self.alive:
             self._verdict = self._verdict or Death(FailureCode.CANCELLED, "the worker was told to leave")
             self._send(wire.Close())
-            await asyncio.wait({self.died}, timeout=grace_s)
+            try:
+                await asyncio.wait({self.died}, timeout=grace_s)
+            except asyncio.CancelledError:
+                await self.kill()
+                raise
         await self.kill()
 
     async def kill(self, verdict: Death | None = None) -> None:
@@ -258,6 +264,12 @@ class WorkerProcess:
             if text:
                 self._errors.append(text[:500])
                 log.debug("worker_output", runtime=self.spec.name, pid=self.pid, line=text[:500])
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
 
 
 async def _spawn(spec: RuntimeSpec, theirs: socket.socket, memory_limit_bytes: int) -> asyncio.subprocess.Process:
