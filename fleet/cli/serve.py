@@ -50,13 +50,25 @@ def serve(
 
 
 async def _until_signalled(settings: FleetSettings) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    stop, ready, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+    signalled: list[int] = []
+
+    def note(number: int) -> None:
+        signalled.append(number)
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, note, number)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    await run_controller(settings, stop)
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(note, number))
+    try:
+        await run_controller(settings, stop, ready.set)
+    except BrokerError:
+        if ready.is_set() or not stop.is_set():  # else nobody waits for that broker any more
+            raise
+    if signal.SIGINT in signalled and not ready.is_set():
+        raise click.Abort
 
 
 async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Callable[[], None] | None = None) -> None:
@@ -77,6 +89,8 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
             control, bulk = (MqttLink(link_settings(settings)) for _ in range(2))
             async with _broker(settings), control, bulk:
                 await _connected(control, settings.connect_timeout_s, stop)
+                if stop.is_set():
+                    return
                 servers = (ChunkServer(bulk, LocalArtifacts(home).by_digest), MetadataServer(control, repository))
                 ca = DeviceCA(home)
                 await Controller(control, registry, repository, servers, ca=ca, notify=_notifier(ready)).run(stop)

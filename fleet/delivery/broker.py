@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import signal
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -82,7 +85,8 @@ class EmbeddedBroker:
             config = Path(folder) / "rumqttd.toml"
             config.write_text(_configuration(self.host, self.port), encoding="utf-8")
             try:
-                self._broker = Broker(config_path=str(config)).start(timeout=timeout_s)
+                with _interrupts_held_back():
+                    self._broker = Broker(config_path=str(config)).start(timeout=timeout_s)
             except (OSError, RuntimeError) as error:
                 raise BrokerError(
                     f"the embedded broker does not start on {self.host}:{self.port}: {error}; choose another port"
@@ -103,6 +107,23 @@ class EmbeddedBroker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """A child started meanwhile never sees the terminal's SIGINT, which goes to all of its foreground processes.
+
+    It ends when its parent tells it to. A child inherits the signal mask of the thread that starts it; the package
+    has no other way to say so.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse_unless_loopback(host: str) -> None:

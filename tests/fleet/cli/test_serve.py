@@ -64,6 +64,7 @@ def serve(world: World, url: str, **environment: str) -> Iterator[Served]:
             [sys.executable, "-m", "fleet", "--home", str(world.home.root), "serve", *flags],
             stderr=file,
             env=os.environ | environment,
+            start_new_session=True,  # a foreground group of its own, as a shell makes it
         )
     served = Served(process, f"mqtt://127.0.0.1:{url.removeprefix('embedded:')}" if embedded else url, log)
     try:
@@ -187,6 +188,22 @@ def test_a_broker_that_refuses_is_said_in_one_line(world: World, tmp_path: Path)
     with refusing as running, serve(world, running.url, PHIFLEET_CONNECT_TIMEOUT_S="4") as served:
         assert served.process.wait(20) == 7
         assert "not authori" in served.log.read_text().splitlines()[-1].lower()
+
+
+@pytest.mark.parametrize("kind", ["embedded", "away"])
+def test_an_interrupt_while_it_starts_ends_it_with_130_and_no_trace(world: World, kind: str) -> None:
+    """The whole foreground group gets it, as from a terminal."""
+    url = f"embedded:{free_port()}" if kind == "embedded" else f"mqtt://127.0.0.1:{free_port()}"
+    with serve(world, url) as served:
+        parent = psutil.Process(served.process.pid)
+        if kind == "embedded":
+            until(lambda: bool(parent.children()), "the broker is being started")
+        else:
+            until(lambda: "broker_not_connected" in served.log.read_text(), "it tries")
+        os.killpg(served.process.pid, signal.SIGINT)
+        assert served.process.wait(20) == 130
+        log = served.log.read_text()
+        assert log.splitlines()[-1] == "interrupted" and "Traceback" not in log and "--broker-port" not in log
 
 
 def test_a_port_in_use_is_said_in_one_line(world: World) -> None:

@@ -80,3 +80,15 @@ time.sleep(60)
                 return
         time.sleep(0.05)
     pytest.fail("the broker outlived its parent")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal's interrupt is POSIX here")
+def test_the_terminals_interrupt_does_not_reach_it() -> None:
+    with EmbeddedBroker() as broker:
+        (child,) = psutil.Process().children()
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert broker.running
+        with socket.create_connection((broker.host, broker.port), 2):
+            pass
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
