@@ -127,7 +127,11 @@ def _prepare(engine: Engine, where: str) -> None:
     if found == SCHEMA_VERSION:
         return
     newer = found is not None and found > SCHEMA_VERSION
-    advice = "upgrade phifleet" if newer else "move it aside, or use the phifleet that made it"
+    advice = (
+        "upgrade phifleet"
+        if newer
+        else "use the phifleet that made it, or move it aside and add the devices again with `phifleet device add`"
+    )
     raise RegistryError(
         f"database {where} has schema version {found}, and this phifleet works with {SCHEMA_VERSION}: {advice}"
     )
@@ -139,6 +143,8 @@ def _advice(error: DBAPIError) -> str:
         "database is locked": f"another process kept it for more than {BUSY_TIMEOUT_S:.0f} s",
         "unable to open database file": "is the folder there, and may this user write in it?",
         "file is not a database": "the file is something else, or damaged; move it aside or restore a backup",
+        "no such column": "its tables are of another version; move it aside, or use the phifleet that made it",
+        "no such table": "its tables are of another version; move it aside, or use the phifleet that made it",
         "disk is full": "make room on the disk",
         "readonly database": "this user may not write it",
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,7 +17,7 @@ from agent.contract.messages import HealthReport, Presence, State
 from fleet.errors import RegistryError, UsageError
 from fleet.registry import Actor, Heard, Recorder, open_registry
 from fleet.registry.database import Database
-from fleet.registry.models import AuditRow, SchemaRow
+from fleet.registry.models import SCHEMA_VERSION, AuditRow, Base, SchemaRow
 from fleet.registry.registry import HEALTH_KEPT
 from tests.fleet.world import World, topic_of
 
@@ -115,6 +116,25 @@ def test_a_database_of_another_version_is_refused_with_advice(world: World, url:
         with pytest.raises(RegistryError, match=advice) as caught:
             open_registry(url)
         assert f"schema version {version}" in str(caught.value)
+
+
+def test_a_database_from_before_a_column_was_added_is_refused_and_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.db"
+    with closing(sqlite3.connect(path)) as database:  # as version 1 had it, which knew no due_at
+        database.execute("CREATE TABLE phifleet_schema (version INTEGER PRIMARY KEY)")
+        database.execute("INSERT INTO phifleet_schema VALUES (1)")
+        database.execute("CREATE TABLE deployments (id VARCHAR(64) PRIMARY KEY)")
+        database.commit()
+    with pytest.raises(RegistryError, match="has schema version 1, and this phifleet works with 2: use the phifleet"):
+        open_registry(f"sqlite:///{path}")
+
+
+def test_tables_that_change_have_a_new_version() -> None:
+    columns = sorted(
+        f"{column.table.name}.{column.name}" for table in Base.metadata.sorted_tables for column in table.c
+    )
+    digest = hashlib.sha256(" ".join(columns).encode()).hexdigest()[:12]
+    assert (SCHEMA_VERSION, digest) == (2, "1d4bb79d5733"), "raise SCHEMA_VERSION, then put both here"
 
 
 def _deploy_many(world: World, url: str, count: int) -> list[int]:
