@@ -133,7 +133,16 @@ def run(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `phifleet status | head`: nobody reads any more
         sys.stderr.close()
         return 141
+    except OSError as error:  # whatever no command has made an error of its own of
+        click.echo(f"error: {_of_system(error)}", err=True)
+        return 1
     return result if isinstance(result, int) else 0
+
+
+def _of_system(error: OSError) -> str:
+    paths = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{paths}: {reason}" if paths else reason
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,8 +19,8 @@ from agent.contract.manifest import Manifest
 from agent.contract.messages import ArtifactRef, Desired, TransferLimits
 from agent.contract.profile import DeviceProfile, HealthLimits
 from fleet.cli.context import Context, actor
-from fleet.cli.describe import describe_deployment
-from fleet.cli.status import view
+from fleet.cli.describe import describe_deployment, held
+from fleet.cli.status import HELD, view
 from fleet.core.deployments import TABLE, Stage
 from fleet.core.fit import gate_misfits, misfits, unmeasured
 from fleet.errors import DeploymentError, UsageError
@@ -81,12 +81,14 @@ def deploy(
         if not as_json:
             for row in orders:
                 click.echo(f"{row.device}: ordered {row.artifact} as {row.id}")
+        waiting: set[str] = set()
         if wait:
             orders = _wait(registry, orders, timeout_s, Console(stderr=True, quiet=as_json))
+            waiting = {row.id for row in orders if held(registry.device(row.device), row)}
     if as_json:
         click.echo(json.dumps([describe_deployment(row) for row in orders]))
     if wait:
-        _raise_unless_committed(orders)
+        _raise_unless_committed(orders, waiting)
 
 
 def find(home: Home, text: str) -> Manifest:
@@ -216,11 +218,21 @@ def _desired(
     )
 
 
+@contextlib.contextmanager
+def _table(console: Console) -> Iterator[Live]:
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            yield live
+    finally:
+        if not console.is_terminal:  # there Live ends its last line itself
+            console.line()
+
+
 def _wait(
     registry: Registry, orders: Sequence[DeploymentRow], timeout_s: float | None, console: Console
 ) -> list[DeploymentRow]:
     began, hinted = time.monotonic(), False
-    with Live(console=console, auto_refresh=False) as live:
+    with _table(console) as live:
         while True:
             rows = [registry.deployment(row.id) for row in orders]
             live.update(view([(registry.device(row.device), row) for row in rows], console.width), refresh=True)
@@ -233,11 +245,12 @@ def _wait(
             time.sleep(WAIT_POLL_S)
 
 
-def _raise_unless_committed(orders: Sequence[DeploymentRow]) -> None:
+def _raise_unless_committed(orders: Sequence[DeploymentRow], waiting: Container[str]) -> None:
+    def line(row: DeploymentRow) -> str:
+        why = f"{row.failure_code}: {row.failure_message}" if row.failure_code else HELD if row.id in waiting else ""
+        return f"{row.device}: {row.stage}" + (f" ({why})" if why else "")
+
     failed = [row for row in orders if row.stage != Stage.COMMITTED]
     if failed:
-        lines = "; ".join(
-            f"{row.device}: {row.stage}" + (f" ({row.failure_code}: {row.failure_message})" if row.failure_code else "")
-            for row in failed
-        )
+        lines = "; ".join(map(line, failed))
         raise DeploymentError(f"{len(failed)} of {len(orders)} not committed: {lines}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fleet.core.deployments import Stage
 from fleet.registry.models import DeploymentRow, DeviceRow
 
 
@@ -16,9 +17,20 @@ def describe(row: DeviceRow, order: DeploymentRow | None) -> dict[str, Any]:
         "online": row.online,
         "last_seen": row.last_seen.isoformat() if row.last_seen else None,
         "agent_version": row.agent_version,
+        "paused": paused(row),
         "malformed_messages": row.malformed,
         "deployment": describe_deployment(order) if order else None,
     }
+
+
+def paused(row: DeviceRow) -> bool:
+    """The person at the device holds new orders back."""
+    return bool((row.reported or {}).get("paused"))
+
+
+def held(row: DeviceRow, order: DeploymentRow | None) -> bool:
+    """Whether this order waits for that person."""
+    return paused(row) and order is not None and order.stage in (Stage.QUEUED, Stage.PUBLISHED)
 
 
 def describe_deployment(row: DeploymentRow) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fleet.trust.repository import Repository
 
 @click.group()
 def device() -> None:
-    """Add, list, show and remove devices."""
+    """Add, list, show and remove devices, and write their bundles again."""
 
 
 @device.command("add")
@@ -45,6 +45,24 @@ def add_command(context: Context, device_id: str, profile_name: str, bundle_path
     click.echo(f"  phifleet-agent run --bundle {bundle_path.name}")
 
 
+@device.command("bundle")
+@click.argument("device_id", metavar="ID")
+@click.option("--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="File to write; 0600.")
+@click.option("--broker", help="What the device connects to, if not what the controller does.")
+@click.pass_obj
+def bundle_command(context: Context, device_id: str, bundle_path: Path, broker: str | None) -> None:
+    """Write the bundle of a device again: with today's root of trust, and a new certificate where there is TLS."""
+    repository = _repository(context)
+    _refuse_unless_new(bundle_path)
+    with contextlib.closing(context.open_registry()) as registry:
+        bundle = make_bundle(context, repository, device_id, registry.device(device_id).profile, broker)
+        _write_bundle(bundle_path, bundle)
+        registry.audit(actor(), "device.bundle", device_id)
+    click.echo(f"bundle of {device_id} ({bundle.profile}): {bundle_path}")
+    if bundle.certificate is not None:
+        click.echo("it holds a new certificate and key; the one before stays good until it expires")
+
+
 def add_device(
     context: Context,
     device_id: str,
@@ -57,22 +75,20 @@ def add_device(
     """Record the device and write its bundle, which is there whole or not at all.
 
     Raises:
-        UsageError: the id is no device id, the device is there already, or the file is or cannot be written.
+        UsageError: the id is no device id, the device is there already, or the file is, its folder is not, or it
+            cannot be written.
         RepositoryError: there is no root of trust yet.
     """
     try:
         TypeAdapter(DeviceId).validate_python(device_id)
     except ValidationError:
         raise UsageError(f"{device_id!r} is no device id: lower case letters, digits and dashes, at most 63") from None
-    repository = Repository(context.home)
-    if not repository.exists:
-        raise RepositoryError(f"{context.home.root} has no root of trust; make one with `phifleet init`")
-    if bundle_path.exists():
-        raise UsageError(f"{bundle_path} is there already; a bundle holds a private key and is never overwritten")
+    repository = _repository(context)
+    _refuse_unless_new(bundle_path)
     with contextlib.closing(context.open_registry()) as registry:
         if any(row.id == device_id for row in registry.devices()):
             raise UsageError(f"device {device_id} is there already; remove it first, or choose another id")
-        bundle = make_bundle(context, repository, device_id, profile, broker)
+        bundle = make_bundle(context, repository, device_id, profile.name, broker)
         _write_bundle(bundle_path, bundle)
         try:
             registry.add_device(device_id, profile, profile.model_dump(mode="json") if custom else None, actor())
@@ -82,9 +98,7 @@ def add_device(
     return bundle
 
 
-def make_bundle(
-    context: Context, repository: Repository, device_id: str, profile: DeviceProfile, broker: str | None
-) -> Bundle:
+def make_bundle(context: Context, repository: Repository, device_id: str, profile: str, broker: str | None) -> Bundle:
     """The bundle of one device: with a client certificate of the device CA where the broker speaks TLS.
 
     Raises:
@@ -95,7 +109,7 @@ def make_bundle(
     url = broker or settings.broker_url
     values: dict[str, Any] = {
         "device": device_id,
-        "profile": profile.name,
+        "profile": profile,
         "broker": url,
         "root": repository.root_bytes().decode(),
         "issued_at": datetime.now(UTC),
@@ -110,6 +124,21 @@ def make_bundle(
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
         raise UsageError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in problems)) from None
+
+
+def _repository(context: Context) -> Repository:
+    repository = Repository(context.home)
+    if not repository.exists:
+        raise RepositoryError(f"{context.home.root} has no root of trust; make one with `phifleet init`")
+    return repository
+
+
+def _refuse_unless_new(path: Path) -> None:
+    """Before a certificate is made for it."""
+    if path.exists():
+        raise UsageError(f"{path} is there already; a bundle holds a private key and is never overwritten")
+    if not path.parent.is_dir():
+        raise UsageError(f"bundle {path}: the folder {path.parent} does not exist; make it, or name another")
 
 
 def _read_text(path: Path) -> str:

@@ -16,13 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.context import Context
-from fleet.cli.describe import describe
+from fleet.cli.describe import describe, held, paused
 from fleet.core.deployments import Stage
 from fleet.registry import Registry
 from fleet.registry.models import DeploymentRow, DeviceRow
 
 MIB = 1024 * 1024
 REFRESH_S = 1.0
+HELD = "held: the person at the device paused it"
+PAUSED = "paused by the person at the device: new orders are held"
 #: Columns of a terminal that has room for digest and runtime.
 WIDE = 115
 
@@ -80,6 +82,11 @@ def view(rows: Sequence[Row], width: int) -> RenderableType:
     for row, order in rows:
         made.add_row(*_cells(row, order, wide))
     reasons = [
+        Text.assemble((row.id, "yellow"), f": {HELD if held(row, order) else PAUSED}")
+        for row, order in rows
+        if paused(row)
+    ]
+    reasons += [
         Text.assemble((f"{row.id}: {order.failure_code}", "red"), f": {order.failure_message}")
         for row, order in rows
         if order and order.failure_code
@@ -93,7 +100,7 @@ def _cells(row: DeviceRow, order: DeploymentRow | None, wide: bool) -> list[str 
     cells: list[str | Text] = [
         row.id,
         Text(words[0], "green") if row.online else Text(words[1], "dim"),
-        Text(order.stage, _STYLES.get(Stage(order.stage), "cyan")) if order else "-",
+        _state(row, order),
         progress_text(order.progress) if order and order.stage == Stage.TRANSFERRING else "",
     ]
     if wide:
@@ -104,6 +111,12 @@ def _cells(row: DeviceRow, order: DeploymentRow | None, wide: bool) -> list[str 
         _figure(health.get("tpot_ms_p50") or proof.get("tpot_ms")),
         _figure(health.get("tokens_per_s")),
     ]
+
+
+def _state(row: DeviceRow, order: DeploymentRow | None) -> str | Text:
+    if held(row, order):
+        return Text("paused", "yellow")
+    return Text(order.stage, _STYLES.get(Stage(order.stage), "cyan")) if order else "-"
 
 
 def progress_text(progress: dict[str, Any] | None) -> str:

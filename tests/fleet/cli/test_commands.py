@@ -15,7 +15,7 @@ import pytest
 from agent.contract.bundle import Bundle
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Desired, Failure, Progress, SignedDesired, State
+from agent.contract.messages import Desired, Failure, Progress, Reported, SignedDesired, State
 from fleet import __main__ as entry
 from fleet.core.deployments import Stage
 from fleet.core.fit import misfits
@@ -109,6 +109,29 @@ def test_bad_input_is_one_line_with_what_to_do(
     assert message in result.err
 
 
+def test_what_the_system_refuses_is_one_line_with_the_path(
+    phifleet: Phifleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+
+    def refused(*_: object, **__: object) -> None:
+        (file / "folder").mkdir()
+
+    monkeypatch.setattr(entry.cli, "main", refused)
+    result = phifleet("status")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"error: {file / 'folder'}: Not a directory\n"
+
+
+def test_a_sample_model_in_a_folder_that_cannot_be_made_is_one_line(phifleet: Phifleet, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "file").write_text("")
+    result = phifleet("sample-model", str(tmp_path / "file" / "model"))
+    assert result.code != 0 and str(tmp_path / "file") in result.err.splitlines()[-1]
+    assert result.err.splitlines()[-1].startswith("error: ")
+
+
 # Devices
 
 
@@ -196,6 +219,43 @@ def test_removal_asks_first(phifleet: Phifleet, world: World, monkeypatch: pytes
     result = phifleet("device", "remove", "pi-1")
     assert result.code == 130
     assert len(world.registry.devices()) == 1
+
+
+@pytest.mark.parametrize("command", [("add", "pi-2", "--profile", PROFILE), ("bundle", "pi-1")])
+def test_a_bundle_in_a_folder_that_is_not_there_is_refused(
+    phifleet: Phifleet, world: World, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    world.add("pi-1")
+    path = tmp_path / "mnt" / "stick" / "b.json"
+    result = phifleet("device", *command, "--bundle", str(path))
+    assert result.code == 2 and f"the folder {path.parent} does not exist" in result.err
+    assert not path.parent.parent.exists()
+    assert [row.id for row in world.registry.devices()] == ["pi-1"]
+
+
+def test_the_bundle_of_a_device_is_issued_again_with_a_new_certificate(
+    phifleet: Phifleet, world: World, tmp_path: Path
+) -> None:
+    DeviceCA(world.home).init()
+    config = tmp_path / "fleet.toml"
+    config.write_text('broker = "mqtts://broker:8883"\n')
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert (
+        phifleet("--config", str(config), "device", "add", "pi-1", "--profile", PROFILE, "--bundle", str(first)).code
+        == 0
+    )
+    again = ("--config", str(config), "device", "bundle", "pi-1", "--bundle", str(second))
+    result = phifleet(*again)
+    assert result.code == 0 and "new certificate" in result.out
+    old, new = (Bundle.from_json(path.read_bytes()) for path in (first, second))
+    assert (new.device, new.profile, new.broker, new.root) == (old.device, old.profile, old.broker, old.root)
+    assert new.certificate and new.certificate != old.certificate and new.private_key != old.private_key
+    assert stat.S_IMODE(second.stat().st_mode) == 0o600
+    assert ("device.bundle", "pi-1") in [(row.action, row.subject) for row in world.registry.audit_trail()]
+    twice = phifleet(*again)
+    assert twice.code == 2 and "never overwritten" in twice.err
+    unknown = phifleet("device", "bundle", "pi-9", "--bundle", str(tmp_path / "c"))
+    assert unknown.code == 2 and "no device is named pi-9" in unknown.err
 
 
 # Deployments
@@ -299,7 +359,25 @@ def test_waiting_ends_in_time_and_says_what_is_missing(
     world.add("pi-1")
     result = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--wait", "--timeout", "1")
     assert result.code == 9
-    assert "is `phifleet serve` running" in result.err and "pi-1: queued" in result.err
+    assert "is `phifleet serve` running" in result.err
+    assert result.err.splitlines()[-1].startswith("error: 1 of 1 not committed: pi-1: queued")
+
+
+def test_an_order_that_a_paused_device_holds_is_shown_as_such(
+    phifleet: Phifleet, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.add("pi-1")
+    none = Reported(device="pi-1", state=State.IDLE, paused=True, at=world.clock.now())
+    hear(world, world.presence("pi-1"), none)
+    shown = phifleet("status", "--once").out
+    assert "pi-1: paused by the person at the device" in shown
+    result = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--wait", "--timeout", "1")
+    assert result.code == 9
+    assert "pi-1: held: the person at the device paused it" in result.err
+    assert "pi-1: queued (held: the person at the device paused it)" in result.err.splitlines()[-1]
+    (row,) = phifleet("status", "--once").out.splitlines()[1:2]
+    assert row.split()[:3] == ["pi-1", "online", "paused"]
+    assert json.loads(phifleet("status", "--json").out)["devices"][0]["paused"] is True
 
 
 def settle(world: World, phifleet: Phifleet, monkeypatch: pytest.MonkeyPatch, state: State, **fields: object) -> None:
