@@ -42,7 +42,7 @@ def list_command(obj: HasHome, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([row(manifest) for manifest in listing.manifests]))
     elif listing.manifests:
-        Console(soft_wrap=True).print(_table(listing.manifests))
+        Console(soft_wrap=True).print(table(listing.manifests))
     else:
         click.echo("no artifacts yet; `phifleet build` makes one")
 
@@ -90,7 +90,7 @@ def compare_command(
             rows = [one | {"misses": list(misses[one["id"]])} for one in rows]
         click.echo(json.dumps(rows))
     else:
-        Console(soft_wrap=True).print(_table(ordered, edge=edge, best=best))
+        Console(soft_wrap=True).print(table(ordered, edge=edge, best=best))
         for one in ordered:
             for miss in misses.get(one.id, ()):
                 click.echo(f"{one.id}: {miss}")
@@ -120,10 +120,11 @@ def row(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _table(manifests: Any, *, edge: set[str] | None = None, best: str | None = None) -> Table:
-    table = Table("id", "MB", "KL divergence", "p99", "perplexity", "ratio", "same top", box=None)
+def table(manifests: Any, *, edge: set[str] | None = None, best: str | None = None) -> Table:
+    """Size, loss and speed, one line each; ``edge`` holds the ids on the frontier."""
+    shown = Table("id", "MB", "KL divergence", "p99", "perplexity", "ratio", "same top", box=None)
     for name in ("TTFT ms", "TPOT ms", "MiB"):
-        table.add_column(name, justify="right")
+        shown.add_column(name, justify="right")
     for one in manifests:
         quality, speed = one.quality, one.speed
         mark = (" [bold green]best[/]" if one.id == best else "") + (" *" if edge and one.id in edge else "")
@@ -136,8 +137,8 @@ def _table(manifests: Any, *, edge: set[str] | None = None, best: str | None = N
         times = ["-"] * 3
         if speed:
             times = [f"{speed.ttft_ms:.0f}", f"{speed.tpot_ms:.1f}", f"{speed.peak_memory_bytes / 2**20:.0f}"]
-        table.add_row(one.id + mark, f"{one.size / 1e6:.1f}", *loss, *times)
-    return table
+        shown.add_row(one.id + mark, f"{one.size / 1e6:.1f}", *loss, *times)
+    return shown
 
 
 def _shown(value: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,12 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
+from agent.contract.profile import DeviceProfile, Recipe
+from fleet.cli.artifacts import table
+from fleet.core.frontier import choose
+from fleet.core.plan import first_legal, judge
+from fleet.errors import FleetError, ProfileError
 from fleet.home import Home
+from fleet.model_facts import read_shape
 from fleet.profiles_loader import load_profile
+from fleet.toolchains import evaluation
 from fleet.toolchains import progress as work
-from fleet.toolchains.build import choose_recipe
-from fleet.toolchains.checkpoint import resolve_model
-from fleet.toolchains.jobs import Request, build_all
+from fleet.toolchains.artifacts import save_manifest
+from fleet.toolchains.build import choose_recipes
+from fleet.toolchains.checkpoint import Checkpoint, resolve_model
+from fleet.toolchains.jobs import Outcome, Request, build_all
+from fleet.toolchains.quality import measure as measure_artifact
+from fleet.toolchains.registry import driver_of
 from fleet.toolchains.sample_model import SampleReport, make_sample
 
 
@@ -66,31 +77,106 @@ def describe_sample(report: SampleReport) -> list[str]:
 @click.option("--toolchain", type=click.Choice([str(one) for one in Toolchain]), help="Of the profile's recipes.")
 @click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="Of the profile's recipes.")
 @click.option("--target", type=click.Choice([str(one) for one in Target]), help="Of the profile's recipes.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output, for each artifact.")
+@click.option("--all", "everything", is_flag=True, help="Every recipe that fits, not the first alone.")
+@click.option("--best", is_flag=True, help="As --all, then name the artifact with the least loss within the limits.")
+@click.option("--measure/--no-measure", default=True, help="Measure loss and speed, for the manifest. [default: yes]")
+@click.option(
+    "--eval-text", type=click.Path(path_type=Path, dir_okay=False), help="Measure the loss on this text instead."
+)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Builds side by side, at most.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output, for each artifact.")
 @click.pass_obj
-def build(
+def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as it has flags
     obj: HasHome, model: str, profiles: tuple[str, ...], toolchain: str | None, precision: str | None,
-    target: str | None, as_json: bool, jobs: int,
+    target: str | None, everything: bool, best: bool, measure: bool, eval_text: Path | None, jobs: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a model for one or more device profiles.
 
-    The profile's first recipe is taken that matches what is named. An artifact that is there is not built again, so an
-    interrupted run goes on where it was.
+    The profile's first recipe is taken that matches what is named and that the planner allows. An artifact that is
+    there is not built again, so an interrupted run goes on where it was.
     """
     loaded = [load_profile(name) for name in profiles]
-    requests = [Request(profile, choose_recipe(profile, toolchain, precision, target)) for profile in loaded]
+    chosen = [choose_recipes(profile, toolchain, precision, target) for profile in loaded]
     with bars() as lines:
         checkpoint = resolve_model(model, progress=lines("checkpoint"))
+        requests = [
+            Request(profile, recipe)
+            for profile, recipes in zip(loaded, chosen, strict=True)
+            for recipe in _legal(checkpoint, profile, recipes, everything=everything or best)
+        ]
         outcomes = build_all(checkpoint, requests, obj.home, jobs=jobs, progress=lambda i: lines(_title(requests[i])))
+        if measure or best:
+            outcomes = tuple(_measured(one, checkpoint, obj.home, eval_text, lines) for one in outcomes)
     for outcome in outcomes:
         if outcome.manifest is not None:
             click.echo((_as_json if as_json else _as_text)(outcome.manifest, outcome.reused))
-    failed = [outcome.error for outcome in outcomes if outcome.error is not None]
-    for error in failed[1:]:
+    if best:
+        for profile in loaded:
+            _name_the_best(profile, outcomes)
+    _fail([outcome.error for outcome in outcomes if outcome.error is not None])
+
+
+def _legal(checkpoint: Checkpoint, profile: DeviceProfile, recipes: list[Recipe], *, everything: bool) -> list[Recipe]:
+    """The recipes to build: all that the planner allows, or the first of them.
+
+    Raises:
+        ProfileError: it allows none; says why.
+    """
+    shape = read_shape(checkpoint.path)
+    judged = tuple(
+        judge(shape, profile, recipe, lambda one: driver_of(one.toolchain).resolve(one, checkpoint))
+        for recipe in recipes
+    )
+    first = first_legal(judged)
+    return [one.recipe for one in judged if one.legal] if everything else [first.recipe]
+
+
+def _measured(
+    outcome: Outcome, checkpoint: Checkpoint, home: Home, text: Path | None,
+    lines: Callable[[str], work.ProgressCallback],
+) -> Outcome:  # fmt: skip
+    """With loss and speed in the manifest, also on disk; measured again only on another text."""
+    manifest = outcome.manifest
+    if manifest is None:
+        return outcome
+    wanted = (evaluation.from_text(text) if text else evaluation.bundled()).label
+    if manifest.quality is not None and manifest.quality.evaluation == wanted:
+        return outcome
+    try:
+        quality, speed = measure_artifact(
+            checkpoint.path, home.artifacts / manifest.id, manifest, eval_text=text, cache=home.root / "cache",
+            progress=lines(f"measuring {_title(outcome.request)}"),
+        )  # fmt: skip
+    except FleetError as error:
+        return replace(outcome, error=error)
+    manifest = manifest.model_copy(update={"quality": quality, "speed": speed})
+    save_manifest(home, manifest)
+    return replace(outcome, manifest=manifest)
+
+
+def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> None:
+    made = [one.manifest for one in outcomes if one.manifest is not None and one.request.profile is profile]
+    choice = choose(made, profile)
+    Console(stderr=True, soft_wrap=True).print(table(
+        [one.manifest for one in choice.judged], edge={one.manifest.id for one in choice.judged if one.on_frontier},
+        best=choice.best.id if choice.best else None,
+    ))  # fmt: skip
+    for judged in choice.judged:
+        for miss in judged.misses:
+            click.echo(f"{judged.manifest.id}: {miss}", err=True)
+    if choice.best is None:
+        raise ProfileError(
+            f"no artifact keeps every limit of profile {profile.name}; the lines above say which it misses"
+        )
+    click.echo(f"best for {profile.name}: {choice.best.id}", err=True)
+
+
+def _fail(errors: Sequence[FleetError]) -> None:
+    """The first is raised, and so sets the exit code; the others are told here."""
+    for error in errors[1:]:
         click.echo(f"error: {error}", err=True)
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
 
 
 def _title(request: Request) -> str:
@@ -100,7 +186,8 @@ def _title(request: Request) -> str:
 
 def _as_text(manifest: Manifest, there: bool) -> str:
     verb = "already built" if there else "built"
-    return f"{verb} {manifest.id}: {manifest.size / 1e6:.1f} MB, digest {manifest.digest[:16]}"
+    loss = f", KL divergence {manifest.quality.kl_divergence:.4f}" if manifest.quality else ""
+    return f"{verb} {manifest.id}: {manifest.size / 1e6:.1f} MB, digest {manifest.digest[:16]}{loss}"
 
 
 def _as_json(manifest: Manifest, there: bool) -> str:
@@ -109,6 +196,7 @@ def _as_json(manifest: Manifest, there: bool) -> str:
             "id": manifest.id, "digest": manifest.digest, "model": manifest.model.name, "toolchain": manifest.toolchain,
             "precision": manifest.precision, "target": manifest.target, "bytes": manifest.size,
             "profile": manifest.profile, "reused": there,
+            "kl_divergence": manifest.quality.kl_divergence if manifest.quality else None,
         }
     )  # fmt: skip
 

@@ -173,7 +173,8 @@ def _openvino(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> 
     words = shape.vocabulary
     text = 2 * words.text_bytes + words.merge_bytes + 16 * shape.vocabulary_size + 8 * words.merges
     graph = 88_000 if recipe.precision in (Precision.INT4, Precision.INT8) else 74_000
-    return weights + text + words.file_bytes + graph * shape.layers + 60_000
+    # The checkpoint's own tokenizer.json is not kept: the runtime reads what it was converted to.
+    return weights + text + graph * shape.layers + 60_000
 
 
 def _openvino_int4(shape: ModelShape, matrices: list[Matrix], edges: list[Matrix], options: Mapping[str, Any]) -> int:

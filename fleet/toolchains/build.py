@@ -27,6 +27,8 @@ from fleet.toolchains.registry import driver_of
 
 PROBE_PROMPT = "What is the capital of France?"
 PROBE_ANSWER = "Paris"
+#: Half-made folders of builds that run in this process.
+_in_use: set[Path] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,12 @@ def build(
         home.artifacts.mkdir(parents=True, exist_ok=True)
         _sweep(home)
         half = home.artifacts / f"{artifacts.HALF_MADE}{os.getpid()}-{threading.get_ident()}-{plan.id}"
+        _in_use.add(half)
         try:
             return _build_into(half, plan, home, progress, threads or cores())
         finally:
             shutil.rmtree(half, ignore_errors=True)
+            _in_use.discard(half)
     except OSError as error:
         full = "the disk is full; " if error.errno == errno.ENOSPC else ""
         raise BuildError(f"{full}cannot write the artifact in {home.artifacts}: {error.strerror or error}") from None
@@ -197,7 +201,8 @@ def _sweep(home: Home) -> None:
     """Remove what builds left behind that were killed before they could."""
     for path in home.artifacts.glob(f"{artifacts.HALF_MADE}*"):
         pid = path.name.removeprefix(artifacts.HALF_MADE).partition("-")[0]
-        if not pid.isdigit() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
+        mine = pid == str(os.getpid())
+        if path not in _in_use if mine else not (pid.isdigit() and psutil.pid_exists(int(pid))):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -206,18 +211,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_recipe(
+def choose_recipes(
     profile: DeviceProfile, toolchain: str | None = None, precision: str | None = None, target: str | None = None
-) -> Recipe:
-    """The profile's first recipe that matches what is named; None matches all.
+) -> list[Recipe]:
+    """The profile's recipes that match what is named, in its order of preference; None matches all.
 
     Raises:
         ProfileError: none matches; lists what the profile has.
     """
+    matching = []
     for recipe in profile.recipes:
         wanted = ((toolchain, recipe.toolchain), (precision, recipe.precision), (target, recipe.target))
         if all(name is None or name == found for name, found in wanted):
-            return recipe
+            matching.append(recipe)
+    if matching:
+        return matching
     asked = " ".join(part for part in (toolchain, precision, target) if part)
     listed = ", ".join(f"{one.toolchain} {one.precision} {one.target}" for one in profile.recipes)
     raise ProfileError(f"profile {profile.name} has no recipe for {asked}; it has {listed}")
+
+
+def choose_recipe(
+    profile: DeviceProfile, toolchain: str | None = None, precision: str | None = None, target: str | None = None
+) -> Recipe:
+    """The first of ``choose_recipes``.
+
+    Raises:
+        ProfileError: none matches; lists what the profile has.
+    """
+    return choose_recipes(profile, toolchain, precision, target)[0]
