@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from collections.abc import Callable
@@ -33,7 +34,9 @@ from agent.host import facts, lock, logs
 from agent.host.clock import SystemClock
 from agent.link import LinkSettings, MqttLink
 from agent.link.settings import Will
+from agent.runtimes.available import available_bytes
 from agent.runtimes.host import WorkerHost
+from agent.runtimes.probing import Prober, RuntimeReport
 from agent.runtimes.settings import HostEvent, HostSettings
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
@@ -95,6 +98,47 @@ def enrol(outer: local.Outer, /, bundle: Path, replace: bool, state_dir: Path | 
     click.echo(f"enrolled as {who.device} ({who.profile}); broker {who.broker}; state in {settings.state_dir}")
 
 
+@cli.command()
+@local.state_dir_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.pass_obj
+def probe(outer: local.Outer, /, state_dir: Path | None, as_json: bool) -> None:
+    """What this device is, which runtimes work on it and why others do not, and what each measured."""
+    settings = local.settings_of(outer, state_dir=state_dir)
+    logs.configure("warning", settings.log_format, settings.state_dir / "logs")
+    store = ArtifactStore(settings.state_dir)
+    models = [(manifest, folder) for digest in store.digests() for manifest, folder in _complete(store, digest)]
+    reports = asyncio.run(Prober(models, render, _host_settings(settings)).reports())
+    found = facts.collect(
+        "this-device", "", version("phifleet"), settings.state_dir, [each.fact for each in reports], SystemClock().now()
+    )
+    told = found.model_dump(mode="json", exclude={"version", "device", "profile", "runtimes"})
+    told["runtimes"] = {each.fact.name: _told(each) for each in reports}
+    for line in [json.dumps(told)] if as_json else local.lines(told):
+        click.echo(line)
+
+
+def _complete(store: ArtifactStore, digest: str) -> list[tuple[Manifest, Path]]:
+    """Only bytes that are still those of the manifest are loaded."""
+    manifest, folder = store.manifest(digest), store.path(digest)
+    if manifest is None or folder is None:
+        return []
+    store.verify(digest)
+    return [(manifest, folder)]
+
+
+def _told(report: RuntimeReport) -> dict[str, Any]:
+    fact = report.fact.model_dump(mode="json", exclude={"name", "reason"})
+    proof = report.proof.model_dump(mode="json", exclude={"runtime"}) if report.proof else None
+    return {
+        **fact,
+        "reason": report.reason,
+        "artifact": report.artifact,
+        "measured": proof,
+        "measured_before": report.kept,
+    }
+
+
 for _command in (local.status, local.logs, local.rollback, local.pause, local.resume, local.chat):
     cli.add_command(_command)
 
@@ -138,7 +182,7 @@ def compose(settings: AgentSettings, who: identity.Identity) -> Body:
             who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
         ),
     )
-    parts = Parts(trust, store, Fetcher(link, store, who.device), host, monitor, clock)
+    parts = Parts(trust, store, Fetcher(link, store, who.device), host, monitor, clock, available_bytes)
     works = Works(parts, reporter.progress)
     deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
     listeners.append(lambda event: _heard(event, monitor, deployer))

@@ -75,7 +75,7 @@ def status(outer: Outer, /, state_dir: Path | None, as_json: bool) -> None:
         found = ask(settings.state_dir, "status")
     except NotRunningError as error:
         found = {"running": False, "reason": str(error), "remembered": _remembered(settings.state_dir)}
-    for line in [json.dumps(found, ensure_ascii=False)] if as_json else _lines(found):
+    for line in [json.dumps(found, ensure_ascii=False)] if as_json else lines(found):
         click.echo(line)
     if not found["running"]:
         sys.exit(EXIT_NOT_RUNNING)
@@ -91,11 +91,12 @@ def _remembered(state_dir: Path) -> dict[str, Any] | None:
     return {"state": found.get("state"), "sequence": found.get("newest_sequence"), **artifacts}
 
 
-def _lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
+def lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """For people: a name and a value a line; what is empty is left out."""
     for name, value in found.items():
         if isinstance(value, dict):
             yield f"{indent}{name}:"
-            yield from _lines(value, indent + "  ")
+            yield from lines(value, indent + "  ")
         elif value not in (None, [], ()):
             yield f"{indent}{name:<16} {round(value, 2) if isinstance(value, float) else value}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from agent.contract.manifest import Manifest, Target, Toolchain
+from agent.contract.manifest import RUNTIME_OF, Manifest, Target
 from agent.contract.messages import Proof, RuntimeFact
 from agent.core.memory import Placement, plan
 
@@ -18,13 +18,6 @@ from agent.core.memory import Placement, plan
 TYPICAL_ANSWER = 128
 #: A variant must be faster by more than this share to go before one that the order prefers.
 NOISE = 0.03
-
-RUNTIME_OF: Mapping[Toolchain, str] = {
-    Toolchain.ONNX_GENAI: "onnx_genai",
-    Toolchain.OPENVINO: "openvino_genai",
-    Toolchain.LLAMACPP: "llamacpp",
-    Toolchain.MLX: "mlx",
-}
 
 #: What a runtime calls the device of a target. GGUF and MLX artifacts run on whatever there is.
 DEVICE_OF: Mapping[Target, str] = {

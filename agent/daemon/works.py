@@ -15,6 +15,7 @@ from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.core.ports import ArtifactStore, Clock, ModelHost, Transfer, Trust
+from agent.core.selection import Measured, Resources, constrain, fastest
 from agent.daemon.monitor import Monitor
 from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
 
@@ -35,6 +36,8 @@ class Parts:
     host: ModelHost
     monitor: Monitor
     clock: Clock
+    #: Bytes of memory that a model may take now.
+    available: Callable[[], int]
     #: Seconds between attempts to reach the controller; the last one repeats until the state's deadline.
     retry_s: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -112,31 +115,37 @@ class Works:
         self._manifests = {digest: known for digest, known in self._manifests.items() if digest in keep}
 
     async def _resolve(self, desired: Desired) -> core.Resolved:
-        fit, reasons = [], []
-        usable = {fact.name: fact for fact in await self._parts.host.runtimes()}
-        for ref in desired.artifacts:
-            manifest = await self._manifest(ref)
-            name = RUNTIME_OF[manifest.toolchain]
-            runtime = usable.get(name)
-            if runtime is not None and runtime.usable:
-                fit.append(ref)
-            else:
-                why = runtime.reason if runtime else "this agent does not know it"
-                reasons.append(f"{ref.id} needs the runtime {name}: {why}")
+        """What the device cannot run is not fetched; ``core.selection`` says why for each."""
+        manifests = [await self._manifest(ref, newest=True) for ref in desired.artifacts]
+        facts = await self._parts.host.runtimes()
+        active = self._parts.host.active()
+        has = Resources(facts, self._parts.available(), held=active.memory_bytes if active else 0)
+        fit, refused = constrain(manifests, has)
+        for refusal in refused:
+            log.warning("variant refused", artifact=refusal.manifest.id, reason=refusal.reason)
         if not fit:
-            raise RuntimeLoadError("; ".join(reasons), FailureCode.RUNTIME_MISSING)
-        return core.Resolved(tuple(fit))
+            usable = {fact.name for fact in facts if fact.usable}
+            some = any(RUNTIME_OF[manifest.toolchain] in usable for manifest in manifests)
+            code = FailureCode.INCOMPATIBLE if some else FailureCode.RUNTIME_MISSING
+            raise RuntimeLoadError("; ".join(f"{each.manifest.id} {each.reason}" for each in refused), code)
+        digests = {manifest.digest for manifest in fit}
+        return core.Resolved(tuple(ref for ref in desired.artifacts if ref.digest in digests))
 
-    async def _manifest(self, ref: ArtifactRef) -> Manifest:
-        """From memory, from the store (verified when it came), or from TUF, for as long as it takes to be reached."""
+    async def _manifest(self, ref: ArtifactRef, *, newest: bool = False) -> Manifest:
+        """From memory, from the store (verified when it came), or from TUF, for as long as it takes to be reached.
+
+        ``newest`` asks TUF even so: it may have been measured again, or have another chat template.
+        """
         known = self._manifests.get(ref.digest) or self._parts.store.manifest(ref.digest)
         attempt = 0
-        while known is None:
+        while newest or known is None:
             try:
-                known = await self._parts.trust.manifest(ref)
+                known, newest = await self._parts.trust.manifest(ref), False
             except TrustError as error:
                 if error.code is not FailureCode.TRUST_UNREACHABLE:
                     raise
+                if known is not None:
+                    break
                 wait = self._parts.wait_s(attempt)
                 log.warning("controller unreachable", artifact=ref.id, error=str(error), retry_in_s=wait)
                 await asyncio.sleep(wait)
@@ -182,18 +191,18 @@ class Works:
 
     async def _prove(self, candidates: tuple[ArtifactRef, ...]) -> core.Proved:
         """The fastest of those that pass; a single failure is no failure while another variant passes."""
-        passed: list[tuple[ArtifactRef, Proof]] = []
+        passed: list[Measured] = []
         last: AgentError | None = None
         for ref in candidates:
             try:
-                passed.append((ref, await self._prove_one(ref)))
+                passed.append(Measured(await self._manifest(ref), await self._prove_one(ref)))
             except AgentError as error:
                 log.warning("variant not proven", artifact=ref.id, code=error.code.value, error=str(error))
                 last = error
         if not passed:
             raise last or RuntimeLoadError("the order names no artifact")
-        chosen, proof = min(passed, key=lambda pair: pair[1].tpot_ms)
-        return core.Proved(chosen, proof)
+        best = fastest(passed)
+        return core.Proved(ArtifactRef(id=best.manifest.id, digest=best.manifest.digest), best.proof)
 
     async def _prove_one(self, ref: ArtifactRef) -> Proof:
         manifest = await self._manifest(ref)

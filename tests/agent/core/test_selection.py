@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.manifest import (
+    RUNTIME_OF,
     ArtifactFile,
     Chat,
     Manifest,
@@ -18,7 +19,7 @@ from agent.contract.manifest import (
     content_digest,
 )
 from agent.contract.messages import Proof, RuntimeFact
-from agent.core.selection import RUNTIME_OF, Measured, Resources, constrain, fastest
+from agent.core.selection import Measured, Resources, constrain, fastest
 
 GIB = 1 << 30
 

@@ -68,7 +68,9 @@ class Device:
     async def boot(self) -> AsyncIterator[Device]:
         clock = SimClock()
         self.monitor = Monitor(self.host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
-        parts = Parts(self.trust, self.store, self.transfer, self.host, self.monitor, clock, retry_s=(0.01,))
+        parts = Parts(
+            self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, retry_s=(0.01,)
+        )
         works = Works(parts, lambda _: None)
         self.deployer = Deployer(works, parts, self.journal, self._saw)
         task = asyncio.create_task(self.deployer.run())
