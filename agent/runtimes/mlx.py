@@ -111,7 +111,9 @@ class MlxEngine:
             max_tokens=[limit],
             caches=[cache],
             all_tokens=[prompt[: generation.cached_tokens]],
-            samplers=[None if sequence.native else self._sampler(sequence)],
+            # One for each, always: mlx-lm forgets to take the absent ones of finished sequences out of its list, and
+            # the next sequence then draws with the sampler of another.
+            samplers=[self._likeliest if sequence.native else self._sampler(sequence)],
         )
         self._running[number] = sequence
 
@@ -165,6 +167,9 @@ class MlxEngine:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def _likeliest(self, logprobs: Any) -> Any:
+        return self._mx.argmax(logprobs, axis=-1)
 
     def _sampler(self, sequence: _Sequence) -> Callable[[Any], Any]:
         def draw(logprobs: Any) -> Any:
