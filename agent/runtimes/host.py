@@ -237,7 +237,7 @@ class WorkerHost:
         spec = self._spec(manifest)
         if self._draining:  # what it still holds would count against the new one
             await asyncio.wait(self._draining, timeout=self._settings.drain_timeout_s)
-        chosen = self._plan(manifest)
+        chosen = self._plan(spec, manifest)
         if chosen.placement is Placement.REFUSED:
             raise RuntimeLoadError(f"{manifest.id} {chosen.sentence()}", FailureCode.RUNTIME_MEMORY)
         if chosen.placement is Placement.SWAP:
@@ -255,11 +255,11 @@ class WorkerHost:
         reason = f"{manifest.id} was built by {manifest.toolchain}; no runtime here takes that (known: {known})"
         raise RuntimeLoadError(reason, FailureCode.RUNTIME_MISSING)
 
-    def _plan(self, manifest: Manifest) -> MemoryPlan:
+    def _plan(self, spec: RuntimeSpec, manifest: Manifest) -> MemoryPlan:
         chosen = plan(
             manifest.memory,
             context=manifest.context,
-            sequences=self._settings.max_sequences,
+            sequences=self._settings.max_sequences or spec.sequences,
             available=self._available(),
             held=self._active.worker.memory_bytes() if self._active is not None else 0,
             limit=self._settings.memory_limit_bytes or None,
@@ -299,7 +299,8 @@ class WorkerHost:
             return
         manifest, folder = self._parked
         try:
-            loaded = await self._load(self._spec(manifest), manifest, folder, self._plan(manifest))
+            spec = self._spec(manifest)
+            loaded = await self._load(spec, manifest, folder, self._plan(spec, manifest))
         except AgentError as error:
             self._reason = f"the model that served before does not load any more: {error}"
             log.error("restore_failed", artifact=manifest.id, reason=str(error))

@@ -17,13 +17,17 @@ from agent.runtimes.engine import Runtime
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSpec:
-    """A runtime that may be there. ``module`` has a ``RUNTIME``; ``packages`` are distributions, the main one first."""
+    """A runtime that may be there. ``module`` has a ``RUNTIME``; ``packages`` are distributions, the main one first.
+
+    ``sequences``: answers at once that suit it, where nothing else is set: more where it batches them.
+    """
 
     name: str
     module: str
     toolchain: str
     packages: tuple[str, ...] = ()
     extra: str = ""
+    sequences: int = 4
 
 
 REGISTRY: Mapping[str, RuntimeSpec] = {
@@ -32,9 +36,9 @@ REGISTRY: Mapping[str, RuntimeSpec] = {
         RuntimeSpec(
             "onnx_genai", "agent.runtimes.onnx_genai", "onnx_genai", ("onnxruntime-genai", "onnxruntime"), "onnx"
         ),
-        RuntimeSpec("openvino_genai", "agent.runtimes.openvino_genai", "openvino", ("openvino-genai",), "openvino"),
-        RuntimeSpec("llamacpp", "agent.runtimes.llamacpp", "llamacpp", ("llama-cpp-python",), "llamacpp"),
-        RuntimeSpec("mlx", "agent.runtimes.mlx", "mlx", ("mlx-lm", "mlx"), "mlx"),
+        RuntimeSpec("openvino_genai", "agent.runtimes.openvino_genai", "openvino", ("openvino-genai",), "openvino", 8),
+        RuntimeSpec("llamacpp", "agent.runtimes.llamacpp", "llamacpp", ("llama-cpp-python",), "llamacpp", 8),
+        RuntimeSpec("mlx", "agent.runtimes.mlx", "mlx", ("mlx-lm", "mlx"), "mlx", 8),
     )
 }
 

@@ -26,7 +26,8 @@ class HostSettings:
     #: How often the worker is looked at.
     watch_s: float = 0.5
     queue_limit: int = 64
-    max_sequences: int = 4
+    #: Answers computed at once; 0: what suits the runtime.
+    max_sequences: int = 0
     #: 0: as many as there are physical cores for us.
     threads: int = 0
     drain_timeout_s: float = 120.0
