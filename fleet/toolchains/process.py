@@ -155,7 +155,8 @@ class _Child:
 
     def _failure(self, answer: dict[str, Any], code: int) -> FleetError:
         if answer.get("kind") in _KINDS:
-            return _KINDS[answer["kind"]](answer["error"])
+            details = f"\nlog: {self.log}\n{tail(self.log)}" if answer["kind"] == BuildError.__name__ else ""
+            return _KINDS[answer["kind"]](answer["error"] + details)
         toolchain = getattr(self.job, "toolchain", "toolchain")
         what = _FAILED[self.kind]
         reason = answer.get("error") or self._death(code)

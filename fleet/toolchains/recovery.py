@@ -19,6 +19,8 @@ _SEQUENCE = 256
 #: fit the calibration text too closely.
 _CORRECTION = 0.6
 _DAMP = 0.02
+#: Weight of the embedding's own error beside that of the last layer, where they are one matrix.
+_AS_EMBEDDING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class _Walk:
         head = self._model.lm_head
         if head.weight.data_ptr() == self._model.model.embed_tokens.weight.data_ptr():
             # As an embedding every column counts alike.
-            gram.diagonal().add_(gram.diagonal().mean())
+            gram.diagonal().add_(_AS_EMBEDDING * gram.diagonal().mean())
         self._progress(Progress("recovering the last layer"))
         result = self._quantize(head.weight, gram, self._wanted.output)
         self.found["lm_head.weight"] = result

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleet.toolchains.gptq import Grid, Quantized, fit_scales, quantize
+from fleet.toolchains.mlx_weights import packed
+from fleet.toolchains.onnx_graph import _packed
+
+torch.set_num_threads(1)  # small steps: a second thread costs more than it does
+
+GRIDS = (Grid(4, 16, "symmetric"), Grid(4, 16, "asymmetric"), Grid(4, 32, "affine"), Grid(5, 32, "affine"))
+
+
+def _loss(weights: torch.Tensor, gram: torch.Tensor, found: Quantized) -> float:
+    difference = weights - found.dequantized()
+    return float(((difference @ gram) * difference).sum())
+
+
+def _problem(seed: int, rows: int = 48, columns: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=draw) / columns**0.5
+    inputs = torch.randn(512, columns, generator=draw) * torch.rand(columns, generator=draw) @ mix
+    return torch.randn(rows, columns, generator=draw) * 0.05, inputs.T @ inputs
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_looking_at_the_inputs_loses_less_than_half_of_rounding(grid: Grid) -> None:
+    weights, gram = _problem(1)
+    plain = fit_scales(weights, torch.ones(64), grid)
+    assert _loss(weights, gram, quantize(weights, gram, grid)) < 0.5 * _loss(weights, gram, plain)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(GRIDS), st.sampled_from([0.0, 1e-20, 1.0, 1e4]))
+def test_whatever_the_weights_the_result_is_on_the_grid(seed: int, grid: Grid, size: float) -> None:
+    weights, gram = _problem(seed, rows=8)
+    weights = weights * size
+    weights[0] = 0
+    gram[:, 3] = gram[3] = 0  # an input that is never there
+    found = quantize(weights, gram, grid)
+    assert found.q.shape == weights.shape and int(found.q.max()) <= grid.top
+    assert torch.isfinite(found.scale).all() and torch.isfinite(found.zero).all()
+    if grid.kind == "symmetric":
+        assert (found.zero == 8).all()
+    if grid.kind == "asymmetric":
+        assert (found.zero == found.zero.round()).all() and found.zero.min() >= 0 and found.zero.max() <= grid.top
+    assert (weights - found.dequantized()).abs().max() <= weights.abs().max() + 1e-6
+
+
+@given(st.integers(2, 8), st.integers(0, 2**31))
+def test_bits_are_packed_as_mlx_unpacks_them(bits: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 2**bits, (3, 64)).astype(np.uint8)
+    words = packed(values, bits)
+    assert words.dtype == np.dtype("<u4") and words.shape == (3, 64 * bits // 32)
+    stream = [int.from_bytes(row.tobytes(), "little") for row in words]
+    assert [[(row >> (bits * i)) & (2**bits - 1) for i in range(64)] for row in stream] == values.tolist()
+
+
+@given(st.integers(1, 9), st.integers(0, 2**31))
+def test_two_values_a_byte_and_rows_padded_to_bytes(columns: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 16, (4, columns)).astype(np.uint8)
+    found = _packed(values)
+    assert found.shape == (4, (columns + 1) // 2)
+    unpacked = np.stack([found & 15, found >> 4], axis=2).reshape(4, -1)[:, :columns]
+    assert (unpacked == values).all()

@@ -1,0 +1,130 @@
+"""Every toolchain for real, on the tiny checkpoint: built, loaded in its own runtime, built again to the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import Recipe
+from fleet.errors import BuildError
+from fleet.home import Home
+from fleet.profiles_loader import load_profile
+from fleet.toolchains.build import build
+from fleet.toolchains.onnx_graph import OnnxGraph
+from tests.models import Built, built, checkpoint
+
+T, P, D = Toolchain, Precision, Target
+TEXT = {"calibration": "bundled"}
+
+#: Name: toolchain, precision, target, options, and what the manifest's recipe must say that came of it.
+RECIPES: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], dict[str, Any]]] = {
+    "onnx int8": (T.ONNX_GENAI, P.INT8, D.CPU, {}, {"products": {"int8": 11}}),
+    "onnx fp32": (T.ONNX_GENAI, P.FP32, D.CPU, {}, {}),
+    "onnx mixed": (
+        T.ONNX_GENAI,
+        P.INT4,
+        D.CPU,
+        {"algorithm": "k_quant", "mixed": "layers"},
+        {"products": {"int4": 8, "int8": 3}},
+    ),
+    "onnx recovered": (T.ONNX_GENAI, P.INT4, D.CPU, {"recover": True, **TEXT}, {"recovered": 11}),
+    "onnx asymmetric, recovered": (
+        T.ONNX_GENAI,
+        P.INT4,
+        D.CPU,
+        {"recover": True, "algorithm": "rtn", "symmetric": False, **TEXT},
+        {"recovered": 11},
+    ),
+    "onnx fp16 for cuda": (T.ONNX_GENAI, P.FP16, D.CUDA, {}, {}),
+    "onnx int4 for directml, recovered": (T.ONNX_GENAI, P.INT4, D.DML, {"recover": True, **TEXT}, {"recovered": 15}),
+    "onnx int4 for webgpu": (T.ONNX_GENAI, P.INT4, D.WEBGPU, {}, {"products": {"int4": 11}}),
+    "gguf q4_k_m": (T.LLAMACPP, P.INT4, D.CPU, {}, {"fallback_tensors": 8}),
+    "gguf iq4_nl, calibrated": (
+        T.LLAMACPP,
+        P.INT4,
+        D.CPU,
+        {"type": "IQ4_NL", "embedding_type": "Q5_0", "tensor_types": {"ffn_down": "Q5_1"}, **TEXT},
+        {},
+    ),
+    "gguf int8": (T.LLAMACPP, P.INT8, D.CPU, {}, {}),
+    "gguf bf16": (T.LLAMACPP, P.BF16, D.CPU, {}, {}),
+    "gguf fp32": (T.LLAMACPP, P.FP32, D.CPU, {}, {}),
+    "openvino int4": (T.OPENVINO, P.INT4, D.CPU, {}, {}),
+    "openvino awq, scale estimation": (T.OPENVINO, P.INT4, D.CPU, {"awq": True, "scale_estimation": True, **TEXT}, {}),
+    "openvino recovered": (T.OPENVINO, P.INT4, D.CPU, {"recover": True, **TEXT}, {"recovered": 8}),
+    "openvino symmetric, recovered": (
+        T.OPENVINO,
+        P.INT4,
+        D.CPU,
+        {"recover": True, "symmetric": True, **TEXT},
+        {"recovered": 8},
+    ),
+    "openvino int4 for an npu": (T.OPENVINO, P.INT4, D.NPU, {"group_size": -1}, {}),
+    "openvino int8": (T.OPENVINO, P.INT8, D.CPU, {}, {}),
+    "openvino fp16": (T.OPENVINO, P.FP16, D.GPU, {}, {}),
+    "mlx int4": (T.MLX, P.INT4, D.METAL, {}, {}),
+    "mlx mixed": (T.MLX, P.INT4, D.METAL, {"mixed": "mixed_4_6"}, {}),
+    "mlx recovered": (
+        T.MLX,
+        P.INT4,
+        D.METAL,
+        {"recover": True, "bits_of": {"embed_tokens": 5}, **TEXT},
+        {"recovered": 9},
+    ),
+    "mlx int8": (T.MLX, P.INT8, D.METAL, {}, {}),
+    "mlx fp16": (T.MLX, P.FP16, D.METAL, {}, {}),
+}
+
+
+def _built(folder: Path, name: str) -> Built:
+    toolchain, precision, target, options, _ = RECIPES[name]
+    return built(folder, toolchain, precision, target, **options)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_builds_loads_and_generates(tiny_dir: Path, name: str) -> None:
+    # ``build`` fails when the artifact's own runtime cannot load it and generate, where that can run here.
+    manifest = _built(tiny_dir, name).manifest
+    for key, value in RECIPES[name][4].items():
+        assert manifest.recipe[key] == value
+    if manifest.toolchain is T.OPENVINO and manifest.precision is P.INT4:
+        small = "i4" if manifest.recipe["symmetric"] else "u4"
+        assert manifest.recipe["weights"][small] > 70_000
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", ["gguf iq4_nl, calibrated", "openvino recovered", "mlx recovered", "onnx recovered"])
+def test_built_again_it_is_the_same_bytes(tiny_dir: Path, tmp_path: Path, name: str) -> None:
+    toolchain, precision, target, options, _ = RECIPES[name]
+    recipe = Recipe(toolchain=toolchain, precision=precision, target=target, options=options)
+    again = build(checkpoint(tiny_dir), load_profile("iot-x86"), recipe, Home(tmp_path))
+    first = _built(tiny_dir, name).manifest
+    assert (again.id, again.digest) == (first.id, first.digest)
+
+
+def test_an_option_that_the_builder_ignored_is_a_defect_and_found(tiny_artifact: Built) -> None:
+    graph = OnnxGraph(tiny_artifact.files / "model.onnx")
+    asked = {"algorithm": "default", "block_size": 32, "accuracy_level": 4, "symmetric": True, "mixed": None}
+    assert graph.check(4, asked) == {"products": {"int4": 11}}
+    for change in (
+        {"algorithm": "rtn"},
+        {"block_size": 64},
+        {"accuracy_level": 0},
+        {"symmetric": False},
+        {"mixed": "last"},
+    ):
+        with pytest.raises(BuildError, match="ignored an option"):
+            graph.check(4, asked | change)
+    with pytest.raises(BuildError, match="ignored an option"):
+        graph.check(8, asked)
+
+
+def test_what_the_builder_stamps_in_is_taken_out(tiny_artifact: Built) -> None:
+    import onnx
+
+    proto = onnx.load(str(tiny_artifact.files / "model.onnx"), load_external_data=False)
+    assert proto.producer_version == tiny_artifact.manifest.versions["onnxruntime-genai"]
