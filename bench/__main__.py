@@ -9,7 +9,7 @@ import sys
 from bench.figures import Figure, save, table
 
 #: Each is a module of this package with ``figures() -> list[Figure]``.
-BENCHMARKS = ("transfer", "endpoint", "update", "idle", "demo")
+BENCHMARKS = ("transfer", "endpoint", "update", "idle", "quantize", "demo")
 
 
 def main(names: list[str]) -> int:

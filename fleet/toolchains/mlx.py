@@ -17,7 +17,7 @@ from fleet.toolchains.mlx_weights import replace
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery import Wanted, recover
+from fleet.toolchains.recovery import Wanted, recover, recovery_bytes
 from fleet.toolchains.source import mirror
 
 #: Bits of a weight by the share of the layers that mlx-lm thinks sensitive; ``v_proj`` matches all of ``qkv_proj``.
@@ -60,8 +60,8 @@ class Mlx:
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
-        """Weights are read lazily; what is written is held."""
-        return model.weights_bytes + 2 * model.facts.parameters + 2**30
+        """Weights are read lazily; what is written is held. A recovery has a copy of its own."""
+        return model.weights_bytes + 2 * model.facts.parameters + 2**30 + recovery_bytes(recipe, model)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Convert with mlx-lm."""
@@ -84,11 +84,15 @@ class Mlx:
         return Converted(entry=".", kv_element_bytes=4 if job.precision is Precision.FP32 else 2, notes=notes)
 
     def speak(self, job: SpeakJob) -> str:
-        """Greedy; on Linux without fast kernels, a few tokens a second."""
+        """Greedy. Without Metal the quantized kernels are slow, a few tokens a second: there weights are unpacked first."""
+        import mlx.core as mx
         from mlx_lm import load
         from mlx_lm.generate import generate
+        from mlx_lm.utils import dequantize_model
 
         model, tokenizer, *_ = load(str(job.folder / job.entry))
+        if not mx.metal.is_available():
+            model = dequantize_model(model)
         ids = tokenizer.encode(job.prompt, add_special_tokens=False)
         return str(generate(model, tokenizer, prompt=ids, max_tokens=job.max_tokens))
 

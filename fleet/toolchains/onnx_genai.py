@@ -18,7 +18,7 @@ from fleet.toolchains.onnx_window import attend_within_window
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery import Wanted, recover
+from fleet.toolchains.recovery import Wanted, recover, recovery_bytes
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
@@ -81,7 +81,7 @@ class OnnxGenai:
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """Weights in float32 as loaded, and what is written, beside the libraries."""
-        return 4 * model.facts.parameters * 3 + 2**30
+        return 4 * model.facts.parameters * 3 + 2**30 + recovery_bytes(recipe, model)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Run the builder, and take out what differs from build to build."""

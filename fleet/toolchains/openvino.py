@@ -16,7 +16,7 @@ from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.openvino_weights import Constants
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery import Wanted, recover
+from fleet.toolchains.recovery import Wanted, recover, recovery_bytes
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
@@ -75,7 +75,7 @@ class OpenVino:
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """The checkpoint as loaded and as traced; a calibration runs it beside its compressed copy."""
         calibrated = 4 * model.facts.parameters if recipe.options.get("calibration") else 0
-        return 2 * model.weights_bytes + calibrated + 3 * 2**30
+        return 2 * model.weights_bytes + calibrated + 3 * 2**30 + recovery_bytes(recipe, model)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Export, then compress what was exported."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent.contract.profile import Recipe
 from fleet.errors import BuildError
+from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized, quantize
 from fleet.toolchains.progress import Progress, ProgressCallback
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SEQUENCE = 256
+#: Of the bundled calibration text, for estimates.
+_EXPECTED_TOKENS = 16_384
 #: How much of the difference between the inputs before and after quantization a layer makes good: all of it would
 #: fit the calibration text too closely.
 _CORRECTION = 0.6
@@ -29,6 +33,15 @@ class Wanted:
 
     grid_of: Callable[[str], Grid | None]
     output: Grid | None = None
+
+
+def recovery_bytes(recipe: Recipe, model: Checkpoint) -> int:
+    """What a recovery adds to a build's memory: the model in float32, and activations; 0 where none is asked for."""
+    if not recipe.options.get("recover"):
+        return 0
+    shape = model.shape
+    each = 4 * (4 * shape.hidden + 3 * shape.intermediate)
+    return 4 * model.facts.parameters + _EXPECTED_TOKENS * each
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass that has shown what was wanted
