@@ -17,7 +17,7 @@ from fleet.toolchains.mlx_weights import replace
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery import Wanted, recover, recovery_bytes
+from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.source import mirror
 
 #: Bits of a weight by the share of the layers that mlx-lm thinks sensitive; ``v_proj`` matches all of ``qkv_proj``.
@@ -53,6 +53,7 @@ class Mlx:
         known = {Precision.INT4: _INT4_OPTIONS, Precision.INT8: _INT8_OPTIONS}.get(recipe.precision, {})
         options = complete(what, recipe.options, known)
         _check(what, options)
+        check_recovery(what, options, model)
         group = options.get("group_size", 1)
         if model.shape.hidden % group or model.shape.intermediate % group:
             raise ProfileError(f"{what}: rows of {model.shape.hidden} and {model.shape.intermediate} weights do not "
@@ -84,7 +85,7 @@ class Mlx:
         return Converted(entry=".", kv_element_bytes=4 if job.precision is Precision.FP32 else 2, notes=notes)
 
     def speak(self, job: SpeakJob) -> str:
-        """Greedy. Without Metal the quantized kernels are slow, a few tokens a second: there weights are unpacked first."""
+        """Greedy. Without Metal the quantized kernels give a few tokens a second: weights are unpacked first there."""
         import mlx.core as mx
         from mlx_lm import load
         from mlx_lm.generate import generate
@@ -103,8 +104,6 @@ def _check(what: str, options: dict[str, Any]) -> None:
         raise ProfileError(f"{what}: bits_of can be 2, 3, 4, 5, 6 or 8, not {wrong}")
     if options.get("mixed") and (bits_of or options["recover"]):
         raise ProfileError(f"{what}: mixed goes neither with bits_of nor with recover")
-    if options.get("recover") and not options["calibration"]:
-        raise ProfileError(f"{what}: recover needs a calibration: 'bundled', or a text file")
 
 
 def _bits(options: dict[str, Any], name: str) -> int:

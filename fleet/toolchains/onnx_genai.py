@@ -18,7 +18,7 @@ from fleet.toolchains.onnx_window import attend_within_window
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery import Wanted, recover, recovery_bytes
+from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
@@ -70,8 +70,9 @@ class OnnxGenai:
             # Accuracy level 4: activations in INT8 too, what the builder takes on a CPU; 0 leaves it to the device.
             known = known | {"accuracy_level": (4 if recipe.target is Target.CPU else 0, (0, 1, 2, 3, 4))}
         options = complete(what, recipe.options, known)
-        if options.get("recover"):
-            _check_recovery(what, options)
+        check_recovery(what, options, model)
+        if options.get("recover") and (options["mixed"] or options["algorithm"] == "k_quant"):
+            raise ProfileError(f"{what}: recover goes with algorithm default or rtn, and not with mixed")
         if options.get("algorithm") == "default" and not options["symmetric"]:
             # Its embedding reads zero points that are not there, where it shares the last product's weights.
             raise ProfileError(
@@ -121,13 +122,6 @@ class OnnxGenai:
             generator.generate_next_token()
             made.append(int(generator.get_next_tokens()[0]))
         return str(tokenizer.decode(made))
-
-
-def _check_recovery(what: str, options: dict[str, Any]) -> None:
-    if not options["calibration"]:
-        raise ProfileError(f"{what}: recover needs a calibration: 'bundled', or a text file")
-    if options["mixed"] or options["algorithm"] == "k_quant":
-        raise ProfileError(f"{what}: recover goes with algorithm default or rtn, and not with mixed")
 
 
 def _run_builder(job: ConvertJob, source: Path) -> None:

@@ -144,6 +144,8 @@ class OnnxGraph:
                 _write(data, places[product.zeros], _packed(zeros))
             done += 1
         data.flush()
+        if absent := sorted(set(found) - set(filled)):
+            raise BuildError(f"the model builder left no place for {', '.join(absent[:3])}")
         return done
 
 

@@ -16,7 +16,7 @@ from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.openvino_weights import Constants
 from fleet.toolchains.options import Option, complete
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery import Wanted, recover, recovery_bytes
+from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
@@ -39,7 +39,7 @@ _INT4_OPTIONS: dict[str, Option] = {
     "recover": (False, (True, False)),
 }
 _INT8_OPTIONS: dict[str, Option] = {"symmetric": (False, (True, False))}
-_NEEDS_TEXT = ("scale_estimation", "gptq", "lora_correction", "recover")
+_NEEDS_TEXT = ("scale_estimation", "gptq", "lora_correction")
 #: NNCF's own ways to lose less, which ``recover`` would undo.
 _OF_NNCF = ("awq", "scale_estimation", "gptq", "lora_correction", "all_layers")
 #: Tokens of one calibration sample: statistics grow with it, and so does memory.
@@ -70,6 +70,7 @@ class OpenVino:
         npu = {"symmetric": True, "group_size": 128} if recipe.target is Target.NPU else {}
         options = complete(what, npu | recipe.options, _INT4_OPTIONS)
         _check_int4(what, options, recipe.target)
+        check_recovery(what, options, model)
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.contract.profile import Recipe
-from fleet.errors import BuildError
+from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized, quantize
 from fleet.toolchains.progress import Progress, ProgressCallback
@@ -33,6 +33,20 @@ class Wanted:
 
     grid_of: Callable[[str], Grid | None]
     output: Grid | None = None
+
+
+def check_recovery(what: str, options: dict[str, Any], model: Checkpoint) -> None:
+    """Whether the option ``recover`` can be had.
+
+    Raises:
+        ProfileError: no calibration text is named, or the network is built otherwise than this module knows.
+    """
+    if not options.get("recover"):
+        return
+    if not options["calibration"]:
+        raise ProfileError(f"{what}: recover needs a calibration: 'bundled', or a text file")
+    if model.facts.architecture != "Phi3ForCausalLM":
+        raise ProfileError(f"{what}: recover is for Phi3ForCausalLM, not for {model.facts.architecture}")
 
 
 def recovery_bytes(recipe: Recipe, model: Checkpoint) -> int:
