@@ -116,8 +116,18 @@ def _phimoe_onnx(case: Case) -> str | None:
     if case.shape.block is not Block.PHIMOE or not case.is_(Toolchain.ONNX_GENAI):
         return None
     if case.recipe.target is Target.CUDA and case.recipe.precision is Precision.INT4:
-        return None
-    return "the ONNX builder makes PhiMoE for CUDA at INT4 alone; take llamacpp or openvino"
+        return (
+            "the ONNX builder makes it with transformers 4 alone: with 5 it knows no LongRoPE for PhiMoE; take openvino"
+        )
+    return "the ONNX builder makes PhiMoE for CUDA at INT4 alone; take openvino"
+
+
+def _phimoe_mixer(case: Case) -> str | None:
+    if case.shape.block is Block.PHIMOE and case.recipe.toolchain in (Toolchain.LLAMACPP, Toolchain.MLX):
+        return (
+            f"{case.recipe.toolchain} weighs the two experts by a softmax, the model by its sparse mixer; take openvino"
+        )
+    return None
 
 
 def _class_policy(case: Case) -> str | None:
@@ -214,10 +224,15 @@ RULES: tuple[Rule, ...] = (
     Rule("openvino-npu", "OpenVINO GenAI on NPU, supported precisions", _openvino_npu_recipe),
     Rule("openvino-gguf", "OpenVINO GenAI's GGUF reader, supported architectures", _openvino_gguf),
     Rule("mlx-awq", "mlx-lm, quant/awq.py: AWQ_MODEL_CONFIGS", _mlx_awq),
-    Rule("phimoe-onnx", "onnxruntime-genai, models/builder.py: PhiMoEForCausalLM", _phimoe_onnx),
+    Rule("phimoe-onnx", "onnxruntime-genai 0.18, models/builder.py: PhiMoEForCausalLM; tried", _phimoe_onnx),
+    Rule("phimoe-mixer", "mlx-lm, models/phimoe.py; measured on both, logits off by 4.6", _phimoe_mixer),
     Rule("multimodal", "onnxruntime-genai, models/builder.py: Phi3V and Phi4MM", _multimodal),
     Rule("longrope-mlx", "mlx-lm, models/rope_utils.py: SuScaledRoPE; measured, logits off by 0.41", _longrope_mlx),
-    Rule("longrope-llamacpp", "llama.cpp issue 24823", _longrope_llamacpp),
-    Rule("sliding-window", "llama.cpp pull request 13676; mlx-lm, models/phi3.py", _sliding_window),
+    Rule("longrope-llamacpp", "llama.cpp issue 24823; measured, logits off by 5", _longrope_llamacpp),
+    Rule(
+        "sliding-window",
+        "llama.cpp pull request 13676; mlx-lm, models/phi3.py; measured, logits off by 2.7",
+        _sliding_window,
+    ),
     Rule("group-size", "mlx.core.quantize", _group_fits),
 )
