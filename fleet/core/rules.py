@@ -51,6 +51,7 @@ class Rule:
     """A row of the table."""
 
     name: str
+    refuses: str
     source: str
     check: Callable[[Case], str | None]
 
@@ -116,9 +117,7 @@ def _phimoe_onnx(case: Case) -> str | None:
     if case.shape.block is not Block.PHIMOE or not case.is_(Toolchain.ONNX_GENAI):
         return None
     if case.recipe.target is Target.CUDA and case.recipe.precision is Precision.INT4:
-        return (
-            "the ONNX builder makes it with transformers 4 alone: with 5 it knows no LongRoPE for PhiMoE; take openvino"
-        )
+        return "the ONNX builder makes PhiMoE with transformers 4 alone: with 5 it refuses its LongRoPE; take openvino"
     return "the ONNX builder makes PhiMoE for CUDA at INT4 alone; take openvino"
 
 
@@ -216,23 +215,75 @@ def _accelerator_there(case: Case) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("class-policy", "the project's policy: mobile and IoT INT4, AI PCs up to FP32", _class_policy),
-    Rule("accelerator", "the profile's accelerators", _accelerator_there),
-    Rule("fp16-onnx-cpu", "onnxruntime-genai issue 1098; measured", _fp16_onnx_on_cpu),
-    Rule("toolchain-target", "the toolchains' own lists", _toolchain_target),
-    Rule("int4-hardware", "the runtimes' published builds", _int4_hardware),
-    Rule("openvino-npu", "OpenVINO GenAI on NPU, supported precisions", _openvino_npu_recipe),
-    Rule("openvino-gguf", "OpenVINO GenAI's GGUF reader, supported architectures", _openvino_gguf),
-    Rule("mlx-awq", "mlx-lm, quant/awq.py: AWQ_MODEL_CONFIGS", _mlx_awq),
-    Rule("phimoe-onnx", "onnxruntime-genai 0.18, models/builder.py: PhiMoEForCausalLM; tried", _phimoe_onnx),
-    Rule("phimoe-mixer", "mlx-lm, models/phimoe.py; measured on both, logits off by 4.6", _phimoe_mixer),
-    Rule("multimodal", "onnxruntime-genai, models/builder.py: Phi3V and Phi4MM", _multimodal),
-    Rule("longrope-mlx", "mlx-lm, models/rope_utils.py: SuScaledRoPE; measured, logits off by 0.41", _longrope_mlx),
-    Rule("longrope-llamacpp", "llama.cpp issue 24823; measured, logits off by 5", _longrope_llamacpp),
+    Rule(
+        "class-policy",
+        "more than INT4 for mobile and IoT devices",
+        "the project's policy: mobile and IoT INT4, AI PCs up to FP32",
+        _class_policy,
+    ),
+    Rule("accelerator", "a target that the profile does not have", "the profile's accelerators", _accelerator_there),
+    Rule(
+        "fp16-onnx-cpu",
+        "half precision in ONNX on a CPU: 25 times slower than FP32",
+        "onnxruntime-genai issue 1098; measured",
+        _fp16_onnx_on_cpu,
+    ),
+    Rule("toolchain-target", "what the toolchain does not build", "the toolchains' own lists", _toolchain_target),
+    Rule(
+        "int4-hardware",
+        "INT4 where no runtime has kernels for the hardware",
+        "the runtimes' published builds",
+        _int4_hardware,
+    ),
+    Rule(
+        "openvino-npu",
+        "INT4 for an NPU that is not symmetric, ratio 1.0, group -1 or 128: its compiler fails after minutes",
+        "OpenVINO GenAI on NPU, supported precisions",
+        _openvino_npu_recipe,
+    ),
+    Rule(
+        "openvino-gguf",
+        "a GGUF of a Phi in OpenVINO, whose reader knows Llama and Qwen",
+        "OpenVINO GenAI's GGUF reader, supported architectures",
+        _openvino_gguf,
+    ),
+    Rule(
+        "mlx-awq", "AWQ in MLX, which has no map of Phi's layers", "mlx-lm, quant/awq.py: AWQ_MODEL_CONFIGS", _mlx_awq
+    ),
+    Rule(
+        "phimoe-onnx",
+        "PhiMoE in ONNX: CUDA INT4 alone, and there the builder fails with transformers 5",
+        "onnxruntime-genai 0.18, models/builder.py: PhiMoEForCausalLM; tried",
+        _phimoe_onnx,
+    ),
+    Rule(
+        "phimoe-mixer",
+        "PhiMoE where experts are weighed by a softmax in place of its sparse mixer",
+        "mlx-lm, models/phimoe.py; measured on both, logits off by 4.6",
+        _phimoe_mixer,
+    ),
+    Rule(
+        "multimodal",
+        "checkpoints with vision or speech, but for the ONNX builder, which takes their text part",
+        "onnxruntime-genai, models/builder.py: Phi3V and Phi4MM",
+        _multimodal,
+    ),
+    Rule(
+        "longrope-mlx",
+        "LongRoPE in MLX beyond the original context",
+        "mlx-lm, models/rope_utils.py: SuScaledRoPE; measured, logits off by 0.41",
+        _longrope_mlx,
+    ),
+    Rule(
+        "longrope-llamacpp",
+        "LongRoPE in llama.cpp beyond the original context: short prompts get the long factors",
+        "llama.cpp issue 24823; measured, logits off by 5",
+        _longrope_llamacpp,
+    ),
     Rule(
         "sliding-window",
         "llama.cpp pull request 13676; mlx-lm, models/phi3.py; measured, logits off by 2.7",
         _sliding_window,
     ),
-    Rule("group-size", "mlx.core.quantize", _group_fits),
+    Rule("group-size", "groups that do not divide a row", "mlx.core.quantize", _group_fits),
 )

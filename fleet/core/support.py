@@ -77,18 +77,36 @@ def cell(variant: Variant, toolchain: Toolchain, precision: Precision, target: T
 
 def markdown() -> str:
     """docs/support-matrix.md, without the notice at its head."""
-    return "\n".join([*_introduction(), *_matrix(), *_limits(), *_rules(), *_memory()])
+    return "\n".join([_INTRODUCTION, *_matrix(), _DEVICES, *_rules(), *_memory()])
 
 
-def _introduction() -> Iterator[str]:
-    yield "# What works, what builds, what is refused\n"
-    yield "- **works**: tests build it from a small random checkpoint of the variant's own configuration, load it in the"
-    yield "  toolchain's own runtime, and compare the logits with transformers' (FP32 at short and at long positions)."
-    yield "- builds: made here, not run here, for want of the device."
-    yield "- refused: the planner says no, with the rule named; `phifleet plan` gives the reason. The rules are below."
-    yield ""
-    yield "A length in tokens is the longest context that it holds for; without one it holds for the model's own."
-    yield "Real checkpoints of these models were not to be had where this was written: networks were tested, not weights.\n"
+_INTRODUCTION = """\
+# What works, what builds, what is refused
+
+- **works**: tests build it from a small random checkpoint with the variant's own configuration, load it in the
+  toolchain's own runtime, and compare its logits with those of transformers, at FP32 for short and for long prompts.
+- builds: the toolchain makes it here; it was not run, for want of the device.
+- refused: the planner says no. The rules are below; `phifleet plan` gives the reason for each case.
+
+A length in tokens is the longest context that it holds for; without one it holds for the model's own. Networks were
+tested, not the published weights, which were not to be had where this was written.
+"""
+_DEVICES = """\
+## Devices
+
+A profile adds its own limits: mobile and IoT devices get INT4, an accelerator must be one that the profile names, and
+weights, KV cache and runtime must fit its memory, two artifacts its disk.
+"""
+_MEMORY = """\
+## Memory
+
+`peak = weights x copies + context x KV bytes of a token + prompt piece x vocabulary x 4 + runtime`
+
+The KV bytes of a token are `2 x layers x KV heads x head size x bytes of an element`; an element is 4 bytes for ONNX on
+a CPU and for FP32 in MLX, and 2 otherwise. The weights are the artifact's bytes.
+
+| toolchain | copies of the weights | prompt piece, tokens | runtime, MiB |
+|---|---|---|---|"""
 
 
 def _matrix() -> Iterator[str]:
@@ -111,29 +129,18 @@ def _shown(one: Cell) -> str:
     return text if one.context == one.variant.shape.max_context else f"{text} to {one.context} ({one.rule})"
 
 
-def _limits() -> Iterator[str]:
-    yield "## Devices\n"
-    yield "A profile adds its own: mobile and IoT devices get INT4, an accelerator must be the profile's, and weights, KV"
-    yield "cache and runtime must fit its memory, two artifacts its disk.\n"
-
-
 def _rules() -> Iterator[str]:
     yield "## Rules\n"
-    yield "| rule | known from |"
-    yield "|---|---|"
+    yield "| rule | refuses | known from |"
+    yield "|---|---|---|"
     for rule in RULES:
-        yield f"| `{rule.name}` | {rule.source} |"
-    yield "| `memory-budget`, `disk-budget` | the formula below, the profile |"
-    yield "| `toolchain-options` | the toolchain's own list of options |\n"
+        yield f"| `{rule.name}` | {rule.refuses} | {rule.source} |"
+    yield "| `memory-budget`, `disk-budget` | what does not fit the profile | the formula below |"
+    yield "| `toolchain-options` | an option that the toolchain has not | the toolchain's own list of options |\n"
 
 
 def _memory() -> Iterator[str]:
-    yield "## Memory\n"
-    yield "`peak = weights x copies + context x KV bytes of a token + prompt piece x vocabulary x 4 + runtime`, where the KV"
-    yield "bytes of a token are `2 x layers x KV heads x head size x bytes of an element`: 4 for ONNX on a CPU and for FP32"
-    yield "in MLX, else 2.\n"
-    yield "| toolchain | copies of the weights | prompt piece, tokens | runtime, MiB |"
-    yield "|---|---|---|---|"
+    yield _MEMORY
     for toolchain, runtime in RUNTIMES.items():
         yield f"| {toolchain} | {runtime.copies:g} | {runtime.prompt_piece} | {runtime.runtime_bytes // 2**20} |"
     yield ""
