@@ -282,6 +282,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "sliding-window",
+        "a context longer than the model's window where the runtime has none",
         "llama.cpp pull request 13676; mlx-lm, models/phi3.py; measured, logits off by 2.7",
         _sliding_window,
     ),
