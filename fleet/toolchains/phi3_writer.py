@@ -157,9 +157,17 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, Weights]:
 
 
 def write_weights(folder: Path, weights: dict[str, Weights]) -> None:
-    """``model.safetensors``, in float32."""
+    """``model.safetensors``, in float32.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = folder / "model.safetensors"
-    save_file(dict(sorted(weights.items())), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(sorted(weights.items())), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     path.chmod(0o644)

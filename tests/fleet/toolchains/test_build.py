@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -108,6 +109,7 @@ def test_a_toolchain_that_is_killed_is_told_from_one_that_fails(tiny_dir: Path, 
 
 SCRIPT = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tests.fleet.toolchains.test_build import INT4, PROFILE
 from fleet.home import Home
@@ -184,3 +186,32 @@ def test_a_damaged_artifact_is_named(tiny_artifact: Built, tmp_path: Path) -> No
     assert listing.manifests == () and "remove its folder and build again" in listing.damaged[0]
     with pytest.raises(FleetError):
         artifacts.find(home, manifest.id)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_left_as_it_was(tiny_dir: Path, small_disk: Path) -> None:
+    home = Home(small_disk)
+    with pytest.raises(BuildError, match="the disk is full"):
+        building.build(checkpoint(tiny_dir), PROFILE, INT4, home)
+    assert list(home.artifacts.iterdir()) == []
+
+
+def test_the_sample_does_not_fit_a_full_disk(small_disk: Path) -> None:
+    from fleet.toolchains.sample_model import make_tiny
+
+    with pytest.raises(BuildError, match=r"cannot write .* space"):
+        make_tiny(small_disk / "tiny")
+    assert list(small_disk.iterdir()) == []
