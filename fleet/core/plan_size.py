@@ -127,7 +127,9 @@ def _onnx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
         embedding = 0 if shape.tied else floats * shape.embedding.weights
     else:
         bits = 4 if recipe.precision is Precision.INT4 else 8
-        weights = sum(_onnx_quantized(one, bits, floats, options) for one in [*matrices, output])
+        weights = sum(
+            _onnx_quantized(one, _onnx_bits(one, shape, bits, options), floats, options) for one in [*matrices, output]
+        )
         # The embedding shares the output's weights at INT4 alone.
         shared = shape.tied and recipe.precision is Precision.INT4
         embedding = 0 if shared else floats * shape.embedding.weights
@@ -143,10 +145,22 @@ def _onnx_float_bytes(recipe: Recipe) -> int:
     return 4 if recipe.target is Target.CPU else 2
 
 
+def _onnx_bits(matrix: Matrix, shape: ModelShape, bits: int, options: Mapping[str, Any]) -> int:
+    """INT8 where ``mixed`` says so (builders/base.py, mixed_layers)."""
+    mixed = options.get("mixed")
+    if matrix.layer is None:
+        return 8 if mixed and matrix.name == "output" else bits
+    eighth = shape.layers / 8
+    more = matrix.layer < eighth or matrix.layer >= 7 * eighth or (matrix.layer - round(eighth)) % 3 == 2
+    sensitive = matrix.name in ("attn_v", "attn_qkv") or matrix.name.startswith("ffn_down")
+    return 8 if mixed == "layers" and more and sensitive else bits
+
+
 def _onnx_quantized(matrix: Matrix, bits: int, floats: int, options: Mapping[str, Any]) -> int:
     group = int(options.get("block_size", 32))
     groups = ceil(matrix.columns / group)
-    zeros = 0 if options.get("symmetric", True) else ceil(groups * bits / 8)
+    symmetric = options.get("symmetric", True) and options.get("algorithm") != "k_quant"
+    zeros = 0 if symmetric else ceil(groups * bits / 8)
     row = groups * group * bits // 8 + groups * floats + zeros
     return row * matrix.rows * matrix.count
 

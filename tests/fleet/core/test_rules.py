@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import Recipe
+from fleet.core.phi_variants import VARIANTS, find_variant
+from fleet.core.plan_shape import ModelShape, shape_of
+from fleet.core.rules import RULES, Case, refusals
+from fleet.core.support import Status, cells
+from fleet.profiles_loader import load_profile
+
+#: model, toolchain, precision, target, options, context, profile, the rule that refuses or None
+CASES: list[tuple[str, str, str, str, dict[str, Any], int, str | None, str | None]] = [
+    ("phi-4-mini", "onnx_genai", "int4", "cpu", {}, 4096, None, None),
+    ("phi-4-mini", "onnx_genai", "fp16", "cpu", {}, 4096, None, "fp16-onnx-cpu"),
+    ("phi-4-mini", "onnx_genai", "bf16", "cpu", {}, 4096, None, "fp16-onnx-cpu"),
+    ("phi-4-mini", "onnx_genai", "fp16", "cuda", {}, 4096, None, None),
+    ("phi-4-mini", "onnx_genai", "int8", "dml", {}, 4096, None, "toolchain-target"),
+    ("phi-4-mini", "onnx_genai", "int4", "qnn", {}, 4096, None, "toolchain-target"),
+    ("phi-4-mini", "openvino", "int4", "npu", {}, 4096, None, None),
+    ("phi-4-mini", "openvino", "int4", "npu", {"symmetric": False}, 4096, None, "openvino-npu"),
+    ("phi-4-mini", "openvino", "int4", "npu", {"ratio": 0.8}, 4096, None, "openvino-npu"),
+    ("phi-4-mini", "openvino", "int4", "npu", {"group_size": 64}, 4096, None, "openvino-npu"),
+    ("phi-4-mini", "openvino", "int4", "npu", {"group_size": -1}, 4096, None, None),
+    ("phi-4-mini", "openvino", "int8", "npu", {}, 4096, None, "toolchain-target"),
+    ("phi-4-mini", "openvino", "int4", "cpu", {"format": "gguf"}, 4096, None, "openvino-gguf"),
+    ("phi-4-mini", "openvino", "int4", "cpu", {"group_size": 32, "symmetric": False}, 131072, None, None),
+    ("phi-3-mini-4k", "mlx", "int4", "metal", {"awq": True}, 2047, None, "mlx-awq"),
+    ("phi-4-mini", "mlx", "int4", "metal", {"group_size": 80}, 4096, None, "group-size"),
+    ("phi-4-mini", "mlx", "int4", "metal", {}, 4096, None, None),
+    ("phi-4-mini", "mlx", "int4", "metal", {}, 4097, None, "longrope-mlx"),
+    ("phi-4-mini", "llamacpp", "int4", "cpu", {}, 4096, None, None),
+    ("phi-4-mini", "llamacpp", "int4", "cpu", {}, 8192, None, "longrope-llamacpp"),
+    ("phi-4-mini", "onnx_genai", "int4", "cpu", {}, 8192, None, None),
+    ("phi-3-mini-4k", "llamacpp", "int4", "cpu", {}, 4096, None, "sliding-window"),
+    ("phi-3-mini-4k", "llamacpp", "int4", "cpu", {}, 2047, None, None),
+    ("phi-3-mini-4k", "onnx_genai", "int4", "cpu", {}, 4096, None, None),
+    ("phi-3-mini-4k", "openvino", "int4", "cpu", {}, 4096, None, None),
+    ("phi-4", "llamacpp", "int4", "cpu", {}, 16384, None, None),
+    ("phi-3.5-moe", "onnx_genai", "int4", "cpu", {}, 4096, None, "phimoe-onnx"),
+    ("phi-3.5-moe", "onnx_genai", "fp16", "cuda", {}, 4096, None, "phimoe-onnx"),
+    ("phi-3.5-moe", "llamacpp", "int4", "cpu", {}, 4096, None, "phimoe-mixer"),
+    ("phi-3.5-moe", "mlx", "int4", "metal", {}, 4096, None, "phimoe-mixer"),
+    ("phi-3.5-moe", "openvino", "int4", "cpu", {}, 4096, None, None),
+    ("phi-2", "onnx_genai", "int4", "cpu", {}, 2048, None, None),
+    ("phi-2", "llamacpp", "int8", "cpu", {}, 2048, "iot-x86", "class-policy"),
+    ("phi-2", "mlx", "fp16", "metal", {}, 2048, "ios-phone", "class-policy"),
+    ("phi-2", "llamacpp", "int8", "cpu", {}, 2048, "ai-pc-cpu", None),
+    ("phi-2", "openvino", "int4", "npu", {}, 2048, "ai-pc-igpu", "accelerator"),
+]  # fmt: skip
+
+
+def shape(name: str) -> ModelShape:
+    variant = find_variant(name)
+    assert variant is not None
+    return variant.shape
+
+
+@pytest.mark.parametrize("row", CASES, ids=lambda row: " ".join(str(part) for part in row if part not in ({}, None)))
+def test_the_linter(row: tuple[str, str, str, str, dict[str, Any], int, str | None, str | None]) -> None:
+    model, toolchain, precision, target, options, context, profile, rule = row
+    recipe = Recipe(
+        toolchain=Toolchain(toolchain), precision=Precision(precision), target=Target(target), options=options
+    )
+    found = refusals(Case(shape(model), recipe, context, load_profile(profile) if profile else None))
+    assert [one.rule for one in found][:1] == ([rule] if rule else [])
+    for one in found:
+        assert one.reason
+        assert one.source
+
+
+def test_every_rule_has_a_case() -> None:
+    tested = {row[-1] for row in CASES}
+    elsewhere = {"int4-hardware", "multimodal"}
+    assert {rule.name for rule in RULES} - tested == elsewhere
+
+
+def test_int4_is_refused_where_the_hardware_has_none() -> None:
+    old = load_profile("iot-arm64").model_copy(update={"arch": "armv7l"})
+    for recipe in old.recipes:
+        assert [one.rule for one in refusals(Case(shape("phi-2"), recipe, 2048, old))] == ["int4-hardware"]
+
+
+def test_multimodal_checkpoints_are_for_the_onnx_builder() -> None:
+    config = dict(find_variant("phi-4-mini").config) | {"architectures": ["Phi4MMForCausalLM"]}  # type: ignore[union-attr]
+    model = shape_of(config, name="phi-4-multimodal")
+    made = {
+        toolchain: refusals(Case(model, Recipe(toolchain=toolchain, precision=Precision.INT4, target=target), 4096))
+        for toolchain, target in ((Toolchain.ONNX_GENAI, Target.CPU), (Toolchain.OPENVINO, Target.CPU))
+    }
+    assert not made[Toolchain.ONNX_GENAI]
+    assert [one.rule for one in made[Toolchain.OPENVINO]] == ["multimodal"]
+
+
+def test_every_cell_of_the_matrix_says_what_holds() -> None:
+    found = list(cells())
+    assert len({(one.variant.name, one.toolchain, one.precision, one.target) for one in found}) == len(found)
+    assert {one.variant.name for one in found} == {variant.name for variant in VARIANTS}
+    for one in found:
+        recipe = Recipe(toolchain=one.toolchain, precision=one.precision, target=one.target)
+        if one.status is Status.REFUSED:
+            assert one.why
+            assert one.rule in {rule.name for rule in RULES}
+        else:
+            assert not refusals(Case(one.variant.shape, recipe, one.context))
