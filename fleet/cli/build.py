@@ -96,6 +96,7 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
     there is not built again, so an interrupted run goes on where it was.
     """
     loaded = [load_profile(name) for name in profiles]
+    text = evaluation.from_text(eval_text) if eval_text else evaluation.bundled()
     chosen = [choose_recipes(profile, toolchain, precision, target) for profile in loaded]
     with bars() as lines:
         checkpoint = resolve_model(model, progress=lines("checkpoint"))
@@ -106,7 +107,7 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
         ]
         outcomes = build_all(checkpoint, requests, obj.home, jobs=jobs, progress=lambda i: lines(_title(requests[i])))
         if measure or best:
-            outcomes = tuple(_measured(one, checkpoint, obj.home, eval_text, lines) for one in outcomes)
+            outcomes = tuple(_measured(one, checkpoint, obj.home, eval_text, text.label, lines) for one in outcomes)
     for outcome in outcomes:
         if outcome.manifest is not None:
             click.echo((_as_json if as_json else _as_text)(outcome.manifest, outcome.reused))
@@ -132,15 +133,14 @@ def _legal(checkpoint: Checkpoint, profile: DeviceProfile, recipes: list[Recipe]
 
 
 def _measured(
-    outcome: Outcome, checkpoint: Checkpoint, home: Home, text: Path | None,
+    outcome: Outcome, checkpoint: Checkpoint, home: Home, text: Path | None, label: str,
     lines: Callable[[str], work.ProgressCallback],
 ) -> Outcome:  # fmt: skip
-    """With loss and speed in the manifest, also on disk; measured again only on another text."""
+    """With loss and speed in the manifest, also on disk; measured again only on another text than ``label``'s."""
     manifest = outcome.manifest
     if manifest is None:
         return outcome
-    wanted = (evaluation.from_text(text) if text else evaluation.bundled()).label
-    if manifest.quality is not None and manifest.quality.evaluation == wanted:
+    if manifest.quality is not None and manifest.quality.evaluation == label:
         return outcome
     try:
         quality, speed = measure_artifact(

@@ -1,0 +1,80 @@
+"""``phifleet build`` and ``phifleet sample-model`` as an operator types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fleet.cli.build import build, describe_sample, sample_model
+from fleet.errors import ModelError, ProfileError, UsageError
+from fleet.home import Home
+from fleet.toolchains.artifacts import find
+from fleet.toolchains.sample_model import SampleReport
+from tests.models import Built
+
+
+@dataclass(frozen=True)
+class Context:
+    home: Home
+
+
+@pytest.fixture
+def home(tiny_artifact: Built, tmp_path: Path) -> Home:
+    """With the tiny ONNX artifact in it, so that nothing is built."""
+    place = Home(tmp_path / "home")
+    shutil.copytree(tiny_artifact.files.parent, place.artifacts / tiny_artifact.manifest.id)
+    return place
+
+
+def test_it_tells_what_was_there_already(home: Home, tiny_dir: Path, tiny_artifact: Built) -> None:
+    arguments = ["--model", str(tiny_dir), "--profile", "iot-x86", "--toolchain", "onnx_genai", "--no-measure"]
+    text = CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
+    assert text.exit_code == 0 and text.stdout.startswith(f"already built {tiny_artifact.manifest.id}: 6.1 MB")
+    answer = CliRunner().invoke(build, [*arguments, "--json"], obj=Context(home), catch_exceptions=False)
+    found = json.loads(answer.stdout)
+    assert (found["id"], found["reused"]) == (tiny_artifact.manifest.id, True)
+    assert (found["bytes"], found["kl_divergence"]) == (tiny_artifact.manifest.size, None)
+
+
+@pytest.mark.toolchain
+def test_the_loss_goes_into_the_manifest_and_names_the_best(home: Home, tiny_dir: Path, tiny_artifact: Built) -> None:
+    arguments = ["--model", str(tiny_dir), "--profile", "iot-x86", "--toolchain", "onnx_genai", "--best"]
+    answer = CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
+    manifest = find(home, tiny_artifact.manifest.id)
+    assert manifest is not None and manifest.quality is not None and manifest.speed is not None
+    assert manifest.digest == tiny_artifact.manifest.digest, "measuring changes no file"
+    assert "KL divergence" in answer.stdout
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [
+    (["--profile", "no-such"], ProfileError, "no profile is named 'no-such'"),
+    (["--profile", "iot-x86", "--toolchain", "mlx"], ProfileError, "has no recipe for mlx"),
+    (["--profile", "iot-x86", "--model", "/nowhere"], ModelError, "does not exist"),
+    (["--profile", "iot-x86", "--eval-text", "/nowhere"], UsageError, "cannot be read"),
+])  # fmt: skip
+def test_what_is_wrong_is_said(
+    home: Home, tiny_dir: Path, arguments: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CliRunner().invoke(build, ["--model", str(tiny_dir), *arguments], obj=Context(home), catch_exceptions=False)
+
+
+def test_the_sample_says_what_it_is(tmp_path: Path) -> None:
+    report = SampleReport(
+        folder=tmp_path, name="smollm2-135m-phi", source="SmolLM2", license="apache-2.0", parameters=134_515_008,
+        bytes=541_608_117, layers=30, hidden=576, vocabulary=49152, context=8192, logits_difference=0.0,
+        answer="The capital of France is Paris.", seconds=9.0,
+    )  # fmt: skip
+    text = "\n".join(describe_sample(report))
+    assert "134.5 million weights" in text and "source's: 0" in text and "Paris" in text
+
+
+def test_the_sample_never_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        CliRunner().invoke(sample_model, [str(tmp_path)], catch_exceptions=False)
