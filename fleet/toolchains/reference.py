@@ -7,6 +7,7 @@ Phi-3-mini, 65 times for Phi-4-mini). The logits come back by one product with t
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def read(path: Path) -> list[Scored]:
     try:
         with np.load(path, allow_pickle=False) as file:
             ids, lengths, starts, hidden = (file[name] for name in ("ids", "lengths", "starts", "hidden"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BuildError(f"{path}: is no reference of an evaluation ({error}); remove it and measure again") from None
     found, token, row = [], 0, 0
     for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):

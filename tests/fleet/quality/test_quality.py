@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.contract.manifest import Manifest
+from agent.contract.profile import Recipe
+from fleet.core.plan_memory import memory_need
+from fleet.errors import BuildError, UsageError
+from fleet.model_facts import read_shape
+from fleet.toolchains import quality, reference
+from fleet.toolchains.evaluation import Evaluation
+from fleet.toolchains.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes
+from tests.models import Built, checkpoint
+
+TEXT = (
+    "The pump in hall seven runs at twelve bar. When the valve closes, the pressure rises and the alarm sounds. " * 40
+)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "pumps.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_an_artifact_is_measured_on_a_text_and_the_reference_is_made_once(
+    tiny_dir: Path, tiny_artifact: Built, cache: Path, text: Path
+) -> None:
+    first, speed = quality.measure(
+        tiny_dir, tiny_artifact.files, tiny_artifact.manifest, eval_text=text, cache=cache, threads=2
+    )
+    assert first.evaluation.startswith("text-pumps.txt:")
+    assert 0 < first.kl_divergence < 1
+    assert first.kl_divergence_p99 > first.kl_divergence
+    assert first.same_top_token_se > 0
+    assert speed.ttft_ms > 0
+    assert speed.peak_memory_bytes > tiny_artifact.manifest.size
+    made = {path: path.stat().st_ino for path in cache.glob("*.npz")}
+    again, _ = quality.measure(
+        tiny_dir, tiny_artifact.files.parent, tiny_artifact.manifest, eval_text=text, cache=cache, threads=2
+    )
+    assert again == first
+    assert {path: path.stat().st_ino for path in cache.glob("*.npz")} == made
+    assert not list(cache.glob("*.log"))
+
+
+def test_the_bundled_set_is_continued_by_the_model_and_always_the_same(tiny_dir: Path, tmp_path: Path) -> None:
+    chosen = Evaluation("mine", "0" * 64, prompts=("One.", "Two and three.", "Vier?"))
+    facts, chat = checkpoint(tiny_dir).facts, checkpoint(tiny_dir).chat
+    made = [
+        quality.prepare(tiny_dir, facts.source_digest, chat, chosen, tmp_path / name, threads=1) for name in ("a", "b")
+    ]
+    first, second = (reference.read(path) for path in made)
+    assert [one.ids for one in first] == [one.ids for one in second]
+    assert all(np.array_equal(one.hidden, two.hidden) for one, two in zip(first, second, strict=True))
+    assert all(len(one.ids) > one.start > 0 for one in first)
+    logits_of = reference.output_layer(tiny_dir)
+    assert logits_of(first[0].hidden).shape == (len(first[0].ids) - first[0].start, 49152)
+
+
+def test_the_reference_is_transformers_own(tiny_dir: Path, cache: Path, text: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    files = sorted(cache.glob("reference-*.npz"))
+    if not files:
+        pytest.skip("made by the first test of this file")
+    scored = reference.read(files[0])[0]
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        own = model(torch.tensor([scored.ids])).logits[0, scored.start - 1 : -1].numpy()
+    assert np.abs(own - reference.output_layer(tiny_dir)(scored.hidden)).max() < 1e-4
+
+
+def test_too_short_a_text_is_refused_by_the_child(tiny_dir: Path, tiny_artifact: Built, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("Three short words.", encoding="utf-8")
+    with pytest.raises(UsageError, match="at least 64 are needed"):
+        quality.measure(tiny_dir, tiny_artifact.files, tiny_artifact.manifest, eval_text=path, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.npz"))
+
+
+def test_an_artifact_that_does_not_load_says_so_with_its_log(
+    tiny_dir: Path, tiny_artifact: Built, cache: Path, text: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "files"
+    shutil.copytree(tiny_artifact.files, broken)
+    with (broken / "model.onnx").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(BuildError, match="its own runtime cannot measure") as caught:
+        quality.measure(tiny_dir, broken, tiny_artifact.manifest, eval_text=text, cache=cache)
+    assert "log:" in str(caught.value)
+
+
+def test_a_damaged_reference_is_named(
+    tiny_dir: Path, tiny_artifact: Built, cache: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "cache"
+    shutil.copytree(cache, other)
+    for path in other.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BuildError, match=r"no reference of an evaluation.*remove it"):
+        quality.measure(tiny_dir, tiny_artifact.files, tiny_artifact.manifest, eval_text=text, cache=other)
+
+
+def test_peak_memory_is_this_processs_own() -> None:
+    """A child starts with what it holds, not with what its parent held when it forked."""
+    ballast = bytearray(200 * 2**20)
+    code = "from fleet.toolchains.quality_job import peak_memory_bytes; print(peak_memory_bytes())"
+    found = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert found < 150 * 2**20 < len(ballast) <= peak_memory_bytes()
+
+
+@pytest.mark.toolchain
+@pytest.mark.timeout(1200)
+def test_the_sample_is_measured_in_a_minute_and_the_plan_knew_its_memory(
+    sample_dir: Path, sample_artifact: Built, cache: Path
+) -> None:
+    manifest: Manifest = sample_artifact.manifest
+    facts, chat = manifest.model.source_digest, manifest.chat
+    quality.prepare(sample_dir, facts, chat, quality.evaluation.bundled(), cache)
+    began = time.monotonic()
+    found, speed = quality.measure(sample_dir, sample_artifact.files, manifest, cache=cache)
+    seconds = time.monotonic() - began
+    assert found.tokens > 2000
+    assert 0.2 < found.kl_divergence < 0.7
+    assert found.kl_divergence_se < 0.1 * found.kl_divergence
+    others = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert seconds < 60 * others, f"{seconds:.0f} s, where others take {others:.1f} times what there is"
+    shape = read_shape(sample_dir)
+    recipe = Recipe(toolchain=manifest.toolchain, precision=manifest.precision, target=manifest.target)
+    need = memory_need(shape, recipe, manifest.size, PROMPT_TOKENS + ANSWER_TOKENS + 1)
+    assert speed.peak_memory_bytes == pytest.approx(need.at_context(PROMPT_TOKENS + ANSWER_TOKENS + 1), rel=0.35)
