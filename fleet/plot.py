@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.contract.manifest import Manifest, Toolchain
+from agent.contract.manifest import Manifest, Target, Toolchain
 from fleet.core.frontier import frontier
 from fleet.errors import UsageError
 from fleet.toolchains import durable
@@ -42,16 +42,27 @@ def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
     axes.plot(
         [one.size / 1e6 for one in edge], [_loss(one) for one in edge], "--", color="0.6", zorder=0, label="frontier"
     )
-    for one in measured:
-        axes.annotate(
-            f"{one.precision} {one.target}", (one.size / 1e6, _loss(one)), textcoords="offset points", xytext=(6, 4),
-            fontsize=7,
-        )  # fmt: skip
+    for at, one in enumerate(sorted(measured, key=_loss)):
+        place = (7, -9 if at % 2 else 4)  # neighbours' labels above and below
+        axes.annotate(_label(one), (one.size / 1e6, _loss(one)), textcoords="offset points", xytext=place, fontsize=7)
+    axes.margins(x=0.12)
     axes.set(xlabel="size, MB", ylabel="loss: mean KL divergence to FP32, nats per token", yscale="log")
     axes.set_title(", ".join(sorted({one.model.name for one in measured})))
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     return tuple(_write(figure, file.with_suffix(f".{kind}"), kind) for kind in ("png", "svg"))
+
+
+def _label(manifest: Manifest) -> str:
+    """What tells it from the others: type or algorithm where the recipe has one, else precision and target."""
+    recipe = manifest.recipe
+    named = [str(recipe[name]) for name in ("type", "algorithm", "mixed") if isinstance(recipe.get(name), str)]
+    named = [name for name in named if name != "default"]
+    if manifest.target is not Target.CPU:
+        named.append(str(manifest.target))
+    if recipe.get("calibration"):
+        named.append("calibrated")
+    return " ".join([str(manifest.precision), *named])
 
 
 def _loss(manifest: Manifest) -> float:

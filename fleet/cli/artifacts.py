@@ -16,6 +16,8 @@ from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.toolchains.artifacts import list_artifacts, load
 
+_WIDTH = 170
+
 
 class HasHome(Protocol):
     """What these commands need of click's context object."""
@@ -42,7 +44,7 @@ def list_command(obj: HasHome, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([row(manifest) for manifest in listing.manifests]))
     elif listing.manifests:
-        Console(soft_wrap=True).print(table(listing.manifests))
+        wide_console().print(table(listing.manifests))
     else:
         click.echo("no artifacts yet; `phifleet build` makes one")
 
@@ -90,7 +92,7 @@ def compare_command(
             rows = [one | {"misses": list(misses[one["id"]])} for one in rows]
         click.echo(json.dumps(rows))
     else:
-        Console(soft_wrap=True).print(table(ordered, edge=edge, best=best))
+        wide_console().print(table(ordered, edge=edge, best=best))
         for one in ordered:
             for miss in misses.get(one.id, ()):
                 click.echo(f"{one.id}: {miss}")
@@ -120,11 +122,18 @@ def row(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def wide_console(*, stderr: bool = False) -> Console:
+    """As wide as the tables: an id that is cut is of no use, and a terminal breaks lines by itself."""
+    console = Console(stderr=stderr, soft_wrap=True)
+    return Console(stderr=stderr, soft_wrap=True, width=max(console.width, _WIDTH))
+
+
 def table(manifests: Any, *, edge: set[str] | None = None, best: str | None = None) -> Table:
     """Size, loss and speed, one line each; ``edge`` holds the ids on the frontier."""
-    shown = Table("id", "MB", "KL divergence", "p99", "perplexity", "ratio", "same top", box=None)
-    for name in ("TTFT ms", "TPOT ms", "MiB"):
-        shown.add_column(name, justify="right")
+    shown = Table(box=None)
+    shown.add_column("id", no_wrap=True)
+    for name in ("MB", "KL divergence", "p99", "perplexity", "ratio", "same top", "TTFT ms", "TPOT ms", "MiB"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for one in manifests:
         quality, speed = one.quality, one.speed
         mark = (" [bold green]best[/]" if one.id == best else "") + (" *" if edge and one.id in edge else "")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
-from fleet.cli.artifacts import table
+from fleet.cli.artifacts import table, wide_console
 from fleet.core.frontier import choose
 from fleet.core.plan import first_legal, judge
 from fleet.errors import FleetError, ProfileError
@@ -157,7 +157,7 @@ def _measured(
 def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> None:
     made = [one.manifest for one in outcomes if one.manifest is not None and one.request.profile is profile]
     choice = choose(made, profile)
-    Console(stderr=True, soft_wrap=True).print(table(
+    wide_console(stderr=True).print(table(
         [one.manifest for one in choice.judged], edge={one.manifest.id for one in choice.judged if one.on_frontier},
         best=choice.best.id if choice.best else None,
     ))  # fmt: skip

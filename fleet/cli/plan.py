@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from agent.contract.base import sha256_hex
 from agent.contract.manifest import Chat, ModelFacts
 from agent.contract.profile import Recipe
+from fleet.cli.artifacts import wide_console
 from fleet.core.plan import Candidate, as_json, candidates, describe, first_legal
 from fleet.core.plan_memory import FORMULA
 from fleet.core.plan_shape import ModelShape
@@ -40,9 +40,9 @@ def plan(model: str, profiles: tuple[str, ...], as_json_: bool) -> None:
     if as_json_:
         click.echo(json.dumps([as_json(candidate) for found in planned for candidate in found]))
     else:
-        console = Console(soft_wrap=True)
+        console = wide_console()
         console.print(f"{shape.name}: {shape.architecture}, {shape.parameters / 1e9:.2f} billion weights")
-        console.print(_table(planned), soft_wrap=False)
+        console.print(_table(planned))
         for line in _reasons(planned):
             console.print(line, highlight=False)
         console.print(f"memory: {FORMULA}", style="dim")
