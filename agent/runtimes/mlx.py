@@ -7,15 +7,24 @@ an LRU, and a prompt that begins like one of them starts from there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.core.inference import Capabilities, FinishReason, GenerationEvent, GenerationRequest, TokenLogprob
+from agent.core.inference import (
+    Capabilities,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    InferenceError,
+    TokenLogprob,
+)
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
 from agent.runtimes.generation import Generation, check_fits
+from agent.runtimes.guidance import Guide, Guides
 from agent.runtimes.text import Pieces, PieceStream
 
 #: Prompt tokens of one step: the CPU back end has no fast kernels, and a step must stay short.
@@ -54,6 +63,8 @@ class _Sequence:
     generation: Generation
     sampler: Any
     native: bool
+    guide: Guide | None = None
+    failure: str = ""
 
 
 class MlxEngine:
@@ -80,16 +91,20 @@ class MlxEngine:
             prefill_batch_size=min(2, options.max_sequences),
             prefill_step_size=_PREFILL[device],
         )
+        ends = frozenset(self._ends)
+        vocabulary = int(json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"])
+        self._guides = Guides(folder / "tokenizer.json", vocabulary, ends)
+        self._end = min(ends)
         self._kept = LRUPromptCache(max_size=options.max_sequences)
         self._running: dict[int, _Sequence] = {}
         self._ended: list[GenerationEvent] = []
 
     @property
     def capabilities(self) -> Capabilities:
-        """Every sampling parameter, since the drawing is ours; no guidance."""
+        """Every sampling parameter, since the drawing is ours; guidance where llguidance is there."""
         from agent.runtimes.sampling import PARAMETERS
 
-        return Capabilities(PARAMETERS, frozenset(), True, self._options.max_sequences)
+        return Capabilities(PARAMETERS, self._guides.kinds, True, self._options.max_sequences)
 
     @property
     def busy(self) -> bool:
@@ -102,10 +117,13 @@ class MlxEngine:
 
         prompt = self._encode(request.prompt)
         limit = check_fits(len(prompt), request.sampling.max_tokens, self.context)
+        guidance = request.sampling.guidance
+        guide = self._guides.guide(guidance) if guidance is not None else None
         cache, rest = self._kept.fetch_nearest_cache(0, prompt[:-1])
         generation = Generation(request, PieceStream(self._pieces), len(prompt), limit)
         generation.cached_tokens = len(prompt) - 1 - len(rest)
-        sequence = _Sequence(generation, TokenSampler(request.sampling, prompt), is_plain_greedy(request.sampling))
+        native = guide is None and is_plain_greedy(request.sampling)
+        sequence = _Sequence(generation, TokenSampler(request.sampling, prompt), native, guide)
         (number,) = self._batch.insert(
             [[*rest, prompt[-1]]],
             max_tokens=[limit],
@@ -174,16 +192,29 @@ class MlxEngine:
     def _sampler(self, sequence: _Sequence) -> Callable[[Any], Any]:
         def draw(logprobs: Any) -> Any:
             row = self._np.array(logprobs[0].astype(self._mx.float32))
-            return self._mx.array([sequence.sampler.draw(row).token])
+            return self._mx.array([self._draw(sequence, row)])
 
         return draw
+
+    def _draw(self, sequence: _Sequence, row: Any) -> int:
+        """The next token; an end marker where nothing may follow. Raising in here would end the whole batch."""
+        guide = sequence.guide
+        if guide is None:
+            return int(sequence.sampler.draw(row).token)
+        if guide.finished:
+            return self._end
+        try:
+            return guide.draw(sequence.sampler, row).token
+        except InferenceError as error:
+            sequence.failure = str(error)
+            return self._end
 
     def _read(self, sequence: _Sequence, response: Any) -> list[GenerationEvent]:
         generation = sequence.generation
         if generation.done:
             return []
         if response.token in self._ends:
-            return generation.end_marker()
+            return generation.fail("crashed", sequence.failure) if sequence.failure else generation.end_marker()
         asked = generation.request.sampling.top_logprobs
         if asked is None:
             return generation.token(response.token)

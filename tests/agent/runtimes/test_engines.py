@@ -208,7 +208,7 @@ async def test_a_schema_is_followed_even_by_a_random_model(run: Run, temperature
         return
     guidance = Guidance(GuidanceKind.JSON_SCHEMA, json.dumps(SCHEMA))
     text, done, _ = await run.generate(
-        "JSON", max_tokens=200, temperature=temperature, seed=1, guidance=guidance, logit_bias={}
+        "JSON", max_tokens=16 * run.length, temperature=temperature, seed=1, guidance=guidance, logit_bias={}
     )
     if done.reason is FinishReason.STOP:  # a random model may fill the answer with white space
         answer = json.loads(text)
