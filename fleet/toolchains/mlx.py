@@ -43,7 +43,6 @@ class Mlx:
     name: ClassVar[Toolchain] = Toolchain.MLX
     extra: ClassVar[str] = "quantize"
     packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers")
-    overhead_bytes: ClassVar[int] = 128 * 1024 * 1024
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """Group size, and at INT4 one of mlx-lm's mixed recipes."""

@@ -58,7 +58,6 @@ class OnnxGenai:
         "torch",
         "transformers",
     )
-    overhead_bytes: ClassVar[int] = 192 * 1024 * 1024
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """Options of the builder for quantized precisions; none otherwise."""

@@ -54,7 +54,6 @@ class OpenVino:
     packages: ClassVar[tuple[str, ...]] = (
         "openvino", "openvino-tokenizers", "openvino-genai", "optimum-intel", "nncf", "torch", "transformers",
     )  # fmt: skip
-    overhead_bytes: ClassVar[int] = 256 * 1024 * 1024
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """See ``_INT4_OPTIONS``. An NPU takes symmetric INT4 in groups of 128 or whole rows only."""
