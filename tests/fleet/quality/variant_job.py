@@ -1,5 +1,5 @@
-"""One toolchain over all variants, in a process of its own: ``python -m tests.fleet.quality.variant_job`` with
-``TOOLCHAIN PRECISIONS RESULT``. The toolchain is imported once; each cell is a line in the result.
+"""One toolchain over some cells, in a process of its own: ``python -m tests.fleet.quality.variant_job`` with
+``TOOLCHAIN RESULT VARIANT:PRECISION...``. The toolchain is imported once; each cell is an entry in the result.
 
 What is measured: at FP32 the largest difference of logits to transformers', for a short prompt and at the end of a long
 one; at lower precisions the mean KL divergence over the short one.
@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.manifest import Precision, Toolchain
 from agent.contract.profile import Recipe
 from fleet.core.phi_variants import VARIANTS, Variant
 from fleet.core.support import RUN_HERE, Cell, Status, cell
@@ -109,26 +109,29 @@ def _convert(one: Cell, model: Checkpoint, context: int, folder: Path) -> tuple[
     return converted.entry, (size, predicted_bytes(read_shape(model.path), recipe, options))
 
 
-def main(toolchain: Toolchain, precisions: list[Precision], result: Path) -> None:
+def working(toolchain: Toolchain) -> list[Cell]:
+    """The cells that the support matrix says work, on this machine."""
+    target = RUN_HERE[toolchain][0]
+    every = (cell(variant, toolchain, precision, target) for variant in VARIANTS for precision in Precision)
+    return [one for one in every if one.status is Status.WORKS]
+
+
+def main(toolchain: Toolchain, result: Path, names: list[str]) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     found: dict[str, Any] = {}
-    target: Target = RUN_HERE[toolchain][0]
-    for variant in VARIANTS:
-        for precision in precisions:
-            one = cell(variant, toolchain, precision, target)
-            if one.status is not Status.WORKS:
-                continue
-            name = f"{variant.name} {precision}"
-            with tempfile.TemporaryDirectory(dir=result.parent) as folder:
-                try:
-                    found[name] = measure(one, Path(folder))
-                except Exception as error:
-                    traceback.print_exc()
-                    found[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
-            result.write_text(json.dumps(found))
+    for name in names:
+        variant, precision = name.split(":")
+        one = next(one for one in working(toolchain) if (one.variant.name, one.precision) == (variant, precision))
+        with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+            try:
+                found[name] = measure(one, Path(folder))
+            except Exception as error:
+                traceback.print_exc()
+                found[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
+        result.write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # native runtimes may crash in their destructors
 
 
 if __name__ == "__main__":
-    main(Toolchain(sys.argv[1]), [Precision(name) for name in sys.argv[2].split(",")], Path(sys.argv[3]))
+    main(Toolchain(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
