@@ -58,12 +58,12 @@ class _Sequence:
 class BatchEngine:
     """See the module."""
 
-    def __init__(self, files: OnnxFiles, options: LoadOptions) -> None:
+    def __init__(self, files: OnnxFiles, cache: RowCache, options: LoadOptions) -> None:
         self._files = files
+        self._cache = cache
         self._options = options
         self.device = "CPU"
         self.context = min(options.context, files.max_context)
-        self._cache = RowCache(files, options.max_sequences, self.context, options.threads)
         self._guides = Guides(files.folder / "tokenizer.json", self._cache.vocabulary, files.ends)
         self._rows = [_Row(number) for number in range(options.max_sequences)]
         self._capacity = max(options.kv_tokens, self.context)
@@ -203,7 +203,7 @@ class BatchEngine:
         tokens, totals = [], []
         for row in self._rows[first : last + 1]:
             tokens.append(self._next_token(row))
-            totals.append(min(len(row.tokens) + (0 if row in answering else 1), self.context))
+            totals.append(len(row.tokens) + (0 if row in answering else 1))
         logits = self._cache.decode(first, tokens, totals)
         events: list[GenerationEvent] = []
         for row in answering:
@@ -212,11 +212,12 @@ class BatchEngine:
         return events
 
     def _next_token(self, row: _Row) -> int:
-        """What goes into the row; one that only lies between has a token written after its last, where none is."""
+        """What goes into the row; one that only lies between has a token written after its last, where none is.
+
+        There is always room for one: the last token drawn for a sequence is never computed.
+        """
         sequence = row.sequence
         if sequence is None or sequence.next is None or sequence.row is not row:
-            if len(row.tokens) >= self.context:
-                del row.tokens[self.context - 1 :]
             return 0
         token, sequence.next = sequence.next, None
         row.tokens.append(token)

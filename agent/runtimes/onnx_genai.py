@@ -9,7 +9,7 @@ from __future__ import annotations
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
 from agent.runtimes.onnx_batch import BatchEngine
-from agent.runtimes.onnx_cache import suits
+from agent.runtimes.onnx_cache import RowCache, suits
 from agent.runtimes.onnx_files import OnnxFiles
 from agent.runtimes.onnx_generator import PROVIDERS, GeneratorEngine
 
@@ -39,8 +39,10 @@ class OnnxGenaiRuntime:
 
         files = OnnxFiles(og, source)
         wanted = options.extra.get("engine", "batch")
-        if wanted == "batch" and options.device == "CPU" and suits(files, min(options.context, files.max_context)):
-            return BatchEngine(files, options)
+        context = min(options.context, files.max_context)
+        if wanted == "batch" and options.device == "CPU" and suits(files, context):
+            cache = RowCache(files, options.max_sequences, context, options.threads)
+            return BatchEngine(files, cache, options)
         return GeneratorEngine(og, files, options)
 
 

@@ -34,7 +34,7 @@ REGISTRY: Mapping[str, RuntimeSpec] = {
     spec.name: spec
     for spec in (
         RuntimeSpec(
-            "onnx_genai", "agent.runtimes.onnx_genai", "onnx_genai", ("onnxruntime-genai", "onnxruntime"), "onnx"
+            "onnx_genai", "agent.runtimes.onnx_genai", "onnx_genai", ("onnxruntime-genai", "onnxruntime"), "onnx", 8
         ),
         RuntimeSpec("openvino_genai", "agent.runtimes.openvino_genai", "openvino", ("openvino-genai",), "openvino", 8),
         RuntimeSpec("llamacpp", "agent.runtimes.llamacpp", "llamacpp", ("llama-cpp-python",), "llamacpp", 8),

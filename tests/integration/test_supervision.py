@@ -52,7 +52,7 @@ async def test_a_killed_worker_is_back_in_its_load_time_and_queued_requests_are_
     rig.start_agent(PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
     rig.order(sample_artifact.manifest)
     reported = await asyncio.to_thread(rig.settled, 1)
-    load = Load(str(reported.endpoint), sample_artifact.manifest.model.name, clients=8, tokens=24)
+    load = Load(str(reported.endpoint), sample_artifact.manifest.model.name, clients=12, tokens=24)
     running = asyncio.create_task(load.run())
     await asyncio.sleep(3)
     pid = worker(rig)
@@ -64,7 +64,7 @@ async def test_a_killed_worker_is_back_in_its_load_time_and_queued_requests_are_
     await running
     broken = [seen for seen in load.seen if seen.error]
     # Those in flight end with a clear error; there are at most as many as the host decodes at once.
-    assert 0 < len(broken) <= 4
+    assert 0 < len(broken) <= 8
     assert all(seen.began < killed for seen in broken)
     assert all("worker" in seen.error or "process" in seen.error for seen in broken), [seen.error for seen in broken]
     assert [seen for seen in load.seen if not seen.error and seen.began < killed < seen.times[-1]], (

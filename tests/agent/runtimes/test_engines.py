@@ -230,10 +230,10 @@ async def test_a_schema_is_followed_even_by_a_random_model(run: Run, temperature
 async def test_a_schema_that_is_none_is_refused_and_harms_nobody(run: Run, schema: str) -> None:
     if not run.guides():
         return
-    other = asyncio.create_task(run.generate("Sing.", max_tokens=60))
+    other = asyncio.create_task(run.generate("Sing.", max_tokens=4 * run.length))
     await asyncio.sleep(0.05)
     with pytest.raises(InferenceError) as caught:
         await run.generate("JSON", guidance=Guidance(GuidanceKind.JSON_SCHEMA, schema))
     assert caught.value.kind in ("invalid", "unsupported")
-    assert (await other)[1].completion_tokens == 60
+    assert (await other)[1].completion_tokens == 4 * run.length
     assert run.host.stats().restarts == 0
