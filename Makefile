@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_EXTRAS := quantize-onnx,sample
 DEV_EXTRAS := quantize,sample,llamacpp,dev
 
-.PHONY: help demo test check format bench docs clean
+.PHONY: help demo test test-variants check format bench docs clean
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering"
 	@echo "make test    all tests"
@@ -52,6 +52,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev debian
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-variants: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m variants tests/fleet/quality/test_variants.py
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

@@ -88,7 +88,7 @@ def _key(toolchain: Toolchain, names: list[str]) -> str:
     return hashlib.sha256(text + Path(str(variant_job.__file__)).read_bytes()).hexdigest()[:12]
 
 
-@pytest.mark.toolchain
+@pytest.mark.variants
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("one", CELLS, ids=lambda one: f"{one.toolchain} {one.variant.name} {one.precision}")
 def test_a_cell_that_works(one: Cell) -> None:
