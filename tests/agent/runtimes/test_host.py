@@ -24,6 +24,14 @@ from tests.agent.runtimes.conftest import MIB, ROOT, Artifact, Events, HostFacto
 from tests.simulators.engine import SPEC
 
 Make = Callable[..., Artifact]
+Workers = Callable[[], list[psutil.Process]]
+
+
+@pytest.fixture
+def workers() -> Workers:
+    """The processes that the test has started; brokers of other tests may run beside them."""
+    before = set(psutil.Process().children())
+    return lambda: [child for child in psutil.Process().children() if child not in before]
 
 
 async def _serving(host: WorkerHost, made: Artifact) -> WorkerHost:
@@ -235,13 +243,14 @@ async def test_a_model_that_does_not_load_says_why(
     host_of: HostFactory,
     artifact: Make,
     events: Events,
+    workers: Workers,
 ) -> None:
     host = host_of(load_timeout_s=1.5)
     with pytest.raises(RuntimeLoadError, match=says) as caught:
         await host.prove(*artifact(**behaviour))
     assert caught.value.code is code
     assert events == []
-    assert psutil.Process().children() == []
+    assert workers() == []
 
 
 async def test_a_probe_that_hangs_ends_by_its_timeout(host_of: HostFactory, artifact: Make) -> None:
@@ -262,7 +271,9 @@ async def test_no_runtime_for_the_artifact(host_of: HostFactory, artifact: Make)
         await WorkerHost(render, registry={"absent": absent}).prove(*made)
 
 
-async def test_an_update_beside_the_old_model_fails_no_request(host_of: HostFactory, artifact: Make) -> None:
+async def test_an_update_beside_the_old_model_fails_no_request(
+    host_of: HostFactory, artifact: Make, workers: Workers
+) -> None:
     host = await _serving(host_of(), artifact("old", token_s=0.005))
     new = artifact("new", token_s=0.005)
     stop = asyncio.Event()
@@ -291,7 +302,7 @@ async def test_an_update_beside_the_old_model_fails_no_request(host_of: HostFact
     info = host.active()
     assert info is not None
     assert info.digest == new[0].digest
-    await _until(lambda: len(psutil.Process().children()) == 1)
+    await _until(lambda: len(workers()) == 1)
 
 
 async def test_an_answer_begun_on_the_old_model_is_ended_by_it(host_of: HostFactory, artifact: Make) -> None:
@@ -349,11 +360,11 @@ async def test_too_large_is_refused_with_the_figures(host_of: HostFactory, artif
     assert caught.value.code is FailureCode.RUNTIME_MEMORY
 
 
-async def test_a_proof_that_nobody_uses_is_dropped(host_of: HostFactory, artifact: Make) -> None:
+async def test_a_proof_that_nobody_uses_is_dropped(host_of: HostFactory, artifact: Make, workers: Workers) -> None:
     host = host_of(proven_keep_s=0.3)
     await host.prove(*artifact())
-    assert len(psutil.Process().children()) == 1
-    await _until(lambda: psutil.Process().children() == [])
+    assert len(workers()) == 1
+    await _until(lambda: workers() == [])
 
 
 async def test_runtimes_are_listed_with_the_reason_when_not_usable(tmp_path: Path) -> None:
@@ -402,11 +413,13 @@ asyncio.run(main())
         time.sleep(0.02)
 
 
-async def test_a_proven_worker_that_dies_before_its_time_is_loaded_again(host_of: HostFactory, artifact: Make) -> None:
+async def test_a_proven_worker_that_dies_before_its_time_is_loaded_again(
+    host_of: HostFactory, artifact: Make, workers: Workers
+) -> None:
     host = host_of()
     made = artifact()
     await host.prove(*made)
-    psutil.Process().children()[0].kill()
+    workers()[0].kill()
     await asyncio.sleep(0.1)
     await host.activate(*made)
     assert (await answer(host, ask("w")))[1].completion_tokens == 8
@@ -433,22 +446,22 @@ async def test_no_file_descriptor_for_a_new_worker_is_a_death_like_any_other(
     assert (await asyncio.wait_for(waiting, 10))[0].startswith("still here")
 
 
-async def _swapping(host: WorkerHost, make: Make) -> asyncio.Task[object]:
+async def _swapping(host: WorkerHost, make: Make, workers: Workers) -> asyncio.Task[object]:
     """A proof of a model that takes long to load, in the place of one that takes longer still to come back."""
     await _serving(host, make("old", memory_bytes=80 * MIB, load_s=1.5))
     proving: asyncio.Task[object] = asyncio.create_task(host.prove(*make("new", need=150 * MIB, load_s=30.0)))
     await _until(lambda: host.stats().state == "swapping")
-    await _until(lambda: len(psutil.Process().children()) == 1)
+    await _until(lambda: len(workers()) == 1)
     await asyncio.sleep(0.2)
     return proving
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
 async def test_closing_does_not_wait_for_a_proof_nor_bring_back_what_it_displaced(
-    cancelled: bool, host_of: HostFactory, artifact: Make
+    cancelled: bool, host_of: HostFactory, artifact: Make, workers: Workers
 ) -> None:
     host = host_of(free=100 * MIB)
-    proving = await _swapping(host, artifact)
+    proving = await _swapping(host, artifact, workers)
     begun = time.monotonic()
     if cancelled:  # as the daemon does, before it closes the host
         proving.cancel()
@@ -457,16 +470,16 @@ async def test_closing_does_not_wait_for_a_proof_nor_bring_back_what_it_displace
     assert time.monotonic() - begun < 1.0
     with pytest.raises(asyncio.CancelledError):
         await proving
-    assert psutil.Process().children() == []
+    assert workers() == []
     with pytest.raises(RuntimeLoadError, match="shutting down"):
         await host.prove(*artifact("late"))
 
 
 async def test_after_a_cancelled_proof_the_model_comes_back_in_the_background(
-    host_of: HostFactory, artifact: Make
+    host_of: HostFactory, artifact: Make, workers: Workers
 ) -> None:
     host = host_of(free=100 * MIB)
-    proving = await _swapping(host, artifact)
+    proving = await _swapping(host, artifact, workers)
     begun = time.monotonic()
     proving.cancel()
     await asyncio.gather(proving, return_exceptions=True)
@@ -476,7 +489,9 @@ async def test_after_a_cancelled_proof_the_model_comes_back_in_the_background(
     assert (await answer(host, ask("back")))[0].startswith("back")
 
 
-async def test_a_proof_that_expires_while_another_begins_holds_nothing_up(host_of: HostFactory, artifact: Make) -> None:
+async def test_a_proof_that_expires_while_another_begins_holds_nothing_up(
+    host_of: HostFactory, artifact: Make, workers: Workers
+) -> None:
     host = host_of(proven_keep_s=0.3, drain_timeout_s=20.0)
     await host.prove(*artifact("first"))
     second = artifact("second", load_s=0.2)
