@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from agent.contract import manifest, messages, profile, topics
 from agent.contract.failures import FailureCode
 from agent.contract.profile import DeviceProfile
 from agent.core import deployment
+from agent.core.inference import PARAMETERS, Capabilities, GuidanceKind
+from agent.runtimes.registry import REGISTRY, resolve
 from fleet.core import support
 
 DOCS = Path(__file__).parent
@@ -164,9 +167,55 @@ def support_matrix() -> str:
     return NOTICE + "\n" + support.markdown()
 
 
+def runtimes() -> str:
+    """docs/runtimes.md."""
+    found = {name: resolve(spec.module).features for name, spec in REGISTRY.items()}
+    rows: list[tuple[str, Callable[[Capabilities], str]]] = [
+        ("chat, completions, responses, streamed and whole", lambda _: "yes"),
+        ("`tools`, parsed into `tool_calls`", lambda _: "yes"),
+        ("`tool_choice` that forces a call", lambda has: _yes(GuidanceKind.JSON_SCHEMA in has.guidance)),
+    ]
+    rows += [(f"`{name}`", partial(_has_parameter, name)) for name in sorted(PARAMETERS)]
+    rows += [(f"`response_format`: {label}", partial(_has_guidance, kind)) for kind, label in _RESPONSE_FORMATS.items()]
+    rows += [
+        ("answers computed together, by default", lambda has: str(has.max_sequences)),
+        ("a prompt that begins like one before starts from there", lambda has: _yes(has.prefix_reuse)),
+        ("embeddings (these are models that answer)", lambda _: "no"),
+    ]
+    lines = [NOTICE, "# What each runtime has\n", inspect.cleandoc(_RUNTIMES_INTRODUCTION) + "\n"]
+    lines.append("| | " + " | ".join(f"`{name}`" for name in found) + " |")
+    lines.append("|---" * (len(found) + 1) + "|")
+    lines += [f"| {label} | " + " | ".join(cell(has) for has in found.values()) + " |" for label, cell in rows]
+    return "\n".join(lines) + "\n"
+
+
+_RESPONSE_FORMATS = {GuidanceKind.JSON_OBJECT: "JSON object", GuidanceKind.JSON_SCHEMA: "JSON schema"}
+_RUNTIMES_INTRODUCTION = """
+    Each row is tested with the official `openai` client against a real model in that runtime
+    (`tests/agent/runtimes/test_openai_client.py`); where a row says no, the answer is a 400 that names the parameter.
+
+    It is what a model has on the CPU, on a Mac for `mlx`. OpenVINO's static pipeline, which is the one for NPUs, has
+    one answer at once and no `logprobs` and no `response_format`. In `onnx_genai` and `mlx`, `response_format` needs
+    the package llguidance, which comes with their extras.
+    """
+
+
+def _yes(has: bool) -> str:
+    return "yes" if has else "no"
+
+
+def _has_parameter(name: str, has: Capabilities) -> str:
+    return _yes(name in has.parameters)
+
+
+def _has_guidance(kind: GuidanceKind, has: Capabilities) -> str:
+    return _yes(kind in has.guidance)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "protocol.md": protocol,
     "states.md": states,
+    "runtimes.md": runtimes,
     "support-matrix.md": support_matrix,
 }
 

@@ -109,6 +109,26 @@ class DoneEvent:
 GenerationEvent = TokenEvent | DoneEvent
 
 
+#: The names of all sampling parameters.
+PARAMETERS = frozenset(
+    {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "stop",
+    }
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a loaded model can do. ``parameters`` are the names of the sampling parameters it honours."""

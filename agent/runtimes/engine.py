@@ -113,6 +113,11 @@ class Runtime(Protocol):
         """As in the registry."""
         ...
 
+    @property
+    def features(self) -> Capabilities:
+        """What a model has where everything is there that this runtime can use; a loaded one says what it has."""
+        ...
+
     def check(self) -> Check:
         """Import it and list its devices.
 

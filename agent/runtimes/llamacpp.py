@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.inference import (
+    PARAMETERS,
     Capabilities,
     FinishReason,
     GenerationEvent,
@@ -36,12 +37,14 @@ from agent.runtimes.text import Utf8Stream
 _BATCH, _PREFILL_SHARED = 512, 128
 #: Copying another sequence's cache pays from here on; shorter prefixes are computed again.
 _WORTH_COPYING = 64
+_GUIDANCE = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA, GuidanceKind.GRAMMAR})
 
 
 class LlamaCppRuntime:
     """See the module."""
 
     name = "llamacpp"
+    features = Capabilities(PARAMETERS, _GUIDANCE, prefix_reuse=True, max_sequences=8)
 
     def check(self) -> Check:
         """Import it; loading the library is what fails when it was built for another processor."""
@@ -120,10 +123,7 @@ class LlamaCppEngine:
     @property
     def capabilities(self) -> Capabilities:
         """Every sampling parameter, since the drawing is ours; guidance by llama.cpp's grammars (GBNF)."""
-        from agent.runtimes.sampling import PARAMETERS
-
-        kinds = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA, GuidanceKind.GRAMMAR})
-        return Capabilities(PARAMETERS, kinds, True, self._sequences)
+        return Capabilities(PARAMETERS, _GUIDANCE, True, self._sequences)
 
     @property
     def busy(self) -> bool:

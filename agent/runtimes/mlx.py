@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.inference import (
+    PARAMETERS,
     Capabilities,
     FinishReason,
     GenerationEvent,
@@ -35,6 +36,7 @@ class MlxRuntime:
     """See the module."""
 
     name = "mlx"
+    features = Capabilities(PARAMETERS, Guides.KINDS, prefix_reuse=True, max_sequences=8)
 
     def check(self) -> Check:
         """Import both halves and ask for the device."""
@@ -102,8 +104,6 @@ class MlxEngine:
     @property
     def capabilities(self) -> Capabilities:
         """Every sampling parameter, since the drawing is ours; guidance where llguidance is there."""
-        from agent.runtimes.sampling import PARAMETERS
-
         return Capabilities(PARAMETERS, self._guides.kinds, True, self._options.max_sequences)
 
     @property

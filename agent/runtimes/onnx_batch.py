@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.core.inference import Capabilities, FinishReason, GenerationEvent, GenerationRequest, InferenceError
+from agent.core.inference import (
+    PARAMETERS,
+    Capabilities,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    InferenceError,
+)
 from agent.runtimes.engine import LoadOptions
 from agent.runtimes.generation import Generation, check_fits, common_prefix
 from agent.runtimes.guidance import Guide, Guides
@@ -75,8 +82,6 @@ class BatchEngine:
     @property
     def capabilities(self) -> Capabilities:
         """Every sampling parameter, since the drawing is ours; guidance where llguidance is there."""
-        from agent.runtimes.sampling import PARAMETERS
-
         return Capabilities(PARAMETERS, self._guides.kinds, True, self._options.max_sequences)
 
     @property

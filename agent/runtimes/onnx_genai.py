@@ -6,8 +6,10 @@ graphs that it is not for, by ONNX Runtime GenAI's generators (``onnx_generator`
 
 from __future__ import annotations
 
+from agent.core.inference import PARAMETERS, Capabilities
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
+from agent.runtimes.guidance import Guides
 from agent.runtimes.onnx_batch import BatchEngine
 from agent.runtimes.onnx_cache import RowCache, suits
 from agent.runtimes.onnx_files import OnnxFiles
@@ -18,6 +20,7 @@ class OnnxGenaiRuntime:
     """See the module."""
 
     name = "onnx_genai"
+    features = Capabilities(PARAMETERS, Guides.KINDS, prefix_reuse=True, max_sequences=8)
 
     def check(self) -> Check:
         """Import it. ``is_qnn_available`` and its like always say yes, so only CUDA and DirectML are asked."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.core.inference import (
+    PARAMETERS,
     Capabilities,
     FinishReason,
     GenerationEvent,
@@ -87,8 +88,6 @@ class GeneratorEngine:
     @property
     def capabilities(self) -> Capabilities:
         """Every sampling parameter, since the drawing is ours."""
-        from agent.runtimes.sampling import PARAMETERS
-
         return Capabilities(PARAMETERS, frozenset(_GUIDANCE), True, self._options.max_sequences)
 
     @property

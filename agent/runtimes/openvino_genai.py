@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.core.inference import (
+    PARAMETERS,
     Capabilities,
     FinishReason,
     GenerationEvent,
@@ -31,27 +32,16 @@ from agent.runtimes.text import Pieces, PieceStream
 _BLOCK = 32
 #: Tokens of one step over all sequences; longer prompts are computed in pieces of this, which bounds a step.
 _STEP_TOKENS = 256
-PARAMETERS = frozenset(
-    {
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logprobs",
-        "stop",
-    }
-)
+#: The pipeline keeps its logits to itself.
+SUPPORTED = PARAMETERS - {"logit_bias", "top_logprobs"}
+_GUIDANCE = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA})
 
 
 class OpenVinoRuntime:
     """See the module."""
 
     name = "openvino_genai"
+    features = Capabilities(SUPPORTED, _GUIDANCE, prefix_reuse=True, max_sequences=8)
 
     def check(self) -> Check:
         """Import it and ask for its devices; a driver that is missing shows as a device that is not there."""
@@ -114,8 +104,7 @@ class OpenVinoEngine:
     @property
     def capabilities(self) -> Capabilities:
         """No ``logit_bias`` and no alternatives' log probabilities: the pipeline keeps its logits to itself."""
-        kinds = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA})
-        return Capabilities(PARAMETERS, kinds, True, self._options.max_sequences)
+        return Capabilities(SUPPORTED, _GUIDANCE, True, self._options.max_sequences)
 
     @property
     def busy(self) -> bool:

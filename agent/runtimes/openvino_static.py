@@ -16,7 +16,7 @@ from typing import Any
 from agent.core.inference import Capabilities, FinishReason, GenerationEvent, GenerationRequest
 from agent.runtimes.engine import LoadOptions, ModelSource
 from agent.runtimes.generation import Generation, check_fits
-from agent.runtimes.openvino_genai import PARAMETERS, end_tokens, generation_config, properties
+from agent.runtimes.openvino_genai import SUPPORTED, end_tokens, generation_config, properties
 from agent.runtimes.text import Pieces, PieceStream
 
 #: Seconds that a step waits for a token, so that a cancel is not far away.
@@ -53,7 +53,7 @@ class StaticEngine:
     @property
     def capabilities(self) -> Capabilities:
         """No log probabilities, no guidance, one sequence."""
-        return Capabilities(PARAMETERS - {"logprobs"}, frozenset(), False, 1)
+        return Capabilities(SUPPORTED - {"logprobs"}, frozenset(), False, 1)
 
     @property
     def busy(self) -> bool:

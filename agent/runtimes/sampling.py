@@ -21,24 +21,6 @@ _HEAD = 512
 #: What a filtered token gets under guidance: below every other, its order among the filtered kept.
 _FILTERED = 1e6
 
-PARAMETERS = frozenset(
-    {
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
-        "logprobs",
-        "top_logprobs",
-        "stop",
-    }
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Drawn:

@@ -53,6 +53,7 @@ class SimulatedRuntime:
     """See the module."""
 
     name = "simulated"
+    features = Capabilities()
 
     def check(self) -> Check:
         return Check("1.0", ("CPU",))
