@@ -9,15 +9,16 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import MAX_CHUNK_BYTES, Manifest
+from agent.contract.manifest import MAX_CHUNK_BYTES, RUNTIME_OF, Manifest, Precision, Toolchain
 from agent.contract.messages import State, TransferLimits, Window
 from agent.store.artifacts import ArtifactStore
 from fleet.demo.run import chat
-from tests.models import Built
+from tests.models import Built, built
 from tests.rig import Rig
 
 WINDOW_BYTES = 1024 * 1024
@@ -56,6 +57,26 @@ def test_an_order_becomes_an_answer(rig: Rig, sample_artifact: Built):
     assert health["tokens_per_s"] > 0
     rig.kill(rig.agent)
     rig.until(lambda: not rig.online(), "the will to be published")
+
+
+def test_one_model_goes_through_all_four_runtimes_and_speaks(mosquitto_rig: Rig, sample_dir: Path):
+    """Each order replaces an artifact of one toolchain by one of another."""
+    rig = mosquitto_rig
+    # MLX has a fast kernel for this processor in FP32 only.
+    precision = {toolchain: Precision.FP32 if toolchain is Toolchain.MLX else Precision.INT4 for toolchain in Toolchain}
+    family = [built(sample_dir, *each) for each in precision.items()]
+    for each in family:
+        take(rig, each)
+    rig.start_controller()
+    rig.start_agent(PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
+    rig.until(rig.online, "presence")
+    for sequence, each in enumerate(family, start=1):
+        rig.order(each.manifest)
+        reported = rig.settled(sequence)
+        assert reported.state is State.COMMITTED, rig.logs()
+        assert reported.runtime == RUNTIME_OF[each.manifest.toolchain]
+        answer = chat(f"{reported.endpoint}/v1", each.manifest.model.name, "What is the capital of France?")
+        assert "Paris" in answer
 
 
 STATES = ["resolving", "transferring", "verifying", "proving", "activating", "probation"]
