@@ -9,7 +9,7 @@ import sys
 from bench.figures import Figure, save, table
 
 #: Each is a module of this package with ``figures() -> list[Figure]``.
-BENCHMARKS = ("transfer", "endpoint", "update", "idle", "quantize", "demo")
+BENCHMARKS = ("transfer", "endpoint", "streams", "recovery", "update", "idle", "quantize", "loss", "demo")
 
 
 def main(names: list[str]) -> int:

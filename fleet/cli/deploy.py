@@ -22,7 +22,7 @@ from fleet.cli.context import Context, actor
 from fleet.cli.describe import describe_deployment, held
 from fleet.cli.status import HELD, view
 from fleet.core.deployments import TABLE, Stage
-from fleet.core.fit import gate_misfits, misfits, unmeasured
+from fleet.core.fit import gate_misfits, misfits
 from fleet.errors import DeploymentError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
@@ -76,7 +76,6 @@ def deploy(
     with contextlib.closing(context.open_registry()) as registry:
         targets = _targets(registry, devices, profile)
         variants = [find(context.home, text) for text in artifacts]
-        _warn_of_unmeasured(variants, targets)
         orders = order(context, registry, variants, targets, Wishes(**wishes))
         if not as_json:
             for row in orders:
@@ -166,13 +165,6 @@ def _targets(registry: Registry, devices: tuple[str, ...], profile: str | None) 
     if not found:
         raise UsageError("name the devices with --device ID, or all of a kind with --profile NAME")
     return list(found.values())
-
-
-def _warn_of_unmeasured(variants: Sequence[Manifest], devices: Sequence[DeviceRow]) -> None:
-    profiles = [profile_of(device) for device in devices]
-    for manifest in variants:
-        if any(unmeasured(manifest, profile) for profile in profiles):
-            click.echo(f"warning: the loss of {manifest.id} was not measured; no quality gate was applied", err=True)
 
 
 def _fitting(

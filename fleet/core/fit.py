@@ -22,10 +22,13 @@ def misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts | None) -> 
 
 
 def gate_misfits(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
-    """Where the measured loss is past the profile's quality gate. What was not measured: see ``unmeasured``."""
+    """Where the measured loss is past the profile's quality gate, or nothing was measured that it could be held to."""
     gate, quality = profile.quality, manifest.quality
     if quality is None:
-        return ()
+        if gate.kl_divergence_max is None and gate.perplexity_ratio_max is None:
+            return ()
+        advice = "build it again without --no-measure"
+        return (f"its loss was not measured, and profile {profile.name} has a quality gate: {advice}",)
     limits = (
         ("KL divergence", gate.kl_divergence_max, quality.kl_divergence),
         ("perplexity ratio", gate.perplexity_ratio_max, quality.perplexity_ratio),
@@ -35,12 +38,6 @@ def gate_misfits(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
         for name, limit, found in limits
         if limit is not None and not found <= limit  # NaN is no pass
     )
-
-
-def unmeasured(manifest: Manifest, profile: DeviceProfile) -> bool:
-    """Whether the profile has a quality gate that nothing can be held against."""
-    gated = profile.quality.kl_divergence_max is not None or profile.quality.perplexity_ratio_max is not None
-    return gated and manifest.quality is None
 
 
 def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:

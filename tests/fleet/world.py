@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.contract import topics
 from agent.contract.base import WireModel
-from agent.contract.manifest import Manifest
+from agent.contract.manifest import Manifest, Quality
 from agent.contract.messages import Desired, Facts, Presence, Reported, State
 from agent.contract.profile import DeviceProfile
 from fleet.home import Home
@@ -20,11 +20,16 @@ from tests.simulators.clock import FakeClock
 from tests.simulators.repository import make_desired, make_manifest, make_repository, ref
 
 PROFILE = "iot-x86"
+#: Within the gate of any profile.
+QUALITY = Quality(
+    kl_divergence=0.01, kl_divergence_p99=0.1, perplexity=8.0, perplexity_ratio=1.01, same_top_token=0.95, tokens=1000,
+    evaluation="test",
+)  # fmt: skip
 
 
 def put_artifact(home: Home, content: bytes = b"weights", **changes: Any) -> Manifest:
     """As `phifleet build` leaves one."""
-    manifest = make_manifest(content, **changes)
+    manifest = make_manifest(content, **({"quality": QUALITY} | changes))
     folder = home.artifacts / manifest.id
     (folder / "files").mkdir(parents=True)
     (folder / "files" / "model.bin").write_bytes(content)

@@ -204,7 +204,7 @@ async def test_closing_the_iterator_cancels_within_a_token(host_of: HostFactory,
     begun = time.monotonic()
     await stream.aclose()  # type: ignore[attr-defined]
     await answer(host, ask("next", "next", max_tokens=1))
-    assert time.monotonic() - begun < 0.3
+    assert time.monotonic() - begun < 4  # the whole answer takes 8
 
 
 async def test_one_who_leaves_the_queue_is_never_begun(host_of: HostFactory, artifact: Make) -> None:
@@ -381,10 +381,10 @@ async def test_runtimes_are_listed_with_the_reason_when_not_usable(tmp_path: Pat
     assert facts[0].devices == ("CPU",)
     assert "pip install 'phifleet[mlx]'" in facts[1].reason
     assert "no_such_module" in facts[2].reason
-    begun = time.monotonic()
-    again = await WorkerHost(render, HostSettings(cache_file=cache), registry={"simulated": SPEC}).runtimes()
+    with capture_logs() as logs:
+        again = await WorkerHost(render, HostSettings(cache_file=cache), registry={"simulated": SPEC}).runtimes()
     assert again[0] == facts[0]
-    assert time.monotonic() - begun < 0.05
+    assert "checking_runtime" not in [line["event"] for line in logs]
     cache.write_text("{not json")
     assert (await WorkerHost(render, HostSettings(cache_file=cache), registry={"simulated": SPEC}).runtimes())[0].usable
 

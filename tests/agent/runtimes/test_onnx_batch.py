@@ -104,7 +104,7 @@ _prompt = st.one_of(
 _asked = st.tuples(_prompt, st.integers(1, 20), st.integers(0, 6), st.integers(0, 30) | st.none())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 4), st.integers(CONTEXT, 4 * CONTEXT), st.lists(_asked, min_size=1, max_size=8))
 def test_whoever_else_is_served_each_gets_its_own_answer(
     rows: int, kv_tokens: int, asked: list[tuple[list[int], int, int, int | None]]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,9 +39,7 @@ async def test_a_measurement_is_kept_until_something_changes(artifact: Make, tmp
     cache = tmp_path / "runtimes.json"
     models = [artifact(load_s=0.2)]
     first = (await _reports(models, cache))[0]
-    begun = time.monotonic()
     second = (await _reports(models, cache))[0]
-    assert time.monotonic() - begun < 0.1
     assert (second.proof, first.kept, second.kept) == (first.proof, False, True)
     assert not (await _reports([artifact("another", answers={"France": "Paris!"})], cache))[0].kept
     (tmp_path / "probes.json").write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), 5)))

@@ -122,7 +122,7 @@ def test_damage_in_what_came_is_found(store: ArtifactStore, source: Path, manife
     store.abandon(partial)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_repaired_by_what_is_missing(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -142,7 +142,7 @@ SIZES = st.lists(st.integers(1, MAX_CHUNK_BYTES), min_size=1, max_size=120)
 SHARE = st.sampled_from([0.0, 0.05, 0.3])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=SIZES,
     repeats=st.integers(0, 5),

@@ -156,7 +156,7 @@ async def refreshed(world: World) -> tuple[World, TrustClient, bytes]:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_change_to_an_order_goes_unnoticed(refreshed: tuple[World, TrustClient, bytes], data: st.DataObject) -> None:
     world, client, payload = refreshed
     at = data.draw(st.integers(0, len(payload) - 1))
@@ -170,7 +170,7 @@ def test_no_change_to_an_order_goes_unnoticed(refreshed: tuple[World, TrustClien
 
 
 @given(payload=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_other_bytes_are_refused(refreshed: tuple[World, TrustClient, bytes], payload: bytes) -> None:
     with pytest.raises(TrustError):
         refreshed[1].verify_desired(payload, 0)

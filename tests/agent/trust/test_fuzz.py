@@ -82,7 +82,7 @@ def replaced(original: bytes, random: Any, value: Any) -> bytes:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_metadata(repository: Repository, tmp_path: Path, name: str, data: st.DataObject) -> None:
     original = repository.read(name)
     assert original is not None

@@ -7,7 +7,6 @@ import json
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,10 +41,8 @@ def payload_of(envelope: bytes) -> Desired:
 # The command as a whole
 
 
-def test_help_lists_every_command_and_is_quick() -> None:
-    start = time.monotonic()
+def test_help_lists_every_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "fleet", "--help"], capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - start < 2.0
     for name, (_, text) in entry.COMMANDS.items():
         assert name in shown and text.split()[0] in shown
 

@@ -8,7 +8,7 @@ import pytest
 from agent.contract.manifest import MemoryNeed, Precision, Quality, Target, Toolchain
 from agent.contract.messages import Facts, RuntimeFact
 from agent.contract.profile import DeviceProfile
-from fleet.core.fit import gate_misfits, misfits, unmeasured
+from fleet.core.fit import gate_misfits, misfits
 from tests.simulators.repository import make_manifest
 
 GIB = 1024**3
@@ -95,8 +95,7 @@ def test_the_quality_gate_names_figure_and_limit() -> None:
     assert "KL divergence of nan" in reason
 
 
-def test_what_was_not_measured_is_told_apart_from_what_passed() -> None:
-    gated = profile(quality={"kl_divergence_max": 0.05})
-    assert gate_misfits(make_manifest(), gated) == () and unmeasured(make_manifest(), gated)
-    assert not unmeasured(make_manifest(quality=quality()), gated)
-    assert not unmeasured(make_manifest(), profile())
+def test_what_was_not_measured_passes_no_gate() -> None:
+    (reason,) = gate_misfits(make_manifest(), profile(quality={"kl_divergence_max": 0.05}))
+    assert "its loss was not measured, and profile box has a quality gate" in reason
+    assert gate_misfits(make_manifest(), profile()) == ()

@@ -51,7 +51,7 @@ def test_bytes_without_any_cut_point_become_chunks_of_the_largest_size(tmp_path:
     assert len({sha for _, sha in chunks}) == 1
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     data=st.one_of(
         st.builds(noise, st.integers(0, 400_000), st.integers(0, 1 << 32)),
@@ -71,7 +71,7 @@ def test_boundaries_are_those_of_every_release() -> None:
     assert (len(cuts), cuts[:3], figures[:16]) == GOLDEN
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 1000),
     where=st.floats(0, 1),

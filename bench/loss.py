@@ -1,0 +1,80 @@
+"""What each recipe loses: mean KL divergence from FP32 in the artifact's own runtime, against llama.cpp's plain Q4_0.
+
+On the bundled evaluation set, which no calibration saw. Sizes are of the whole artifact.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.contract.manifest import Precision, Quality, Target, Toolchain
+from bench.figures import Figure
+from fleet.toolchains import quality
+from tests.models import CACHE, built, sample_checkpoint
+
+MEASURE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A recipe; ``megabytes`` (of a million bytes) is what its target is for."""
+
+    toolchain: Toolchain
+    precision: Precision
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    at_most: float | None = None
+    megabytes: float | None = None
+
+
+T, P = Toolchain, Precision
+RECOVERED = {"recover": True, "calibration": "bundled"}
+BASELINE = Case(T.LLAMACPP, P.INT4, "Q4_0", {"type": "Q4_0"})
+CASES = (
+    Case(T.LLAMACPP, P.INT4, "Q4_K_M, the default"),
+    Case(T.LLAMACPP, P.INT4, "IQ4_XS, importance matrix", {"type": "IQ4_XS", "calibration": "bundled"}, 0.45, 92),
+    Case(T.ONNX_GENAI, P.INT4, "round to nearest, the default"),
+    Case(T.ONNX_GENAI, P.INT4, "recovered", RECOVERED, 0.75, 92),
+    Case(T.OPENVINO, P.INT4, "the default"),
+    Case(T.OPENVINO, P.INT4, "recovered", RECOVERED, 0.75, 88),
+    Case(T.MLX, P.INT4, "the default"),
+    Case(T.MLX, P.INT4, "recovered", RECOVERED, 0.9, 88),
+    *(Case(toolchain, P.INT8, "", {}, 0.03) for toolchain in Toolchain),
+)
+
+
+def figures() -> list[Figure]:
+    """One for each recipe, and how long measuring takes."""
+    base, _, slowest = _measure(BASELINE)
+    found = []
+    for case in CASES:
+        measured, size, seconds = _measure(case)
+        slowest = max(slowest, seconds)
+        fits = case.megabytes is None or size <= case.megabytes
+        limit = f" (of at most {case.megabytes:g} MB)" if case.megabytes else ""
+        found.append(
+            Figure(
+                " ".join(part for part in (case.toolchain.value, case.precision.value.upper(), case.label) if part),
+                measured.kl_divergence, "nats", "Q4_0", base.kl_divergence,
+                measured.kl_divergence / base.kl_divergence,
+                at_most=case.at_most if fits else 0.0,
+                note=f"{size:.1f} MB{limit}; +-{measured.kl_divergence_se:.4f}; p99 {measured.kl_divergence_p99:.2f};"
+                f" perplexity x {measured.perplexity_ratio:.3f}; same top token {measured.same_top_token:.1%}",
+            )
+        )  # fmt: skip
+    return [*found, Figure("measuring one artifact, the slowest of these", slowest, "s", at_most=MEASURE_S)]
+
+
+def _measure(case: Case) -> tuple[Quality, float, float]:
+    artifact = built(sample_checkpoint(), case.toolchain, case.precision, Target.CPU, **case.options)
+    arguments = (sample_checkpoint(), artifact.files)
+    cache = CACHE / "references"
+    quality.prepare(
+        sample_checkpoint(), artifact.manifest.model.source_digest, artifact.manifest.chat,
+        quality.evaluation.bundled(), cache,
+    )  # fmt: skip
+    began = time.monotonic()
+    measured, _ = quality.measure(*arguments, artifact.manifest, cache=cache)
+    return measured, artifact.manifest.size / 1e6, time.monotonic() - began
