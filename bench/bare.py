@@ -2,7 +2,7 @@
 
 ``python -m bench.bare NAME PATH`` reads ``{"prompts": [str], "tokens": int, "streams": int}`` a line and writes
 ``{"ttft_ms": [float], "tokens": int, "seconds": float, "tokens_per_s": float}``: the last over the time between an
-answer's first and last token where there is one stream, over the whole run where there are several.
+answer's first and last token where there is one stream, while all of them are busy where there are several.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def mlx(path: str) -> Loop:
 
 
 def openvino_batched(path: str) -> Callable[[Sequence[str], int, int], dict[str, Any]]:
-    """Several at once: a new request for each that ends, as clients in a closed loop would."""
+    """Several at once: one more for each that ends, as clients in a closed loop would. Counted until none is left."""
     import openvino_genai
 
     scheduler = openvino_genai.SchedulerConfig()
@@ -112,7 +112,7 @@ def openvino_batched(path: str) -> Callable[[Sequence[str], int, int], dict[str,
         running: dict[int, Any] = {}
         begun: dict[int, float] = {}
         ttft: list[float] = []
-        tokens, began = 0, time.perf_counter()
+        tokens, seconds, began = 0, 1e-9, time.perf_counter()
         while waiting or running:
             while waiting and len(running) < streams:
                 number, prompt = waiting.pop(0)
@@ -123,12 +123,13 @@ def openvino_batched(path: str) -> Callable[[Sequence[str], int, int], dict[str,
             for number, handle in list(running.items()):
                 while handle.can_read():
                     for output in handle.read().values():
-                        tokens += len(output.generated_ids)
+                        tokens += len(output.generated_ids) if waiting else 0
                         if (since := begun.pop(number, None)) is not None:
                             ttft.append(1000 * (time.perf_counter() - since))
                 if handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
                     del running[number]
-        seconds = time.perf_counter() - began
+            if waiting:
+                seconds = time.perf_counter() - began
         return {"ttft_ms": ttft, "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
     return run

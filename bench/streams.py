@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import importlib
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import aiohttp
@@ -28,7 +29,7 @@ from bench.figures import Figure
 from bench.serving import Served, serving
 from tests.load import Seen, stream
 
-CLIENTS, ANSWERS, TOKENS = (1, 4, 8), 5, 64
+CLIENTS, ANSWERS, TOKENS = (1, 4, 8), 6, 64
 #: Between the starts of clients, seconds.
 STAGGER_S = 0.15
 SLOTS = 4
@@ -39,13 +40,18 @@ LLAMA_SERVER = "llama-server"
 
 
 class Run:
-    """What the clients of one run saw: tokens/s over all of it, and the 95th percentile of times to first token."""
+    """What the clients of one run saw: tokens/s while all of them were at it, and the 95th percentile of waiting."""
 
-    def __init__(self, seen: list[Seen], seconds: float) -> None:
+    def __init__(self, clients: Sequence[Sequence[Seen]]) -> None:
+        seen = [one for client in clients for one in client]
         errors = [one.error for one in seen if one.error]
         if errors:
             raise RuntimeError(f"{len(errors)} of {len(seen)} requests failed: {errors[0]}")
-        self.tokens_per_s = sum(one.tokens for one in seen) / seconds
+        begin = max(client[0].began for client in clients)
+        end = min(client[-1].times[-1] for client in clients)
+        # A piece of text is a token, or a little more where characters are made of several.
+        inside = [one.tokens * sum(begin <= when <= end for when in one.times) / len(one.times) for one in seen]
+        self.tokens_per_s = sum(inside) / (end - begin)
         self.ttft_p95_ms = percentile([one.ttft_ms for one in seen], 95) or 0.0
 
 
@@ -76,11 +82,13 @@ def figures() -> list[Figure]:
 
 def _against_server(binary: str, served: Served) -> list[Figure]:
     found = []
-    with _serving_llama(binary, served) as (url, option):
+    with _serving_llama(binary, served) as (url, process, option):
         for clients in CLIENTS[1:]:
             ours, theirs = [], []
             for _ in range(2):
+                process.send_signal(signal.SIGSTOP)  # its threads turn even when it has nothing to do
                 ours.append(asyncio.run(_load(served.url, served.model, clients)).tokens_per_s)
+                process.send_signal(signal.SIGCONT)
                 theirs.append(asyncio.run(_load(url, served.model, clients)).tokens_per_s)
             ratio = statistics.mean(one / other for one, other in zip(ours, theirs, strict=True))
             found.append(
@@ -126,23 +134,18 @@ def _against_batched(served: Served) -> list[Figure]:
 
 
 async def _load(url: str, model: str, clients: int) -> Run:
-    seen: list[Seen] = []
-
-    async def client(session: aiohttp.ClientSession, number: int) -> None:
+    async def client(session: aiohttp.ClientSession, number: int) -> list[Seen]:
         await asyncio.sleep(STAGGER_S * number)
-        for turn in range(ANSWERS):
-            # The clock's digits keep a run's prompts from beginning like those of the run before.
-            text = f"{time.time():.3f} " + PROMPT.format(client=number, turn=turn)
-            seen.append(await stream(session, url, model, text, TOKENS))
+        # The clock's digits keep a run's prompts from beginning like those of the run before.
+        texts = (f"{time.time():.3f} " + PROMPT.format(client=number, turn=turn) for turn in range(ANSWERS))
+        return [await stream(session, url, model, text, TOKENS) for text in texts]
 
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(
         timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
     ) as session:
         await stream(session, url, model, "Hello.", 4)
-        began = time.monotonic()
-        await asyncio.gather(*(client(session, number) for number in range(clients)))
-        return Run(seen, time.monotonic() - began)
+        return Run(await asyncio.gather(*(client(session, number) for number in range(clients))))
 
 
 def _llama_server() -> str | None:
@@ -154,8 +157,8 @@ def _llama_server() -> str | None:
 
 
 @contextmanager
-def _serving_llama(binary: str, served: Served) -> Iterator[tuple[str, str]]:
-    """Its URL, and an option that it had to be given. As documented for several users; the cache as large as ours."""
+def _serving_llama(binary: str, served: Served) -> Iterator[tuple[str, subprocess.Popen[bytes], str]]:
+    """URL, process, and an option that it needed. As documented for several users, the cache as large as ours."""
     (model,) = served.artifact.files.glob("*.gguf")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -171,7 +174,7 @@ def _serving_llama(binary: str, served: Served) -> Iterator[tuple[str, str]]:
         with subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
                 if _started(url, process):
-                    yield url, " ".join(extra)
+                    yield url, process, " ".join(extra)
                     return
             finally:
                 process.kill()
