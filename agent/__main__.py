@@ -253,13 +253,17 @@ def _host_settings(settings: AgentSettings) -> HostSettings:
 
 
 def _endpoint_config(settings: AgentSettings) -> EndpointConfig:
-    keys = tuple(ApiKey(f"key-{n}", key.get_secret_value()) for n, key in enumerate(settings.api_keys, start=1))
+    keys = tuple(
+        ApiKey(key.name, key.secret.get_secret_value(), key.requests_per_minute, key.concurrent)
+        for key in settings.api_keys
+    )
     return EndpointConfig(
         host=settings.host,
         port=settings.port,
         unix_socket=settings.unix_socket,
         keys=keys,
         cors_origins=settings.cors_origins,
+        allowed_hosts=settings.allowed_hosts,
         tls_cert=settings.tls_cert,
         tls_key=settings.tls_key,
         allow_plain_http=settings.allow_plain_http,

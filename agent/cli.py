@@ -169,7 +169,7 @@ def chat(outer: Outer, /, state_dir: Path | None, prompt: str | None, max_tokens
         raise AgentError(f"no model serves: {found.get('failure') or 'no order yet'}")
     from agent.chatting import Conversation
 
-    key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
+    key = _own_key(settings)
     conversation = Conversation(str(found["endpoint"]), str(serving["model"]), key, max_tokens, temperature)
     for line in [prompt] if prompt else _prompts():
         for piece in conversation.say(line):
@@ -177,6 +177,19 @@ def chat(outer: Outer, /, state_dir: Path | None, prompt: str | None, max_tokens
             sys.stdout.flush()
         click.echo()
         click.echo(conversation.figures, err=True)
+
+
+def _own_key(settings: AgentSettings) -> str | None:
+    """A key that is there to be read; None where none is asked for.
+
+    Raises:
+        AgentError: only digests of keys are there.
+    """
+    secrets = [key.secret.get_secret_value() for key in settings.api_keys]
+    plain = next((secret for secret in secrets if not secret.startswith("sha256:")), None)
+    if secrets and plain is None:
+        raise AgentError("the configuration holds digests of keys only: add a key in plain text for this device itself")
+    return plain
 
 
 def _prompts() -> Iterator[str]:

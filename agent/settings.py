@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from agent.contract.base import explain
@@ -21,6 +21,27 @@ ENV_PREFIX = "PHIFLEET_AGENT_"
 
 def _default_state() -> Path:
     return Path(platformdirs.user_state_dir("phifleet-agent", appauthor=False))
+
+
+class EndpointKey(BaseModel):
+    """A bearer key of the endpoint, and what its holder may do; in its place the key alone will do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1, description="whose it is, for log and metrics")]
+    secret: Annotated[SecretStr, Field(description="the key, or sha256: and its digest in hex")]
+    requests_per_minute: Annotated[int | None, Field(gt=0, description="none: not limited")] = None
+    concurrent: Annotated[int | None, Field(gt=0, description="answers at once; none: not limited")] = None
+
+
+def _with_names(keys: Any) -> Any:
+    """A key that is given as text alone is named after its place."""
+    if not isinstance(keys, list | tuple):
+        return keys
+    return [
+        {"name": f"key-{number}", "secret": key} if isinstance(key, str) else key
+        for number, key in enumerate(keys, start=1)
+    ]
 
 
 class AgentSettings(BaseSettings):
@@ -35,7 +56,14 @@ class AgentSettings(BaseSettings):
     host: Annotated[str, Field(description="address the endpoint listens on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the endpoint; 0 takes a free one")] = 8600
     unix_socket: Annotated[Path | None, Field(description="listen on this Unix socket instead of TCP")] = None
-    api_keys: Annotated[tuple[SecretStr, ...], Field(description="bearer keys; empty: no key is asked for")] = ()
+    api_keys: Annotated[
+        tuple[EndpointKey, ...],
+        BeforeValidator(_with_names),
+        Field(description="bearer keys, alone or with name and limits; empty: no key is asked for"),
+    ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...], Field(description="names beside the address by which clients may call the endpoint")
+    ] = ()
     cors_origins: Annotated[
         tuple[str, ...], Field(description="origins that browsers may call from; none by default")
     ] = ()

@@ -13,10 +13,8 @@ from agent.contract.manifest import Toolchain
 from agent.endpoint.chat import render
 from bench.bare import bare
 from bench.figures import Figure
-from bench.serving import Served, serving
+from bench.serving import PRECISIONS, Served, serving
 
-#: Pairs, and tokens of an answer: MLX has no fast INT4 kernel for this processor.
-SIZES = {Toolchain.MLX: (3, 12)}
 PAIRS, TOKENS = 13, 128
 #: Tokens of the shared beginning, about.
 SHARED = 1000
@@ -30,23 +28,22 @@ def figures() -> list[Figure]:
 
 
 def _of(toolchain: Toolchain) -> list[Figure]:
-    pairs_wanted, tokens = SIZES.get(toolchain, (PAIRS, TOKENS))
     with serving(toolchain) as served, bare(toolchain.value, served.artifact.files) as peer:
         pairs = []
-        for number in range(pairs_wanted + 1):
+        for number in range(PAIRS + 1):
             text = PROMPT.format(n=number)
             prompt = render(served.artifact.manifest, [{"role": "user", "content": text}])
             # The one that is not asked rests, and each goes first every other time.
             if number % 2:
-                ours, theirs = stream(served, text, tokens), peer.ask([prompt], tokens)
+                ours, theirs = stream(served, text, TOKENS), peer.ask([prompt], TOKENS)
             else:
-                theirs, ours = peer.ask([prompt], tokens), stream(served, text, tokens)
+                theirs, ours = peer.ask([prompt], TOKENS), stream(served, text, TOKENS)
             pairs.append((ours, theirs))
-        prefix = _prefix(served) if toolchain is not Toolchain.MLX else []
+        prefix = _prefix(served)
     pairs = pairs[1:]
     speed = statistics.median(ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs)
     added = statistics.median(ours["ttft_ms"] - theirs["ttft_ms"][0] for ours, theirs in pairs)
-    name = f"{toolchain.value} INT4"
+    name = f"{toolchain.value} {PRECISIONS[toolchain].value.upper()}"
     return [
         Figure(
             f"one stream over HTTP, {name}",
@@ -71,7 +68,8 @@ def _prefix(served: Served) -> list[Figure]:
         ratios.append(times[1] / times[0])
         first.append(times[0])
         second.append(times[1])
-    name = f"{served.artifact.manifest.toolchain.value} INT4"
+    manifest = served.artifact.manifest
+    name = f"{manifest.toolchain.value} {manifest.precision.value.upper()}"
     return [
         Figure(
             f"first token after a shared beginning of {SHARED} tokens, {name}",

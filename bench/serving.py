@@ -1,4 +1,4 @@
-"""The sample at INT4 in a runtime, served by a real agent."""
+"""The sample in a runtime, served by a real agent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from agent.contract.manifest import Toolchain
+from agent.contract.manifest import Precision, Toolchain
 from agent.contract.messages import State
 from tests.models import Built, built, sample_checkpoint
 from tests.rig import Rig
@@ -22,10 +22,14 @@ class Served:
     rig: Rig
 
 
+#: INT4, but for MLX, which has a fast kernel for this processor in FP32 only.
+PRECISIONS = {toolchain: Precision.FP32 if toolchain is Toolchain.MLX else Precision.INT4 for toolchain in Toolchain}
+
+
 @contextmanager
 def serving(toolchain: Toolchain) -> Iterator[Served]:
     """Deployed as any other; nothing else runs while it is measured: no controller, no canary."""
-    artifact = built(sample_checkpoint(), toolchain)
+    artifact = built(sample_checkpoint(), toolchain, PRECISIONS[toolchain])
     with Rig() as rig:
         rig.take_over(artifact.manifest, artifact.files)
         rig.start_controller()

@@ -417,7 +417,7 @@ def deadline_s(deployment: Deployment, now: datetime) -> float:
     if deployment.state is S.PROBATION:
         return desired.probation_s + _SLACK_S
     left = max(0.0, desired.deadline_s - deployment.spent_s)
-    if deployment.state is S.ACTIVATING and desired.window.not_before:
+    if deployment.state in (S.PROVING, S.ACTIVATING) and desired.window.not_before:
         # The window is the operator's wish to wait; the order's own deadline still bounds it.
         wait = max(0.0, (desired.window.not_before - now).total_seconds())
         return min(left, wait + (row.deadline_s or 0.0))

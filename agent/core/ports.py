@@ -161,6 +161,10 @@ class ModelHost(Protocol):
         """Each runtime known, usable or not and why."""
         ...
 
+    def displaces(self, manifest: Manifest) -> bool:
+        """Whether there is no memory for it beside what serves, so that proving it stops the serving."""
+        ...
+
     async def prove(self, manifest: Manifest, folder: Path) -> Proof:
         """Load in a fresh worker, answer the signed probes, measure. The proven worker is kept for ``activate``.
 

@@ -73,7 +73,7 @@ class Works:
             case core.Work.VERIFY:
                 return await self._verify(deployment.candidates, desired)
             case core.Work.PROVE:
-                return await self._prove(deployment.candidates)
+                return await self._prove(deployment.candidates, desired)
             case core.Work.ACTIVATE:
                 return await self._activate(deployment.chosen, desired)
             case core.Work.WATCH:
@@ -189,13 +189,13 @@ class Works:
                 await asyncio.to_thread(self._parts.store.verify, ref.digest)
         return core.Verified()
 
-    async def _prove(self, candidates: tuple[ArtifactRef, ...]) -> core.Proved:
+    async def _prove(self, candidates: tuple[ArtifactRef, ...], desired: Desired) -> core.Proved:
         """The fastest of those that pass; a single failure is no failure while another variant passes."""
         passed: list[Measured] = []
         last: AgentError | None = None
         for ref in candidates:
             try:
-                passed.append(Measured(await self._manifest(ref), await self._prove_one(ref)))
+                passed.append(Measured(await self._manifest(ref), await self._prove_one(ref, desired)))
             except AgentError as error:
                 log.warning("variant not proven", artifact=ref.id, code=error.code.value, error=str(error))
                 last = error
@@ -204,8 +204,10 @@ class Works:
         best = fastest(passed)
         return core.Proved(ArtifactRef(id=best.manifest.id, digest=best.manifest.digest), best.proof)
 
-    async def _prove_one(self, ref: ArtifactRef) -> Proof:
+    async def _prove_one(self, ref: ArtifactRef, desired: Desired) -> Proof:
         manifest = await self._manifest(ref)
+        if self._parts.host.displaces(manifest):  # a proof that applications notice belongs into the window
+            await self._wait_for_window(desired)
         async with self.host_lock:
             return await self._parts.host.prove(manifest, self._folder(ref))
 

@@ -52,6 +52,7 @@ class MqttLink:
         self._up = asyncio.Event()
         self._told = "closed"
         self.dropped = 0
+        self._client = settings.client_id
         self.reconnects = -1
 
     @property
@@ -183,7 +184,7 @@ class MqttLink:
     def _connected(self) -> None:
         self.reconnects += 1
         self._told = "closed"  # by us is no news
-        _log.info("broker_connected", broker=self.address, reconnects=self.reconnects)
+        _log.info("broker_connected", broker=self.address, client=self._client, reconnects=self.reconnects)
         for topic, (payload, qos) in list(self._retained.items()):
             self._network.publish(Publication(topic, payload, lambda error: None, qos, retain=True))
         subscriptions = [(topic, subscription.qos) for topic, subscription in self._subscriptions.items()]
@@ -195,7 +196,7 @@ class MqttLink:
     def _disconnected(self, reason: str) -> None:
         if reason not in (self._told, "closed"):  # once, not at each attempt
             self._told = reason
-            _log.warning("broker_not_connected", broker=self.address, reason=reason)
+            _log.warning("broker_not_connected", broker=self.address, client=self._client, reason=reason)
         if self._loop is not None:
             _on_loop(self._loop, self._up.clear)
 

@@ -87,6 +87,10 @@ class WorkerHost:
         """Tokens of ``text`` for the active model."""
         return await self._serving().count_tokens(text)
 
+    def displaces(self, manifest: Manifest) -> bool:
+        """Whether there is no memory for it beside what serves; see ``ports.ModelHost``."""
+        return self._active is not None and self._plan(self._spec(manifest), manifest).placement is Placement.SWAP
+
     async def prove(self, manifest: Manifest, folder: Path) -> Proof:
         """Load in a fresh worker, answer the signed probes; the worker is kept for ``activate``.
 

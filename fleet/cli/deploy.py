@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from agent.contract.manifest import Manifest
-from agent.contract.messages import ArtifactRef, Desired, TransferLimits
+from agent.contract.messages import ArtifactRef, Desired, TransferLimits, Window
 from agent.contract.profile import DeviceProfile, HealthLimits
 from fleet.cli.context import Context, actor
 from fleet.cli.describe import describe_deployment, held
@@ -32,6 +32,21 @@ from fleet.registry.registry import facts_of
 from fleet.toolchains.artifacts import list_artifacts, load
 from fleet.trust.repository import Repository
 
+
+class Moment(click.ParamType[datetime]):
+    """A date and time in ISO 8601; local time where it names no zone."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        """See the class."""
+        try:
+            return datetime.fromisoformat(value).astimezone(UTC)
+        except ValueError:
+            self.fail(f"{value!r} is no date and time like 2026-12-24T02:00 or 2026-12-24T02:00+01:00", param, ctx)
+
+
+MOMENT = Moment()
 WAIT_POLL_S = 0.25
 #: A running controller publishes within half a second.
 UNPUBLISHED_HINT_S = 5.0
@@ -43,6 +58,8 @@ class Wishes:
 
     probation_s: float | None = None
     deadline_s: float | None = None
+    not_before: datetime | None = None
+    not_after: datetime | None = None
     force: str | None = None
 
 
@@ -52,6 +69,8 @@ class Wishes:
 @click.option("--profile", help="All devices of this profile.")
 @click.option("--probation", "probation_s", type=click.FloatRange(0), help="Seconds of health before commit.")
 @click.option("--deadline", "deadline_s", type=click.FloatRange(1), help="Seconds for the whole deployment.")
+@click.option("--not-before", type=MOMENT, help="When devices may change their model, from; fetching begins at once.")
+@click.option("--not-after", type=MOMENT, help="When devices may change their model, until.")
 @click.option("--force", metavar="REASON", help="Deploy although it does not fit; the reason is recorded.")
 @click.option("--wait", is_flag=True, help="Show the progress until all have ended; exit 9 unless all committed.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), help="With --wait: seconds, at most.")
@@ -195,19 +214,34 @@ def _desired(
     validity_s: float,
 ) -> Desired:
     device, sequence, deployment = identity
-    optional = {} if wishes.deadline_s is None else {"deadline_s": wishes.deadline_s}
+    expires = who.at + timedelta(seconds=validity_s)
+    if wishes.not_before is not None and wishes.not_before >= expires:
+        raise UsageError(f"the window opens at {wishes.not_before.isoformat()}, when the order has expired")
+    if wishes.not_after is not None and wishes.not_after <= max(who.at, wishes.not_before or who.at):
+        raise UsageError(f"the window closes at {wishes.not_after.isoformat()}, before it opens or before now")
     return Desired(
         device=device,
         sequence=sequence,
         deployment=deployment,
         issued_at=who.at,
-        expires_at=who.at + timedelta(seconds=validity_s),
+        expires_at=expires,
         artifacts=tuple(ArtifactRef(id=manifest.id, digest=manifest.digest) for manifest in manifests),
         limits=HealthLimits.model_validate(profile.health.model_dump()),
         transfer=TransferLimits(window_bytes=profile.delivery.window_bytes),
         probation_s=profile.probation_s if wishes.probation_s is None else wishes.probation_s,
-        **optional,
+        window=Window(not_before=wishes.not_before, not_after=wishes.not_after),
+        **_deadline(wishes, who),
     )
+
+
+def _deadline(wishes: Wishes, who: Actor) -> dict[str, float]:
+    """Waiting for the window is no delay of the device's: the usual deadline counts from its opening."""
+    if wishes.deadline_s is not None:
+        return {"deadline_s": wishes.deadline_s}
+    if wishes.not_before is None or wishes.not_before <= who.at:
+        return {}
+    usual = float(Desired.model_fields["deadline_s"].default)
+    return {"deadline_s": usual + (wishes.not_before - who.at).total_seconds()}
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
     with contextlib.closing(open_registry(settings.database_url)) as registry:
         try:
             # Two connections: chunks wait for a slow broker on the one, and orders never behind them on the other.
-            control, bulk = (MqttLink(link_settings(settings)) for _ in range(2))
+            control, bulk = (MqttLink(link_settings(settings, role)) for role in ("controller", "chunks"))
             async with _broker(settings), control, bulk:
                 await _connected(control, settings.connect_timeout_s, stop)
                 if stop.is_set():
@@ -98,11 +98,11 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
             raise BrokerError(str(error)) from None
 
 
-def link_settings(settings: FleetSettings) -> LinkSettings:
+def link_settings(settings: FleetSettings, role: str) -> LinkSettings:
     """How the controller connects. Each process is a client of its own: a second one must not push the first out."""
     return LinkSettings(
         url=settings.broker_url,
-        client_id=f"phifleet-controller-{secrets.token_hex(4)}",
+        client_id=f"phifleet-{role}-{secrets.token_hex(4)}",
         ca_file=settings.broker_ca,
         cert_file=settings.broker_cert,
         key_file=settings.broker_key,

@@ -138,6 +138,8 @@ class SimHost:
     broken: set[str] = field(default_factory=set)
     usable: bool = True
     hang_in_prove: bool = False
+    #: There is memory for one model only.
+    narrow: bool = False
     #: How often `activate` fails before it works.
     short_of_memory: int = 0
     serving: Manifest | None = None
@@ -145,6 +147,9 @@ class SimHost:
 
     async def runtimes(self) -> Sequence[RuntimeFact]:
         return [RuntimeFact(name="onnx_genai", usable=self.usable, reason="" if self.usable else "not installed")]
+
+    def displaces(self, manifest: Manifest) -> bool:
+        return self.narrow and self.serving is not None
 
     async def prove(self, manifest: Manifest, folder: Path) -> Proof:
         if self.hang_in_prove:

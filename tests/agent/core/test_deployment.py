@@ -221,11 +221,14 @@ def test_losing_the_old_artifact_does_not_stop_the_new_one_on_its_way():
 
 def test_the_window_is_waited_for_but_not_past_the_orders_deadline():
     wait = Window(not_before=NOW + timedelta(hours=1))
-    activating = at(State.ACTIVATING).model_copy(update={"desired": order(1, window=wait)})
-    assert core.deadline_s(activating, NOW) == 3600 + 900
+    for state in (State.PROVING, State.ACTIVATING):
+        waiting = at(state).model_copy(update={"desired": order(1, window=wait)})
+        own = core.TABLE[state].deadline_s
+        assert own is not None
+        assert core.deadline_s(waiting, NOW) == 3600 + own
     endless = Window(not_before=NOW + timedelta(days=3))
-    activating = activating.model_copy(update={"desired": order(1, window=endless)})
-    assert core.deadline_s(activating, NOW) == 6 * 3600
+    waiting = waiting.model_copy(update={"desired": order(1, window=endless)})
+    assert core.deadline_s(waiting, NOW) == 6 * 3600
 
 
 EVENTS: list[core.Event] = [

@@ -247,6 +247,32 @@ async def test_a_newer_order_overtakes_a_hanging_one():
         assert (done.state, done.committed) == (State.COMMITTED, ref(OTHER))
 
 
+@pytest.mark.parametrize(("narrow", "waits_in"), [(True, State.PROVING), (False, State.ACTIVATING)])
+async def test_what_applications_would_notice_waits_for_the_window(narrow: bool, waits_in: State):
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        device.host.narrow = narrow
+        opens = SimClock().now() + timedelta(seconds=0.6)
+        device.deployer.orders.take(order(2, NEW, window={"not_before": opens}))
+        await device.until(lambda now: now.state is waits_in)
+        await asyncio.sleep(0.1)
+        assert device.deployer.deployment.state is waits_in
+        assert device.host.serving is OLD
+        done = await device.settled(2)
+        assert done.committed == ref(NEW)
+        assert SimClock().now() >= opens
+
+
+async def test_a_window_that_has_closed_ends_the_deployment_with_the_old_model_serving():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        closed = SimClock().now() - timedelta(seconds=1)
+        ended = await device.deploys(2, NEW, window={"not_after": closed})
+        assert ended.failure is not None
+        assert "the window to change the model closed" in ended.failure.message
+        assert device.host.serving is OLD
+
+
 async def test_of_several_variants_the_fastest_that_passes_is_taken_and_the_rest_collected():
     async with Device().boot() as device:
         device.host.tpot_ms = {OLD.digest: 30.0, NEW.digest: 20.0, OTHER.digest: 5.0}

@@ -7,6 +7,7 @@ import json
 import stat
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -275,6 +276,37 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
     assert ("artifact.publish", world.manifest.id) in audit and len(
         [a for a, _ in audit if a == "deployment.create"]
     ) == 2
+
+
+def test_a_window_is_part_of_the_order_and_the_deadline_counts_from_its_opening(
+    phifleet: Phifleet, world: World
+) -> None:
+    world.add("pi-1")
+    opens = datetime.now(UTC) + timedelta(hours=10)
+    window = ("--not-before", opens.isoformat(), "--not-after", (opens + timedelta(hours=1)).isoformat())
+    result = phifleet("deploy", world.manifest.id, "--device", "pi-1", *window)
+    assert result.code == 0, result.err
+    desired = payload_of(world.registry.to_publish(False, world.clock.now())[0].envelope)
+    assert desired.window.not_before == opens
+    assert 15.9 * 3600 < desired.deadline_s <= 16 * 3600
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--not-before", "tonight"), "'tonight' is no date and time like 2026-12-24T02:00"),
+        (("--not-before", "2100-01-01T00:00"), "when the order has expired"),
+        (("--not-after", "2020-01-01T00:00Z"), "before it opens or before now"),
+    ],
+)
+def test_a_window_that_cannot_be_is_refused(
+    phifleet: Phifleet, world: World, options: tuple[str, str], says: str
+) -> None:
+    world.add("pi-1")
+    result = phifleet("deploy", world.manifest.id, "--device", "pi-1", *options)
+    assert result.code == 2
+    assert says in result.err
+    assert world.registry.newest() == {}
 
 
 def test_each_order_to_a_device_has_a_larger_sequence(phifleet: Phifleet, world: World) -> None:

@@ -1,0 +1,70 @@
+"""What the agent can be told: by file, environment and flag, and what it says of what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.__main__ import _endpoint_config
+from agent.cli import _own_key
+from agent.errors import AgentError, ConfigError
+from agent.settings import AgentSettings, load, provenance
+
+KEYS = """
+allowed_hosts = ["kitchen.local"]
+api_keys = ["letmein", { name = "kiosk", secret = "sha256:%s", requests_per_minute = 60, concurrent = 2 }]
+""" % ("ab" * 32)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_go_before_the_environment_and_that_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHIFLEET_AGENT_PORT", "2")
+    monkeypatch.setenv("PHIFLEET_AGENT_QUEUE_LIMIT", "20")
+    file = written(tmp_path, "port = 1\nqueue_limit = 10\nthreads = 3\n")
+    settings, source = load({"port": 3, "host": None}, file)
+    assert (settings.port, settings.queue_limit, settings.threads) == (3, 20, 3)
+    shown = {name: where for name, _, where in provenance(settings, source)}
+    assert (shown["port"], shown["threads"], shown["host"]) == ("flag", str(file), "default")
+
+
+def test_a_key_alone_and_one_with_limits(tmp_path: Path) -> None:
+    settings, source = load({}, written(tmp_path, KEYS))
+    config = _endpoint_config(settings)
+    assert [(key.name, key.requests_per_minute, key.concurrent) for key in config.keys] == [
+        ("key-1", None, None),
+        ("kiosk", 60, 2),
+    ]
+    assert config.allowed_hosts == ("kitchen.local",)
+    assert "letmein" not in str(provenance(settings, source))
+    assert _own_key(settings) == "letmein"
+
+
+def test_the_device_itself_cannot_use_the_digest_of_a_key() -> None:
+    assert _own_key(AgentSettings()) is None
+    with pytest.raises(AgentError, match="digests of keys only"):
+        _own_key(AgentSettings(api_keys=["sha256:" + "ab" * 32]))  # type: ignore[arg-type]  # as a file gives it
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prot = 1", "prot"),
+        ("port = 70000", "port"),
+        ("api_keys = [{ name = 'kiosk' }]", "api_keys"),
+        ("api_keys = [{ name = 'kiosk', secret = 'x', concurrent = 0 }]", "concurrent"),
+        ("api_keys = 'x'", "api_keys"),
+        ("port = ", "agent.toml"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        load({}, written(tmp_path, text))
+    assert "agent.toml" in str(caught.value)
