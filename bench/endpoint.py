@@ -15,7 +15,8 @@ from bench.bare import bare
 from bench.figures import Figure
 from bench.serving import PRECISIONS, Served, serving
 
-PAIRS, TOKENS = 13, 128
+#: Pairs, tokens of an answer, and turns of the shared beginning.
+SIZES = dict.fromkeys(Toolchain, (13, 128, 3)) | {Toolchain.MLX: (3, 24, 1)}
 #: Tokens of the shared beginning, about.
 SHARED = 1000
 #: A number first, so that no prompt begins as one before it: the bare loop re-uses no prefix, so the endpoint must not.
@@ -28,18 +29,19 @@ def figures() -> list[Figure]:
 
 
 def _of(toolchain: Toolchain) -> list[Figure]:
+    count, tokens, turns = SIZES[toolchain]
     with serving(toolchain) as served, bare(toolchain.value, served.artifact.files) as peer:
         pairs = []
-        for number in range(PAIRS + 1):
+        for number in range(count + 1):
             text = PROMPT.format(n=number)
             prompt = render(served.artifact.manifest, [{"role": "user", "content": text}])
             # The one that is not asked rests, and each goes first every other time.
             if number % 2:
-                ours, theirs = stream(served, text, TOKENS), peer.ask([prompt], TOKENS)
+                ours, theirs = stream(served, text, tokens), peer.ask([prompt], tokens)
             else:
-                theirs, ours = peer.ask([prompt], TOKENS), stream(served, text, TOKENS)
+                theirs, ours = peer.ask([prompt], tokens), stream(served, text, tokens)
             pairs.append((ours, theirs))
-        prefix = _prefix(served)
+        prefix = _prefix(served, turns)
     pairs = pairs[1:]
     speed = statistics.median(ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs)
     added = statistics.median(ours["ttft_ms"] - theirs["ttft_ms"][0] for ours, theirs in pairs)
@@ -59,10 +61,10 @@ def _of(toolchain: Toolchain) -> list[Figure]:
     ]
 
 
-def _prefix(served: Served) -> list[Figure]:
+def _prefix(served: Served, turns: int) -> list[Figure]:
     """Time to first token of a prompt whose first thousand tokens are another's, against that other's."""
     ratios, first, second = [], [], []
-    for turn in range(3):
+    for turn in range(turns):
         system = f"Turn {turn}. " + "You answer like a lighthouse keeper who has seen many storms. " * (SHARED // 13)
         times = [stream(served, question, 4, system)["ttft_ms"] for question in ("Who are you?", "What have you seen?")]
         ratios.append(times[1] / times[0])

@@ -17,47 +17,46 @@ from bench.figures import Figure
 from bench.serving import Served, serving
 from tests.load import Load
 
-CLIENTS, TOKENS, KILLS = 4, 32, 3
+CLIENTS, TOKENS, AGENTS = 4, 32, 3
 
 
 def figures() -> list[Figure]:
-    """Median over several kills; requests that were in flight have failed, those that waited have not."""
-    with serving(Toolchain.ONNX_GENAI) as served:
-        load_s = _load_s(served)
-        took, failed, waited = asyncio.run(_kills(served))
+    """Median over several agents, of the first death each: at the next ones within minutes it backs off on purpose."""
+    beyond, failed, waited, loading = [], 0, 0, 0.0
+    for _ in range(AGENTS):
+        with serving(Toolchain.ONNX_GENAI) as served:
+            loading = _load_s(served)
+            took, broken, answered = asyncio.run(_kill(served))
+        beyond.append(took - loading)
+        failed += broken
+        waited += answered
     return [
         Figure(
             "from kill -9 of the worker to the next token, beyond what loading takes",
-            statistics.median(took) - load_s,
+            statistics.median(beyond),
             "s",
             at_most=1.0,
-            note=f"loading took {load_s:.2f} s; {KILLS} kills under {CLIENTS} clients: {failed} answers in flight ended"
-            f" with an error, {waited} requests waited and were answered",
+            note=f"loading took {loading:.2f} s; {AGENTS} kills under {CLIENTS} clients: {failed} answers in flight"
+            f" ended with an error, {waited} requests waited and were answered",
         )
     ]
 
 
-async def _kills(served: Served) -> tuple[list[float], int, int]:
+async def _kill(served: Served) -> tuple[float, int, int]:
+    """Seconds to the next token, answers that failed, and answers to who waited or came meanwhile."""
     load = Load(served.url, served.model, clients=CLIENTS, tokens=TOKENS)
     running = asyncio.create_task(load.run())
-    killed: list[float] = []
-    for _ in range(KILLS):
-        await asyncio.sleep(5)
-        os.kill(_worker(served), signal.SIGKILL)
-        killed.append(time.monotonic())
+    await asyncio.sleep(5)
+    os.kill(_worker(served), signal.SIGKILL)
+    killed = time.monotonic()
     await asyncio.sleep(5)
     load.stop()
     await running
-    good = sorted(seen.first for seen in load.seen if not seen.error)
-    took = [next(first for first in good if first > moment) - moment for moment in killed]
-    waited = [seen for seen in load.seen if not seen.error and any(seen.began < one < seen.first for one in killed)]
-    # A client that fails asks again at once: those that ask while nothing is loaded wait as well.
-    asked = [
-        seen
-        for seen in load.seen
-        if not seen.error and any(one < seen.began < one + after for one, after in zip(killed, took, strict=True))
-    ]
-    return took, sum(bool(seen.error) for seen in load.seen), len(waited) + len(asked)
+    good = [seen for seen in load.seen if not seen.error]
+    back = min(seen.first for seen in good if seen.first > killed)
+    # A client whose answer fails asks again at once, and then waits as well.
+    waited = sum(seen.began < back and seen.first > killed for seen in good)
+    return back - killed, len(load.seen) - len(good), waited
 
 
 def _worker(served: Served) -> int:

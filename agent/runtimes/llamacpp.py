@@ -37,6 +37,8 @@ from agent.runtimes.text import Utf8Stream
 _BATCH, _PREFILL_SHARED = 512, 128
 #: Copying another sequence's cache pays from here on; shorter prefixes are computed again.
 _WORTH_COPYING = 64
+#: Tokens in a slot from which on a prompt that begins with them goes there, and not to a neighbour of those at work.
+_WORTH_KEEPING = 32
 _GUIDANCE = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA, GuidanceKind.GRAMMAR})
 
 
@@ -228,13 +230,13 @@ class LlamaCppEngine:
 
     def _start(self, sequence: _Sequence, free: list[_Slot]) -> None:
         """Into the free slot that shares most with the prompt; or into the oldest, with another's cache copied."""
-        slot = max(free, key=lambda one: (common_prefix(one.tokens, sequence.prompt), -one.used))
+        slot = max(free, key=lambda one: (self._saved(one, sequence.prompt), self._nearness(one), -one.used))
         shared = common_prefix(slot.tokens, sequence.prompt)
         donor = max(self._slots, key=lambda one: common_prefix(one.tokens, sequence.prompt))
         memory = self._lib.llama_get_memory(self._context)
         offered = common_prefix(donor.tokens, sequence.prompt)
         if offered > shared + _WORTH_COPYING:
-            slot = min(free, key=lambda one: one.used)
+            slot = max(free, key=lambda one: (self._nearness(one), -one.used))
             self._lib.llama_memory_seq_rm(memory, slot.number, -1, -1)
             self._lib.llama_memory_seq_cp(memory, donor.number, slot.number, -1, -1)
             shared = offered
@@ -245,6 +247,18 @@ class LlamaCppEngine:
         del slot.tokens[shared:]
         slot.sequence, sequence.slot = sequence, slot
         sequence.generation.cached_tokens = shared
+
+    def _saved(self, slot: _Slot, prompt: list[int]) -> int:
+        """Tokens that need not be computed; a few, such as every prompt of a chat template shares, count as none."""
+        shared = common_prefix(slot.tokens, prompt)
+        return shared if shared >= _WORTH_KEEPING else 0
+
+    def _nearness(self, slot: _Slot) -> int:
+        """0 between or beside the slots in use, less farther away: see ``_fill``."""
+        used = [one.number for one in self._slots if one.sequence]
+        if not used:
+            return 0
+        return -max(0, min(used) - 1 - slot.number, slot.number - 1 - max(used))
 
     def _fill(self) -> list[tuple[_Sequence, int]]:
         """Who draws, and from which row of the logits.

@@ -30,6 +30,8 @@ from agent.runtimes.onnx_files import OnnxFiles
 _PREFILL_SHARED = 128
 #: Copying another row's beginning pays from here on.
 _WORTH_COPYING = 64
+#: Tokens in a row from which on a prompt that begins with them goes there, and not to a neighbour of those at work.
+_WORTH_KEEPING = 32
 #: Steps that a gap between answering rows may last before rows are moved: the next request often fills it.
 _PATIENCE = 4
 
@@ -145,7 +147,7 @@ class BatchEngine:
         if not free or not self._make_room(sequence.need, free):
             return False
         prompt = sequence.prompt
-        row = max(free, key=lambda one: (common_prefix(one.tokens, prompt), self._nearness(one), -one.used))
+        row = max(free, key=lambda one: (self._saved(one, prompt), self._nearness(one), -one.used))
         shared = common_prefix(row.tokens, prompt)
         donor = max(self._rows, key=lambda one: common_prefix(one.tokens, prompt))
         offered = min(common_prefix(donor.tokens, prompt), len(prompt) - 1)
@@ -172,6 +174,11 @@ class BatchEngine:
                 self._cache.forget(row.number)
                 row.tokens = []
         return True
+
+    def _saved(self, row: _Row, prompt: list[int]) -> int:
+        """Tokens that need not be computed; a few, such as every prompt of a chat template shares, count as none."""
+        shared = common_prefix(row.tokens, prompt)
+        return shared if shared >= _WORTH_KEEPING else 0
 
     def _nearness(self, row: _Row) -> int:
         """0 between or beside the rows that are in use, less farther away: a run is over neighbours."""
