@@ -142,16 +142,20 @@ def test_a_controller_killed_during_a_transfer_comes_back_and_the_device_commits
     assert reported.progress.bytes_received <= sample_artifact.manifest.size + WINDOW_BYTES + MAX_CHUNK_BYTES
 
 
-def test_offline_a_device_boots_and_serves_what_it_has(mosquitto_rig: Rig, tiny_artifact: Built):
+def test_offline_a_device_boots_and_serves_what_it_has_though_its_order_has_expired(
+    mosquitto_rig: Rig, tiny_artifact: Built
+):
     rig = mosquitto_rig
     take(rig, tiny_artifact)
     rig.start_controller()
     rig.start_agent("--port", "0")
-    rig.order(tiny_artifact.manifest)
+    expires = datetime.now(UTC) + timedelta(seconds=20)
+    rig.order(tiny_artifact.manifest, expires_at=expires)
     assert rig.settled(1).state is State.COMMITTED
     rig.kill(rig.agent)
     rig.kill(rig.controller)
     rig.stop_broker()
+    time.sleep(max(0.0, (expires - datetime.now(UTC)).total_seconds()))
     port = 18000 + os.getpid() % 1000
     rig.start_agent("--port", str(port))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 import psutil
@@ -100,6 +103,39 @@ def test_a_model_whose_worker_keeps_dying_gives_way_to_the_one_before(
     assert reported.failure
     assert reported.failure.code in (FailureCode.HEALTH_RESTARTS, FailureCode.RUNTIME_CRASHED)
     assert reported.digest == sample_artifact.manifest.digest
+
+
+def test_with_nothing_to_go_back_to_it_serves_nothing_and_says_why(rig: Rig, tiny_artifact: Built):
+    rig.start_agent(PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
+    rig.order(tiny_artifact.manifest)
+    reported = rig.settled(1)
+    assert reported.state is State.COMMITTED
+    victims = set()
+
+    def given_up() -> bool:
+        now = rig.reported()
+        if now and now.digest is None and now.failure:
+            return True
+        pid = worker(rig)
+        if pid is not None and pid not in victims and answers(rig, tiny_artifact):
+            victims.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        return False
+
+    rig.until(given_up, "the agent to give the model up", every_s=0.2)
+    last = rig.reported()
+    assert last and last.failure
+    assert last.failure.code in (FailureCode.HEALTH_RESTARTS, FailureCode.RUNTIME_CRASHED)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{reported.endpoint}/health/ready", timeout=5)
+    assert caught.value.code == 503
+    request = urllib.request.Request(
+        f"{reported.endpoint}/v1/completions", b'{"model": "x", "prompt": "y"}', {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=5)
+    assert caught.value.code == 503
+    assert json.load(caught.value)["error"]["message"]
 
 
 def test_a_worker_that_hangs_is_replaced(rig: Rig, sample_artifact: Built):
