@@ -27,18 +27,15 @@ from agent.core.inference import (
 )
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
-from agent.runtimes.generation import Generation, check_fits, common_prefix
+from agent.runtimes.generation import Generation, check_fits
 from agent.runtimes.llamacpp_binding import Batch, Log
 from agent.runtimes.llamacpp_grammar import Grammar, gbnf
 from agent.runtimes.llamacpp_quirks import quiet_openmp, without_amx
+from agent.runtimes.seats import choose
 from agent.runtimes.text import Utf8Stream
 
 #: Tokens of one decode; and of prompts in it while others wait for their next token, which bounds their delay.
 _BATCH, _PREFILL_SHARED = 512, 128
-#: Copying another sequence's cache pays from here on; shorter prefixes are computed again.
-_WORTH_COPYING = 64
-#: Tokens in a slot from which on a prompt that begins with them goes there, and not to a neighbour of those at work.
-_WORTH_KEEPING = 32
 _GUIDANCE = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA, GuidanceKind.GRAMMAR})
 
 
@@ -154,8 +151,8 @@ class LlamaCppEngine:
     def step(self) -> Sequence[GenerationEvent]:
         """One decode over all sequences."""
         events, self._ended = self._ended, []
-        while self._waiting and (free := [slot for slot in self._slots if slot.sequence is None]):
-            self._start(self._waiting.popleft(), free)
+        while self._waiting and any(slot.sequence is None for slot in self._slots):
+            self._start(self._waiting.popleft())
         drawing = self._fill()
         if not self._batch.size:
             return events
@@ -228,37 +225,19 @@ class LlamaCppEngine:
             return None
         return Grammar(self._lib, self._np, self._vocab, gbnf(guidance.kind, guidance.data))
 
-    def _start(self, sequence: _Sequence, free: list[_Slot]) -> None:
-        """Into the free slot that shares most with the prompt; or into the oldest, with another's cache copied."""
-        slot = max(free, key=lambda one: (self._saved(one, sequence.prompt), self._nearness(one), -one.used))
-        shared = common_prefix(slot.tokens, sequence.prompt)
-        donor = max(self._slots, key=lambda one: common_prefix(one.tokens, sequence.prompt))
+    def _start(self, sequence: _Sequence) -> None:
+        """Into the slot that suits it, with another's cache copied where that pays."""
+        chosen = choose(self._slots, sequence.prompt)
+        slot, shared = chosen.seat, chosen.shared
         memory = self._lib.llama_get_memory(self._context)
-        offered = common_prefix(donor.tokens, sequence.prompt)
-        if offered > shared + _WORTH_COPYING:
-            slot = max(free, key=lambda one: (self._nearness(one), -one.used))
+        if chosen.donor is not None:
             self._lib.llama_memory_seq_rm(memory, slot.number, -1, -1)
-            self._lib.llama_memory_seq_cp(memory, donor.number, slot.number, -1, -1)
-            shared = offered
-            slot.tokens = donor.tokens[:shared]
-        # The last token of the prompt is always computed: its logits are what is drawn from.
-        shared = min(shared, len(sequence.prompt) - 1)
+            self._lib.llama_memory_seq_cp(memory, chosen.donor.number, slot.number, -1, -1)
+            slot.tokens = chosen.donor.tokens[:shared]
         self._lib.llama_memory_seq_rm(memory, slot.number, shared, -1)
         del slot.tokens[shared:]
         slot.sequence, sequence.slot = sequence, slot
         sequence.generation.cached_tokens = shared
-
-    def _saved(self, slot: _Slot, prompt: list[int]) -> int:
-        """Tokens that need not be computed; a few, such as every prompt of a chat template shares, count as none."""
-        shared = common_prefix(slot.tokens, prompt)
-        return shared if shared >= _WORTH_KEEPING else 0
-
-    def _nearness(self, slot: _Slot) -> int:
-        """0 between or beside the slots in use, less farther away: see ``_fill``."""
-        used = [one.number for one in self._slots if one.sequence]
-        if not used:
-            return 0
-        return -max(0, min(used) - 1 - slot.number, slot.number - 1 - max(used))
 
     def _fill(self) -> list[tuple[_Sequence, int]]:
         """Who draws, and from which row of the logits.

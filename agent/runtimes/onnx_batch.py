@@ -21,17 +21,14 @@ from agent.core.inference import (
     InferenceError,
 )
 from agent.runtimes.engine import LoadOptions
-from agent.runtimes.generation import Generation, check_fits, common_prefix
+from agent.runtimes.generation import Generation, check_fits
 from agent.runtimes.guidance import Guide, Guides
 from agent.runtimes.onnx_cache import RowCache
 from agent.runtimes.onnx_files import OnnxFiles
+from agent.runtimes.seats import choose
 
 #: Prompt tokens of one step while others wait for their next token, which bounds their delay.
 _PREFILL_SHARED = 128
-#: Copying another row's beginning pays from here on.
-_WORTH_COPYING = 64
-#: Tokens in a row from which on a prompt that begins with them goes there, and not to a neighbour of those at work.
-_WORTH_KEEPING = 32
 #: Steps that a gap between answering rows may last before rows are moved: the next request often fills it.
 _PATIENCE = 4
 
@@ -146,17 +143,11 @@ class BatchEngine:
         free = [row for row in self._rows if row.sequence is None]
         if not free or not self._make_room(sequence.need, free):
             return False
-        prompt = sequence.prompt
-        row = max(free, key=lambda one: (self._saved(one, prompt), self._nearness(one), -one.used))
-        shared = common_prefix(row.tokens, prompt)
-        donor = max(self._rows, key=lambda one: common_prefix(one.tokens, prompt))
-        offered = min(common_prefix(donor.tokens, prompt), len(prompt) - 1)
-        if offered > shared + _WORTH_COPYING:
-            row = max(free, key=lambda one: (self._nearness(one), -one.used))
-            self._cache.copy(donor.number, row.number, offered)
-            row.tokens, shared = donor.tokens[:offered], offered
-        # The last token of the prompt is always computed: its logits are what is drawn from.
-        shared = min(shared, len(prompt) - 1)
+        chosen = choose(self._rows, sequence.prompt)
+        row, shared = chosen.seat, chosen.shared
+        if chosen.donor is not None:
+            self._cache.copy(chosen.donor.number, row.number, shared)
+            row.tokens = chosen.donor.tokens[:shared]
         del row.tokens[shared:]
         row.sequence, sequence.row = sequence, row
         sequence.generation.cached_tokens = shared
@@ -174,18 +165,6 @@ class BatchEngine:
                 self._cache.forget(row.number)
                 row.tokens = []
         return True
-
-    def _saved(self, row: _Row, prompt: list[int]) -> int:
-        """Tokens that need not be computed; a few, such as every prompt of a chat template shares, count as none."""
-        shared = common_prefix(row.tokens, prompt)
-        return shared if shared >= _WORTH_KEEPING else 0
-
-    def _nearness(self, row: _Row) -> int:
-        """0 between or beside the rows that are in use, less farther away: a run is over neighbours."""
-        used = [one.number for one in self._rows if one.sequence]
-        if not used:
-            return 0
-        return -max(0, min(used) - 1 - row.number, row.number - 1 - max(used))
 
     def _prefill(self, room: int) -> list[GenerationEvent]:
         """Prompts, the one that has least left first; as many as there is room for in this step."""

@@ -9,13 +9,13 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
 
 from agent.contract.failures import FailureCode
-from agent.contract.messages import State
+from agent.contract.messages import Reported, State
 from fleet.demo.run import DemoError, chat
 from tests.load import Load
 from tests.models import Built
@@ -47,6 +47,23 @@ def answers(rig: Rig, built: Built) -> bool:
         return bool(chat(f"{reported.endpoint}/v1", built.manifest.model.name, QUESTION)) if reported else False
     except DemoError:
         return False
+
+
+def kill_workers_until(rig: Rig, built: Built, over: Callable[[Reported], bool]) -> None:
+    """Each worker as soon as it answers, until the device reports what is wanted."""
+    victims = set()
+
+    def done() -> bool:
+        reported = rig.reported()
+        if reported and over(reported):
+            return True
+        pid = worker(rig)
+        if pid is not None and pid not in victims and answers(rig, built):
+            victims.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        return False
+
+    rig.until(done, "the agent to give the model up", every_s=0.2)
 
 
 async def test_a_killed_worker_is_back_in_its_load_time_and_queued_requests_are_served(
@@ -84,19 +101,7 @@ def test_a_model_whose_worker_keeps_dying_gives_way_to_the_one_before(
     assert rig.settled(1).state is State.COMMITTED
     rig.order(tiny_artifact.manifest)
     assert rig.settled(2).state is State.COMMITTED
-    victims = set()
-
-    def rolled_back() -> bool:
-        reported = rig.reported()
-        if reported and reported.state is State.ROLLED_BACK:
-            return True
-        pid = worker(rig)
-        if pid is not None and pid not in victims and answers(rig, tiny_artifact):
-            victims.add(pid)
-            os.kill(pid, signal.SIGKILL)
-        return False
-
-    rig.until(rolled_back, "the rollback", every_s=0.2)
+    kill_workers_until(rig, tiny_artifact, lambda now: now.state is State.ROLLED_BACK)
     rig.until(lambda: answers(rig, sample_artifact), "the old model to serve")
     reported = rig.reported()
     assert reported
@@ -110,19 +115,7 @@ def test_with_nothing_to_go_back_to_it_serves_nothing_and_says_why(rig: Rig, tin
     rig.order(tiny_artifact.manifest)
     reported = rig.settled(1)
     assert reported.state is State.COMMITTED
-    victims = set()
-
-    def given_up() -> bool:
-        now = rig.reported()
-        if now and now.digest is None and now.failure:
-            return True
-        pid = worker(rig)
-        if pid is not None and pid not in victims and answers(rig, tiny_artifact):
-            victims.add(pid)
-            os.kill(pid, signal.SIGKILL)
-        return False
-
-    rig.until(given_up, "the agent to give the model up", every_s=0.2)
+    kill_workers_until(rig, tiny_artifact, lambda now: now.digest is None and now.failure is not None)
     last = rig.reported()
     assert last and last.failure
     assert last.failure.code in (FailureCode.HEALTH_RESTARTS, FailureCode.RUNTIME_CRASHED)
