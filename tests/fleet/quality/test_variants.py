@@ -1,7 +1,8 @@
 """Every Phi's network through every toolchain: what the support matrix says works, in the toolchain's own runtime.
 
-``PHIFLEET_VARIANTS=all`` goes through all the cells (about 20 minutes); else FP32, where logits are compared closely,
-of each network, and INT4 of one. Results are kept under ``.cache/`` by what they depend on.
+``PHIFLEET_VARIANTS=all``, as `make test-variants` sets it, goes through all the cells (some 20 minutes); else FP32 of
+each network, where logits are compared closely, and INT4 of one. Results are kept under ``.cache/`` by what they
+depend on.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ DIVERGENCE = {
     Precision.BF16: 0.01,
     Precision.FP32: 1e-4,
 }
+#: A mixture of experts loses more: rounding sends a token to another expert now and then.
+ROUTED = 5
 
 
 def chosen(one: Cell) -> bool:
@@ -94,7 +97,8 @@ def _key(toolchain: Toolchain, names: list[str]) -> str:
 def test_a_cell_that_works(one: Cell) -> None:
     found = measured(one.toolchain).get(name_of(one), {"error": "the process died before it"})
     assert "error" not in found, found["error"]
-    assert found["divergence"] < DIVERGENCE[one.precision]
+    routed = ROUTED if one.variant.shape.experts else 1
+    assert found["divergence"] < DIVERGENCE[one.precision] * routed
     assert found["predicted"] == pytest.approx(found["bytes"], rel=0.05)
     if one.precision is Precision.FP32:
         phi_2 = one.variant.name == "phi-2" and one.toolchain is Toolchain.ONNX_GENAI
