@@ -257,7 +257,8 @@ def _ask(teller: Teller, endpoint: str, manifest: Manifest, watch: _Watch) -> Ou
         answer = chat(endpoint, manifest.model.name, QUESTION)
         step.done(f"{QUESTION} -> [bold]{answer}[/bold]")
     with teller.step("health") as step:
-        watch.until(lambda: watch.health() is not None, "a health report")
+        # A report may tell of the first requests before they were judged.
+        watch.until(lambda: (told := watch.health()) is not None and told.verdict != "unknown", "a verdict on health")
         health = watch.health()
         assert health is not None  # noqa: S101 - the line above waited for it
         step.done(f"{health.verdict}, after {health.requests} requests in the window")
