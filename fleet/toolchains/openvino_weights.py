@@ -14,7 +14,10 @@ _KINDS = {"u4": "asymmetric", "i4": "symmetric"}
 
 
 class Constants:
-    """The compressed weights of a model: shape (rows, groups, weights of a group), scale and zero point beside them."""
+    """The compressed weights of a model, scale and zero point beside them.
+
+    Their shape is (rows, groups, weights of a group), or (rows, columns) where a group is a whole row.
+    """
 
     def __init__(self, model: Any) -> None:
         nodes = (node for node in model.get_ops() if node.get_type_name() == "Constant")
@@ -24,7 +27,7 @@ class Constants:
         """How the weight of this name in the checkpoint was compressed; None where it was not to 4 bits."""
         node = self._nodes.get(f"self.{name}")
         kind = _KINDS.get(node.get_element_type().get_type_name()) if node else None
-        return Grid(4, int(node.get_output_shape(0)[2]), kind) if node and kind else None
+        return Grid(4, int(tuple(node.get_output_shape(0))[-1]), kind) if node and kind else None
 
     def replace(self, name: str, matrix: Quantized) -> None:
         """Put a quantized matrix in the place of NNCF's.
@@ -33,14 +36,17 @@ class Constants:
             BuildError: it has another shape.
         """
         rows, groups = matrix.scale.shape
-        group = matrix.q.shape[1] // groups
+        columns = matrix.q.shape[1]
+        whole_rows = len(self._nodes[f"self.{name}"].get_output_shape(0)) == 2
+        shape = (rows, columns) if whole_rows else (rows, groups, columns // groups)
+        beside = (*shape[:-1], 1)
         signed = self._nodes[f"self.{name}"].get_element_type().get_type_name() == "i4"
         q = matrix.q.numpy()
         # Two's complement in four bits is the unsigned value with its top bit turned over.
-        self._put(f"self.{name}", q ^ 8 if signed else q, (rows, groups, group))
+        self._put(f"self.{name}", q ^ 8 if signed else q, shape)
         if not signed:
-            self._put(f"self.{name}/zero_point", matrix.zero.round().numpy(), (rows, groups, 1))
-        self._put(f"self.{name}/scale", matrix.scale.numpy(), (rows, groups, 1))
+            self._put(f"self.{name}/zero_point", matrix.zero.round().numpy(), beside)
+        self._put(f"self.{name}/scale", matrix.scale.numpy(), beside)
 
     def _put(self, name: str, values: Any, shape: tuple[int, ...]) -> None:
         import numpy as np

@@ -55,6 +55,13 @@ RECIPES: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], dict[str,
     "openvino int4": (T.OPENVINO, P.INT4, D.CPU, {}, {}),
     "openvino awq, scale estimation": (T.OPENVINO, P.INT4, D.CPU, {"awq": True, "scale_estimation": True, **TEXT}, {}),
     "openvino recovered": (T.OPENVINO, P.INT4, D.CPU, {"recover": True, **TEXT}, {"recovered": 8}),
+    "openvino recovered in whole rows": (
+        T.OPENVINO,
+        P.INT4,
+        D.CPU,
+        {"recover": True, "group_size": -1, **TEXT},
+        {"recovered": 8},
+    ),
     "openvino symmetric, recovered": (
         T.OPENVINO,
         P.INT4,
