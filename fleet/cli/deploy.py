@@ -150,6 +150,7 @@ def order(
         lines = "\n  ".join(reasons)
         raise UsageError(f"it does not fit:\n  {lines}\nforce it with --force REASON if you know better")
     who, repository = actor(), Repository(context.home)
+    _check_window(wishes, who, context.settings.order_validity_s)
     for manifest in manifests:
         repository.publish(manifest)
         registry.record_artifact(manifest, who, forced=wishes.force if reasons else None)
@@ -214,34 +215,35 @@ def _desired(
     validity_s: float,
 ) -> Desired:
     device, sequence, deployment = identity
-    expires = who.at + timedelta(seconds=validity_s)
-    if wishes.not_before is not None and wishes.not_before >= expires:
-        raise UsageError(f"the window opens at {wishes.not_before.isoformat()}, when the order has expired")
-    if wishes.not_after is not None and wishes.not_after <= max(who.at, wishes.not_before or who.at):
-        raise UsageError(f"the window closes at {wishes.not_after.isoformat()}, before it opens or before now")
     return Desired(
         device=device,
         sequence=sequence,
         deployment=deployment,
         issued_at=who.at,
-        expires_at=expires,
+        expires_at=who.at + timedelta(seconds=validity_s),
         artifacts=tuple(ArtifactRef(id=manifest.id, digest=manifest.digest) for manifest in manifests),
         limits=HealthLimits.model_validate(profile.health.model_dump()),
         transfer=TransferLimits(window_bytes=profile.delivery.window_bytes),
         probation_s=profile.probation_s if wishes.probation_s is None else wishes.probation_s,
         window=Window(not_before=wishes.not_before, not_after=wishes.not_after),
-        **_deadline(wishes, who),
+        deadline_s=_deadline_s(wishes, who),
     )
 
 
-def _deadline(wishes: Wishes, who: Actor) -> dict[str, float]:
+def _check_window(wishes: Wishes, who: Actor, validity_s: float) -> None:
+    opens, closes = wishes.not_before, wishes.not_after
+    if opens is not None and opens >= who.at + timedelta(seconds=validity_s):
+        raise UsageError(f"the window opens at {opens.isoformat()}, when the order has expired")
+    if closes is not None and closes <= max(who.at, opens or who.at):
+        raise UsageError(f"the window closes at {closes.isoformat()}, before it opens or before now")
+
+
+def _deadline_s(wishes: Wishes, who: Actor) -> float:
     """Waiting for the window is no delay of the device's: the usual deadline counts from its opening."""
     if wishes.deadline_s is not None:
-        return {"deadline_s": wishes.deadline_s}
-    if wishes.not_before is None or wishes.not_before <= who.at:
-        return {}
+        return wishes.deadline_s
     usual = float(Desired.model_fields["deadline_s"].default)
-    return {"deadline_s": usual + (wishes.not_before - who.at).total_seconds()}
+    return usual + max(0.0, ((wishes.not_before or who.at) - who.at).total_seconds())
 
 
 @contextlib.contextmanager

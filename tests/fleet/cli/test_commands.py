@@ -307,6 +307,7 @@ def test_a_window_that_cannot_be_is_refused(
     assert result.code == 2
     assert says in result.err
     assert world.registry.newest() == {}
+    assert world.repository.published() == (), "nothing was signed for an order that could not be"
 
 
 def test_each_order_to_a_device_has_a_larger_sequence(phifleet: Phifleet, world: World) -> None:
