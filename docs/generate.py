@@ -16,7 +16,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.profile import DeviceProfile
 from agent.core import deployment
 from agent.core.inference import PARAMETERS, Capabilities, GuidanceKind
-from agent.runtimes.registry import REGISTRY, resolve
+from agent.runtimes.registry import REGISTRY, features
 from fleet.core import support
 
 DOCS = Path(__file__).parent
@@ -169,7 +169,7 @@ def support_matrix() -> str:
 
 def runtimes() -> str:
     """docs/runtimes.md."""
-    found = {name: resolve(spec.module).features for name, spec in REGISTRY.items()}
+    found = {name: features(spec) for name, spec in REGISTRY.items()}
     rows: list[tuple[str, Callable[[Capabilities], str]]] = [
         ("chat, completions, responses, streamed and whole", lambda _: "yes"),
         ("`tools`, parsed into `tool_calls`", lambda _: "yes"),

@@ -115,7 +115,10 @@ class Runtime(Protocol):
 
     @property
     def features(self) -> Capabilities:
-        """What a model has where everything is there that this runtime can use; a loaded one says what it has."""
+        """What a model has where everything is there that this runtime can use; a loaded one says what it has.
+
+        How many answers at once is the registry's to say.
+        """
         ...
 
     def check(self) -> Check:

@@ -5,13 +5,14 @@ It never raises for a bad grammar and is bounded in time and size; the reason co
 
 from __future__ import annotations
 
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from agent.core.inference import Guidance, GuidanceKind, InferenceError
 from agent.runtimes.sampling import Drawn, Logits, TokenSampler
-from agent.runtimes.schema import read
+from agent.runtimes.schema import read, text_of
 
 #: Room to lay JSON out, but not for ever: small models like to fill an answer with white space.
 _JSON = {"whitespace_pattern": r"[ \n]{0,24}"}
@@ -67,7 +68,7 @@ class Guides:
         self._ends = sorted(ends)
         self._tokenizer: Any = None
 
-    @property
+    @cached_property
     def kinds(self) -> frozenset[GuidanceKind]:
         """None without the library, or without the tokenizer in the format it reads."""
         return self.KINDS if find_spec("llguidance") is not None and self._file.is_file() else frozenset()
@@ -96,7 +97,7 @@ class Guides:
 
 def _grammar(matcher: Any, guidance: Guidance) -> str:
     if guidance.kind in (GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA):
-        schema = '{"type":"object"}' if guidance.kind is GuidanceKind.JSON_OBJECT else guidance.data
+        schema = text_of(guidance.kind, guidance.data)
         if not isinstance(read(schema), dict):
             schema = "{}"
         return str(matcher.grammar_from_json_schema(schema, overrides=_JSON))

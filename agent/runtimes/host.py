@@ -89,7 +89,7 @@ class WorkerHost:
 
     def displaces(self, manifest: Manifest) -> bool:
         """Whether there is no memory for it beside what serves; see ``ports.ModelHost``."""
-        return self._active is not None and self._plan(self._spec(manifest), manifest).placement is Placement.SWAP
+        return self._active is not None and self._fits(self._spec(manifest), manifest).placement is Placement.SWAP
 
     async def prove(self, manifest: Manifest, folder: Path) -> Proof:
         """Load in a fresh worker, answer the signed probes; the worker is kept for ``activate``.
@@ -259,15 +259,19 @@ class WorkerHost:
         reason = f"{manifest.id} was built by {manifest.toolchain}; no runtime here takes that (known: {known})"
         raise RuntimeLoadError(reason, FailureCode.RUNTIME_MISSING)
 
-    def _plan(self, spec: RuntimeSpec, manifest: Manifest) -> MemoryPlan:
-        chosen = plan(
+    def _fits(self, spec: RuntimeSpec, manifest: Manifest) -> MemoryPlan:
+        return plan(
             manifest.memory,
             context=manifest.context,
-            sequences=self._settings.max_sequences or spec.sequences,
+            sequences=self._settings.answers_at_once(spec.sequences),
             available=self._available(),
             held=self._active.worker.memory_bytes() if self._active is not None else 0,
             limit=self._settings.memory_limit_bytes or None,
         )
+
+    def _plan(self, spec: RuntimeSpec, manifest: Manifest) -> MemoryPlan:
+        """As ``_fits``, with the figures in the log: it is about to be loaded."""
+        chosen = self._fits(spec, manifest)
         log.info(
             "memory_planned",
             artifact=manifest.id,

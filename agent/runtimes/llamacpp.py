@@ -43,7 +43,7 @@ class LlamaCppRuntime:
     """See the module."""
 
     name = "llamacpp"
-    features = Capabilities(PARAMETERS, _GUIDANCE, prefix_reuse=True, max_sequences=8)
+    features = Capabilities(PARAMETERS, _GUIDANCE, prefix_reuse=True)
 
     def check(self) -> Check:
         """Import it; loading the library is what fails when it was built for another processor."""

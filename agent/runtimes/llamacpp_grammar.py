@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 from agent.core.inference import GuidanceKind, InferenceError
-from agent.runtimes.schema import read
+from agent.runtimes.schema import read, text_of
 
 
 class Grammar:
@@ -63,7 +63,7 @@ def gbnf(kind: GuidanceKind, data: str) -> str:
 
     if kind is GuidanceKind.GRAMMAR:
         return data
-    schema = '{"type":"object"}' if kind is GuidanceKind.JSON_OBJECT else data
+    schema = text_of(kind, data)
     read(schema)
     try:
         return str(llama_grammar.json_schema_to_gbnf(schema))

@@ -36,7 +36,7 @@ class MlxRuntime:
     """See the module."""
 
     name = "mlx"
-    features = Capabilities(PARAMETERS, Guides.KINDS, prefix_reuse=True, max_sequences=8)
+    features = Capabilities(PARAMETERS, Guides.KINDS, prefix_reuse=True)
 
     def check(self) -> Check:
         """Import both halves and ask for the device."""

@@ -208,7 +208,7 @@ class BatchEngine:
         There is always room for one: the last token drawn for a sequence is never computed.
         """
         sequence = row.sequence
-        if sequence is None or sequence.next is None or sequence.row is not row:
+        if sequence is None or sequence.next is None:
             return 0
         token, sequence.next = sequence.next, None
         row.tokens.append(token)

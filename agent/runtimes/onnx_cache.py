@@ -41,16 +41,15 @@ class RowCache:
         options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
         self._np = np
         self._session = ort.InferenceSession(str(files.graph), options, providers=["CPUExecutionProvider"])
-        self._length = length
         given = {one.name: one for one in self._session.get_inputs()}
         made = {one.name: one for one in self._session.get_outputs()}
         layers = int(files.decoder["num_hidden_layers"])
-        names = {"inputs": files.decoder["inputs"], "outputs": files.decoder["outputs"]}
-        self._pairs = _pairs(names, layers)
-        self._ids, self._mask = str(names["inputs"]["input_ids"]), str(names["inputs"]["attention_mask"])
-        self._positions = str(names["inputs"].get("position_ids", "position_ids"))
+        inputs, outputs = files.decoder["inputs"], files.decoder["outputs"]
+        self._pairs = _pairs(inputs, outputs, layers)
+        self._ids, self._mask = str(inputs["input_ids"]), str(inputs["attention_mask"])
+        self._positions = str(inputs.get("position_ids", "position_ids"))
         self._has_positions = self._positions in given
-        self._logits = str(names["outputs"]["logits"])
+        self._logits = str(outputs["logits"])
         expected = {self._ids, self._mask, *(past for past, _ in self._pairs)}
         if not expected <= set(given) <= expected | {self._positions} or self._logits not in made:
             raise RuntimeLoadError(f"{files.graph} takes {sorted(set(given) - expected)}, which is not known here")
@@ -137,9 +136,8 @@ class RowCache:
         return binding
 
 
-def _pairs(names: dict[str, dict[str, str]], layers: int) -> list[tuple[str, str]]:
+def _pairs(given: dict[str, str], made: dict[str, str], layers: int) -> list[tuple[str, str]]:
     """Past and present of each layer's keys and values."""
-    given, made = names["inputs"], names["outputs"]
     return [
         (given[f"past_{kind}_names"] % layer, made[f"present_{kind}_names"] % layer)
         for layer in range(layers)

@@ -20,7 +20,7 @@ class OnnxGenaiRuntime:
     """See the module."""
 
     name = "onnx_genai"
-    features = Capabilities(PARAMETERS, Guides.KINDS, prefix_reuse=True, max_sequences=8)
+    features = Capabilities(PARAMETERS, Guides.KINDS, prefix_reuse=True)
 
     def check(self) -> Check:
         """Import it. ``is_qnn_available`` and its like always say yes, so only CUDA and DirectML are asked."""

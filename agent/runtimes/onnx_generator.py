@@ -26,7 +26,7 @@ from agent.core.inference import (
 from agent.runtimes.engine import LoadOptions
 from agent.runtimes.generation import Generation, check_fits, common_prefix
 from agent.runtimes.onnx_files import LONGROPE_SWITCH, OnnxFiles
-from agent.runtimes.schema import read
+from agent.runtimes.schema import read, text_of
 
 #: Prompt tokens computed in one step: with others waiting for their next token, and alone.
 _PREFILL_SHARED, _PREFILL_ALONE = 64, 512
@@ -196,8 +196,7 @@ class GeneratorEngine:
         params.set_search_options(max_length=capacity, do_sample=False)
         guidance = request.sampling.guidance if request else None
         if guidance is not None:
-            data = '{"type":"object"}' if guidance.kind is GuidanceKind.JSON_OBJECT else guidance.data
-            params.set_guidance(_GUIDANCE[guidance.kind], data)
+            params.set_guidance(_GUIDANCE[guidance.kind], text_of(guidance.kind, guidance.data))
         return self._og.Generator(self._model, params)
 
     def _advance(self, sequence: _Sequence) -> list[GenerationEvent]:

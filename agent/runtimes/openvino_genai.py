@@ -25,7 +25,7 @@ from agent.core.inference import (
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engine import Check, Engine, LoadOptions, ModelSource
 from agent.runtimes.generation import Generation, check_fits
-from agent.runtimes.schema import vet
+from agent.runtimes.schema import text_of, vet
 from agent.runtimes.text import Pieces, PieceStream
 
 #: Tokens of a block of the paged cache: the CPU plugin's, and a multiple of the GPU plugin's.
@@ -41,7 +41,7 @@ class OpenVinoRuntime:
     """See the module."""
 
     name = "openvino_genai"
-    features = Capabilities(SUPPORTED, _GUIDANCE, prefix_reuse=True, max_sequences=8)
+    features = Capabilities(SUPPORTED, _GUIDANCE, prefix_reuse=True)
 
     def check(self) -> Check:
         """Import it and ask for its devices; a driver that is missing shows as a device that is not there."""
@@ -247,12 +247,11 @@ def generation_config(genai: Any, request: GenerationRequest, limit: int, ends: 
 
 
 def _schema(kind: GuidanceKind, data: str) -> str:
-    if kind is GuidanceKind.JSON_OBJECT:
-        return '{"type":"object"}'
-    if kind is not GuidanceKind.JSON_SCHEMA:
+    if kind not in _GUIDANCE:
         raise InferenceError("unsupported", f"guidance by {kind} is not had with OpenVINO", param="response_format")
-    vet(data)
-    return data
+    schema = text_of(kind, data)
+    vet(schema)
+    return schema
 
 
 RUNTIME = OpenVinoRuntime()

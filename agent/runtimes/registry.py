@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import cast
 
+from agent.core.inference import Capabilities
 from agent.runtimes.engine import Runtime
 
 
@@ -74,6 +75,11 @@ def _version(package: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def features(spec: RuntimeSpec) -> Capabilities:
+    """What a model has in that runtime where nothing is set otherwise; imports its module."""
+    return replace(resolve(spec.module).features, max_sequences=spec.sequences)
 
 
 def resolve(module: str) -> Runtime:

@@ -10,11 +10,16 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent.core.inference import InferenceError
+from agent.core.inference import GuidanceKind, InferenceError
 
 _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 _REMARKS = frozenset({"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated"})
 _MAX_DEPTH, _MAX_NODES = 32, 2000
+
+
+def text_of(kind: GuidanceKind, data: str) -> str:
+    """The schema that guidance by JSON stands for; guidance of another kind is left as it is."""
+    return '{"type":"object"}' if kind is GuidanceKind.JSON_OBJECT else data
 
 
 def read(text: str) -> Any:

@@ -49,6 +49,10 @@ class HostSettings:
     #: Options for a runtime by its name, e.g. {"llamacpp": {"n_batch": 512}}.
     runtime_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def answers_at_once(self, suits: int) -> int:
+        """What was set, or what ``suits`` the runtime."""
+        return self.max_sequences or suits
+
     def backoff_s(self, deaths: int) -> float:
         """Pause before the next start: none after the first death, then doubling."""
         return 0.0 if deaths <= 1 else float(min(self.backoff_max_s, self.backoff_first_s * 2 ** (deaths - 2)))

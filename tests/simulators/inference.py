@@ -22,6 +22,7 @@ from agent.contract.manifest import (
     content_digest,
 )
 from agent.core.inference import (
+    PARAMETERS,
     Capabilities,
     DoneEvent,
     FinishReason,
@@ -41,24 +42,7 @@ PHI4_TEMPLATE = (
     "'<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
-ALL_PARAMETERS = frozenset(
-    {
-        "frequency_penalty",
-        "logit_bias",
-        "min_p",
-        "presence_penalty",
-        "repetition_penalty",
-        "seed",
-        "stop",
-        "temperature",
-        "top_k",
-        "top_logprobs",
-        "top_p",
-    }
-)
-EVERYTHING = Capabilities(
-    parameters=ALL_PARAMETERS, guidance=frozenset(GuidanceKind), prefix_reuse=True, max_sequences=4
-)
+EVERYTHING = Capabilities(parameters=PARAMETERS, guidance=frozenset(GuidanceKind), prefix_reuse=True, max_sequences=4)
 NOTHING = Capabilities(max_sequences=2)
 
 Answer = str | list[str]

@@ -24,11 +24,17 @@ from agent.contract.manifest import (
 )
 from agent.core.inference import DoneEvent, GenerationRequest, Sampling, TokenEvent
 from agent.runtimes.host import WorkerHost
+from agent.runtimes.registry import REGISTRY, versions
 from agent.runtimes.settings import HostEvent, HostSettings
 from tests.simulators.engine import SPEC
 
 ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
+
+
+def installed() -> list[str]:
+    """Runtimes whose packages are there."""
+    return [name for name, spec in REGISTRY.items() if versions(spec) is not None]
 
 
 @pytest.fixture(autouse=True)

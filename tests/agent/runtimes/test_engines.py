@@ -27,8 +27,9 @@ from agent.core.inference import (
 )
 from agent.endpoint.chat import render
 from agent.runtimes.host import WorkerHost
-from agent.runtimes.registry import REGISTRY, versions
+from agent.runtimes.registry import REGISTRY
 from agent.runtimes.settings import HostSettings
+from tests.agent.runtimes.conftest import installed
 from tests.models import Built, built, tiny_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -75,11 +76,7 @@ class Run:
         return GuidanceKind.JSON_SCHEMA in info.capabilities.guidance
 
 
-def _installed() -> list[str]:
-    return [name for name, spec in REGISTRY.items() if versions(spec) is not None]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=_installed())
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed())
 async def run(request: pytest.FixtureRequest) -> AsyncIterator[Run]:
     artifact = built(tiny_checkpoint(), Toolchain(REGISTRY[request.param].toolchain))
     host = WorkerHost(render, HostSettings(max_sequences=3, watch_s=0.2))

@@ -23,9 +23,10 @@ from agent.core.inference import Capabilities, GuidanceKind
 from agent.endpoint import EndpointConfig, EndpointServer
 from agent.endpoint.chat import render
 from agent.runtimes.host import WorkerHost
-from agent.runtimes.registry import REGISTRY, resolve, versions
+from agent.runtimes.registry import REGISTRY, features
 from agent.runtimes.settings import HostSettings
 from tests.agent.endpoint.conftest import PLAIN
+from tests.agent.runtimes.conftest import installed
 from tests.models import built, sample_checkpoint, tiny_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -73,11 +74,7 @@ class Device:
         assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
 
 
-def _installed() -> list[str]:
-    return [name for name, spec in REGISTRY.items() if versions(spec) is not None]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=_installed())
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed())
 async def device(request: pytest.FixtureRequest) -> AsyncIterator[Device]:
     toolchain = Toolchain(REGISTRY[request.param].toolchain)
     # MLX has no fast kernels for this processor. The others get a model that knows how to end: OpenVINO's grammars
@@ -93,7 +90,7 @@ async def device(request: pytest.FixtureRequest) -> AsyncIterator[Device]:
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120, http_client=PLAIN()
         )
         stack.push_async_callback(client.close)
-        declared = resolve(REGISTRY[request.param].module).features
+        declared = features(REGISTRY[request.param])
         yield Device(request.param, client, artifact.manifest.model.name, info.capabilities, declared)
 
 
