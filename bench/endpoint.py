@@ -13,7 +13,7 @@ from agent.contract.manifest import Toolchain
 from agent.endpoint.chat import render
 from bench.bare import bare
 from bench.figures import Figure
-from bench.serving import PRECISIONS, Served, serving
+from bench.serving import Served, serving
 
 #: Pairs, tokens of an answer, and turns of the shared beginning.
 SIZES = dict.fromkeys(Toolchain, (13, 128, 3)) | {Toolchain.MLX: (3, 24, 1)}
@@ -45,7 +45,7 @@ def _of(toolchain: Toolchain) -> list[Figure]:
     pairs = pairs[1:]
     speed = statistics.median(ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs)
     added = statistics.median(ours["ttft_ms"] - theirs["ttft_ms"][0] for ours, theirs in pairs)
-    name = f"{toolchain.value} {PRECISIONS[toolchain].value.upper()}"
+    name = served.label
     return [
         Figure(
             f"one stream over HTTP, {name}",
@@ -70,11 +70,9 @@ def _prefix(served: Served, turns: int) -> list[Figure]:
         ratios.append(times[1] / times[0])
         first.append(times[0])
         second.append(times[1])
-    manifest = served.artifact.manifest
-    name = f"{manifest.toolchain.value} {manifest.precision.value.upper()}"
     return [
         Figure(
-            f"first token after a shared beginning of {SHARED} tokens, {name}",
+            f"first token after a shared beginning of {SHARED} tokens, {served.label}",
             statistics.median(second),
             "ms",
             "the first that had it",

@@ -10,8 +10,6 @@ import signal
 import statistics
 import time
 
-import psutil
-
 from agent.contract.manifest import Toolchain
 from bench.figures import Figure
 from bench.serving import Served, serving
@@ -47,7 +45,9 @@ async def _kill(served: Served) -> tuple[float, int, int]:
     load = Load(served.url, served.model, clients=CLIENTS, tokens=TOKENS)
     running = asyncio.create_task(load.run())
     await asyncio.sleep(5)
-    os.kill(_worker(served), signal.SIGKILL)
+    pid = served.rig.worker()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     await asyncio.sleep(5)
     load.stop()
@@ -57,12 +57,6 @@ async def _kill(served: Served) -> tuple[float, int, int]:
     # A client whose answer fails asks again at once, and then waits as well.
     waited = sum(seen.began < back and seen.first > killed for seen in good)
     return back - killed, len(load.seen) - len(good), waited
-
-
-def _worker(served: Served) -> int:
-    assert served.rig.agent is not None
-    children = psutil.Process(served.rig.agent.pid).children()
-    return next(child.pid for child in children if "agent.runtimes.worker" in " ".join(child.cmdline()))
 
 
 def _load_s(served: Served) -> float:

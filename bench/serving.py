@@ -21,6 +21,11 @@ class Served:
     artifact: Built
     rig: Rig
 
+    @property
+    def label(self) -> str:
+        """Toolchain and precision."""
+        return f"{self.artifact.manifest.toolchain.value} {self.artifact.manifest.precision.value.upper()}"
+
 
 #: INT4, but for MLX, which has a fast kernel for this processor in FP32 only.
 PRECISIONS = {toolchain: Precision.FP32 if toolchain is Toolchain.MLX else Precision.INT4 for toolchain in Toolchain}

@@ -10,7 +10,6 @@ import asyncio
 import importlib
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import time
@@ -28,6 +27,7 @@ from bench.bare import THREADS, bare
 from bench.figures import Figure
 from bench.serving import Served, serving
 from tests.load import Seen, stream
+from tests.simulators.broker import free_port
 
 CLIENTS, ANSWERS, TOKENS = (1, 4, 8), 6, 64
 #: Between the starts of clients, seconds.
@@ -160,9 +160,7 @@ def _llama_server() -> str | None:
 def _serving_llama(binary: str, served: Served) -> Iterator[tuple[str, subprocess.Popen[bytes], str]]:
     """URL, process, and an option that it needed. As documented for several users, the cache as large as ours."""
     (model,) = served.artifact.files.glob("*.gguf")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = served.artifact.manifest.context
     command = [
         binary, "-m", str(model), "-t", str(THREADS), "-np", str(SLOTS), "-c", str(context * SLOTS),

@@ -19,6 +19,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 from agent.contract.manifest import ArtifactFile, Manifest, content_digest
 from agent.contract.messages import ArtifactRef, Desired, Reported, State
 from agent.contract.profile import HealthLimits, QualityGate
@@ -93,6 +95,13 @@ class Rig:
         process = Process(name, arguments, self.folder / f"{name}.log", environment)
         self._processes.append(process)
         return process
+
+    def worker(self) -> int | None:
+        """The process that holds the model, if there is one now."""
+        assert self.agent is not None
+        children = psutil.Process(self.agent.pid).children()
+        found = [child.pid for child in children if "agent.runtimes.worker" in " ".join(child.cmdline())]
+        return found[0] if found else None
 
     @staticmethod
     def kill(process: Process | None) -> None:

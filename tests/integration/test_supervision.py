@@ -33,14 +33,6 @@ def rig(sample_artifact: Built, tiny_artifact: Built) -> Iterator[Rig]:
         yield rig
 
 
-def worker(rig: Rig) -> int | None:
-    """The process that holds the model."""
-    assert rig.agent is not None
-    children = psutil.Process(rig.agent.pid).children()
-    found = [child.pid for child in children if "agent.runtimes.worker" in " ".join(child.cmdline())]
-    return found[0] if found else None
-
-
 def answers(rig: Rig, built: Built) -> bool:
     reported = rig.reported()
     try:
@@ -57,7 +49,7 @@ def kill_workers_until(rig: Rig, built: Built, over: Callable[[Reported], bool])
         reported = rig.reported()
         if reported and over(reported):
             return True
-        pid = worker(rig)
+        pid = rig.worker()
         if pid is not None and pid not in victims and answers(rig, built):
             victims.add(pid)
             os.kill(pid, signal.SIGKILL)
@@ -75,7 +67,7 @@ async def test_a_killed_worker_is_back_in_its_load_time_and_queued_requests_are_
     load = Load(str(reported.endpoint), sample_artifact.manifest.model.name, clients=12, tokens=24)
     running = asyncio.create_task(load.run())
     await asyncio.sleep(3)
-    pid = worker(rig)
+    pid = rig.worker()
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -135,12 +127,12 @@ def test_a_worker_that_hangs_is_replaced(rig: Rig, sample_artifact: Built):
     rig.start_agent(PHIFLEET_AGENT_HANG_TIMEOUT_S="2", PHIFLEET_AGENT_CANARY_INTERVAL_S="0")
     rig.order(sample_artifact.manifest)
     assert rig.settled(1).state is State.COMMITTED
-    stopped = worker(rig)
+    stopped = rig.worker()
     assert stopped is not None
     os.kill(stopped, signal.SIGSTOP)
     assert not answers(rig, sample_artifact), "the request in flight ends with an error, not never"
     rig.until(lambda: answers(rig, sample_artifact), "a new worker")
-    assert worker(rig) != stopped
+    assert rig.worker() != stopped
     assert not psutil.pid_exists(stopped) or psutil.Process(stopped).status() == psutil.STATUS_ZOMBIE
 
 
