@@ -27,7 +27,7 @@ class Served:
         return f"{self.artifact.manifest.toolchain.value} {self.artifact.manifest.precision.value.upper()}"
 
 
-#: INT4, but for MLX, which has a fast kernel for this processor in FP32 only.
+#: INT4, but for MLX, whose bare loop takes minutes for one INT4 answer on this processor.
 PRECISIONS = {toolchain: Precision.FP32 if toolchain is Toolchain.MLX else Precision.INT4 for toolchain in Toolchain}
 
 

@@ -33,7 +33,7 @@ CLIENTS, ANSWERS, TOKENS = (1, 4, 8), 6, 64
 #: Between the starts of clients, seconds.
 STAGGER_S = 0.15
 SLOTS = 4
-#: MLX is left out: it has no fast INT4 kernel for this processor.
+#: MLX is left out: it has no fast kernels for this processor.
 TOOLCHAINS = (Toolchain.ONNX_GENAI, Toolchain.OPENVINO, Toolchain.LLAMACPP)
 PROMPT = "Client {client}, letter {turn}. Write a story about a lighthouse keeper, the sea, and a storm."
 LLAMA_SERVER = "llama-server"

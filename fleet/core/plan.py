@@ -140,7 +140,7 @@ def _notes(shape: ModelShape, recipe: Recipe, profile: DeviceProfile) -> tuple[s
     if shape.max_context < profile.context:
         notes.append(f"the model's context is {shape.max_context}, shorter than the profile's {profile.context}")
     if recipe.toolchain is Toolchain.MLX and recipe.target is Target.CPU:
-        notes.append("MLX has no fast kernels for CPUs: a few tokens a second; for tests")
+        notes.append("MLX has no fast kernels for CPUs: some ten tokens a second from a small model; for tests")
     if shape.multimodal:
         notes.append("text part only")
     return tuple(notes)

@@ -44,10 +44,15 @@ RUNTIMES = {
 
 
 def kv_element_bytes(recipe: Recipe) -> int:
-    """Of one key or value: ONNX computes in float32 on a CPU, MLX in the model's dtype, the others in float16."""
-    if recipe.toolchain is Toolchain.ONNX_GENAI and recipe.target is Target.CPU:
-        return 4
-    return 4 if recipe.precision is Precision.FP32 and recipe.toolchain is Toolchain.MLX else 2
+    """Of one key or value: in float32 or float16.
+
+    ONNX computes in float32 on a CPU, MLX there too if weights are quantized, and else in the model's dtype.
+    """
+    on_cpu, quantized = recipe.target is Target.CPU, recipe.precision in (Precision.INT4, Precision.INT8)
+    if recipe.toolchain is Toolchain.ONNX_GENAI:
+        return 4 if on_cpu else 2
+    wide = recipe.precision is Precision.FP32 or (on_cpu and quantized)
+    return 4 if recipe.toolchain is Toolchain.MLX and wide else 2
 
 
 def memory_need(shape: ModelShape, recipe: Recipe, size: int, context: int) -> MemoryNeed:

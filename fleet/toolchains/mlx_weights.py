@@ -52,7 +52,8 @@ def _put(arrays: dict[str, Any], name: str, matrix: Quantized) -> None:
         there = arrays[f"{name}.{part}"]
         if there.shape != array.shape or levels > 2**bits or not np.isfinite(array).all():
             raise BuildError(f"{name}.{part}: mlx-lm has {there.shape} at {bits} bits, the recovered one {array.shape}")
-        arrays[f"{name}.{part}"] = array
+        # safetensors writes an array's memory as it lies, in whatever order its dimensions are.
+        arrays[f"{name}.{part}"] = np.ascontiguousarray(array)
 
 
 def packed(values: Any, bits: int) -> Any:

@@ -162,12 +162,15 @@ def write_weights(folder: Path, weights: dict[str, Weights]) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = folder / "model.safetensors"
     try:
-        save_file(dict(sorted(weights.items())), path, metadata={"format": "pt"})
+        # safetensors writes an array's memory as it lies, in whatever order its dimensions are.
+        ordered = {name: np.ascontiguousarray(weights[name]) for name in sorted(weights)}
+        save_file(ordered, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from None
     path.chmod(0o644)

@@ -62,7 +62,7 @@ def test_an_order_becomes_an_answer(rig: Rig, sample_artifact: Built):
 def test_one_model_goes_through_all_four_runtimes_and_speaks(mosquitto_rig: Rig, sample_dir: Path):
     """Each order replaces an artifact of one toolchain by one of another."""
     rig = mosquitto_rig
-    # MLX has a fast kernel for this processor in FP32 only.
+    # MLX's INT4 of so small a model forgets Paris.
     precision = {toolchain: Precision.FP32 if toolchain is Toolchain.MLX else Precision.INT4 for toolchain in Toolchain}
     family = [built(sample_dir, *each) for each in precision.items()]
     for each in family:

@@ -42,21 +42,20 @@ SCHEMA = {
 }
 
 
+#: Tokens of an answer.
+LENGTH = 12
+
+
 @dataclass
 class Run:
     host: WorkerHost
     artifact: Built
     number: int = 0
 
-    @property
-    def length(self) -> int:
-        """MLX has no fast kernels for this processor."""
-        return 5 if self.artifact.manifest.toolchain is Toolchain.MLX else 12
-
     async def generate(self, text: str, **sampling: Any) -> tuple[str, DoneEvent, list[TokenEvent]]:
         self.number += 1
         prompt = render(self.artifact.manifest, [{"role": "user", "content": text}])
-        options = Sampling(**{"max_tokens": self.length, "temperature": 0.0, **sampling})
+        options = Sampling(**{"max_tokens": LENGTH, "temperature": 0.0, **sampling})
         tokens: list[TokenEvent] = []
         async for event in self.host.generate(GenerationRequest(f"r{self.number}", prompt, options)):
             if isinstance(event, TokenEvent):
@@ -90,7 +89,7 @@ async def run(request: pytest.FixtureRequest) -> AsyncIterator[Run]:
 
 async def test_greedy_answers_repeat(run: Run) -> None:
     _, done, tokens = await run.generate("Tell me about the sea.")
-    assert done.completion_tokens == sum(one.tokens for one in tokens) == run.length
+    assert done.completion_tokens == sum(one.tokens for one in tokens) == LENGTH
     assert done.reason is FinishReason.LENGTH
     assert done.ttft_ms > 0
     assert done.tpot_ms > 0
@@ -195,7 +194,7 @@ async def test_a_cancelled_answer_makes_room(run: Run) -> None:
         await stream.aclose()  # type: ignore[attr-defined]
 
     await asyncio.gather(*(leave_early(number) for number in range(5)))
-    assert (await asyncio.wait_for(run.generate("Sing."), 60))[1].completion_tokens == run.length
+    assert (await asyncio.wait_for(run.generate("Sing."), 60))[1].completion_tokens == LENGTH
     assert run.host.stats().restarts == 0
 
 
@@ -205,7 +204,7 @@ async def test_a_schema_is_followed_even_by_a_random_model(run: Run, temperature
         return
     guidance = Guidance(GuidanceKind.JSON_SCHEMA, json.dumps(SCHEMA))
     text, done, _ = await run.generate(
-        "JSON", max_tokens=16 * run.length, temperature=temperature, seed=1, guidance=guidance, logit_bias={}
+        "JSON", max_tokens=16 * LENGTH, temperature=temperature, seed=1, guidance=guidance, logit_bias={}
     )
     if done.reason is FinishReason.STOP:  # a random model may fill the answer with white space
         answer = json.loads(text)
@@ -227,10 +226,10 @@ async def test_a_schema_is_followed_even_by_a_random_model(run: Run, temperature
 async def test_a_schema_that_is_none_is_refused_and_harms_nobody(run: Run, schema: str) -> None:
     if not run.guides():
         return
-    other = asyncio.create_task(run.generate("Sing.", max_tokens=4 * run.length))
+    other = asyncio.create_task(run.generate("Sing.", max_tokens=4 * LENGTH))
     await asyncio.sleep(0.05)
     with pytest.raises(InferenceError) as caught:
         await run.generate("JSON", guidance=Guidance(GuidanceKind.JSON_SCHEMA, schema))
     assert caught.value.kind in ("invalid", "unsupported")
-    assert (await other)[1].completion_tokens == 4 * run.length
+    assert (await other)[1].completion_tokens == 4 * LENGTH
     assert run.host.stats().restarts == 0

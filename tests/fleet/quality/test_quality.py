@@ -56,6 +56,19 @@ def test_an_artifact_is_measured_on_a_text_and_the_reference_is_made_once(
     assert not list(cache.glob("*.log"))
 
 
+@pytest.mark.toolchain
+@pytest.mark.parametrize("toolchain", [Toolchain.ONNX_GENAI, Toolchain.OPENVINO, Toolchain.MLX])
+def test_a_recovered_artifact_loses_less_than_a_rounded_one(
+    tiny_dir: Path, cache: Path, text: Path, toolchain: Toolchain
+) -> None:
+    lost = []
+    for options in ({}, {"recover": True, "calibration": "bundled"}):
+        one = built(tiny_dir, toolchain, **options)
+        lost.append(quality.measure(tiny_dir, one.files, one.manifest, eval_text=text, cache=cache, threads=2)[0])
+    rounded, recovered = lost
+    assert recovered.kl_divergence < rounded.kl_divergence
+
+
 def test_the_bundled_set_is_continued_by_the_model_and_always_the_same(tiny_dir: Path, tmp_path: Path) -> None:
     chosen = Evaluation("mine", "0" * 64, prompts=("One.", "Two and three.", "Vier?"))
     facts, chat = checkpoint(tiny_dir).facts, checkpoint(tiny_dir).chat

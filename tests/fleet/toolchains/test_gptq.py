@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleet.toolchains.gptq import Grid, Quantized, fit_scales, quantize
-from fleet.toolchains.mlx_weights import packed
+from fleet.toolchains.mlx_weights import packed, replace
 from fleet.toolchains.onnx_graph import _packed
 
 torch.set_num_threads(1)  # small steps: a second thread costs more than it does
@@ -58,6 +60,23 @@ def test_bits_are_packed_as_mlx_unpacks_them(bits: int, seed: int) -> None:
     assert words.dtype == np.dtype("<u4") and words.shape == (3, 64 * bits // 32)
     stream = [int.from_bytes(row.tobytes(), "little") for row in words]
     assert [[(row >> (bits * i)) & (2**bits - 1) for i in range(64)] for row in stream] == values.tolist()
+
+
+def test_mlx_reads_what_was_put_in_its_matrix_s_place(tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    weights, gram = _problem(2)
+    kinds = ("weight", "scales", "biases")
+    there = mx.quantize(mx.random.normal(weights.shape).astype(mx.float16), 32, 4)
+    mx.save_safetensors(
+        str(tmp_path / "model.safetensors"), {f"a.{kind}": one for kind, one in zip(kinds, there, strict=True)}
+    )
+    found = quantize(weights, gram, Grid(4, 32, "affine"))
+    assert not found.scale.is_contiguous(), "what torch.linalg.solve gives lies in memory by columns"
+    assert replace(tmp_path, {"a.weight": found}) == 1
+    read = mx.load(str(tmp_path / "model.safetensors"))
+    values = mx.dequantize(*(read[f"a.{kind}"] for kind in kinds), group_size=32, bits=4)
+    assert np.allclose(np.array(values, dtype=np.float32), found.dequantized().numpy(), atol=2e-3)
 
 
 @given(st.integers(1, 9), st.integers(0, 2**31))
