@@ -33,6 +33,7 @@ T, P = Toolchain, Precision
 RECOVERED = {"recover": True, "calibration": "bundled"}
 BASELINE = Case(T.LLAMACPP, P.INT4, "Q4_0", {"type": "Q4_0"})
 CASES = (
+    Case(T.LLAMACPP, P.INT4, "Q4_0, importance matrix", {"type": "Q4_0", "calibration": "bundled"}),
     Case(T.LLAMACPP, P.INT4, "Q4_K_M, the default"),
     Case(T.LLAMACPP, P.INT4, "IQ4_XS, importance matrix", {"type": "IQ4_XS", "calibration": "bundled"}, 0.45, 92),
     Case(T.ONNX_GENAI, P.INT4, "round to nearest, the default"),

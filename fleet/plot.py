@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from agent.contract.manifest import Manifest, Target, Toolchain
 from fleet.core.frontier import frontier
@@ -12,7 +13,11 @@ from fleet.errors import UsageError
 from fleet.toolchains import durable
 
 _MARKERS = {Toolchain.ONNX_GENAI: "o", Toolchain.OPENVINO: "s", Toolchain.LLAMACPP: "^", Toolchain.MLX: "D"}
+_COLOURS = dict(zip(_MARKERS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 _LEAST_LOSS = 1e-6  # of FP32: a logarithmic axis has no zero
+#: Where a label may stand beside its point, in points: the nearest first.
+_NEAR = 8
+_PLACES = [(_NEAR, 0), (-_NEAR, 0), *((_NEAR + abs(up), up) for up in (9, -9, 18, -18, 27, -27, 36, 45, 54, 63, 72))]
 
 
 def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
@@ -37,30 +42,64 @@ def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
         sizes, losses = [one.size / 1e6 for one in own], [_loss(one) for one in own]
         errors = [one.quality.kl_divergence_se for one in own if one.quality]
         if own:
-            axes.errorbar(sizes, losses, yerr=errors, fmt=marker, label=str(toolchain), capsize=2, markersize=7)
+            axes.errorbar(
+                sizes, losses, yerr=errors, fmt=marker, color=_COLOURS[toolchain], label=str(toolchain), capsize=2,
+                markersize=7,
+            )  # fmt: skip
     edge = frontier(measured)
     axes.plot(
         [one.size / 1e6 for one in edge], [_loss(one) for one in edge], "--", color="0.6", zorder=0, label="frontier"
     )
-    for at, one in enumerate(sorted(measured, key=_loss)):
-        place = (7, -9 if at % 2 else 4)  # neighbours' labels above and below
-        axes.annotate(_label(one), (one.size / 1e6, _loss(one)), textcoords="offset points", xytext=place, fontsize=7)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.12)
     axes.set(xlabel="size, MB", ylabel="loss: mean KL divergence to FP32, nats per token", yscale="log")
     axes.set_title(", ".join(sorted({one.model.name for one in measured})))
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
+    _name_points(figure, axes, measured)
     return tuple(_write(figure, file.with_suffix(f".{kind}"), kind) for kind in ("png", "svg"))
 
 
+def _name_points(figure: Any, axes: Any, measured: Sequence[Manifest]) -> None:
+    """One label for artifacts that are the same point, where it covers no other; far ones have a line to the point."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    points: dict[tuple[Toolchain, str, str, str], list[Manifest]] = {}
+    for one in sorted(measured, key=_loss):
+        key = (one.toolchain, _label(one), f"{one.size / 1e6:.0f}", f"{_loss(one):.2g}")
+        points.setdefault(key, []).append(one)
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent()
+    spots = axes.transData.transform([(one.size / 1e6, _loss(one)) for one in measured])
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]  # markers, pixels
+    for alike in points.values():
+        targets = sorted({str(one.target) for one in alike})
+        text = _label(alike[0]) + ("" if targets == [Target.CPU] else f", {' '.join(targets)}")
+        for turn, place in enumerate([*_PLACES, _PLACES[0]]):
+            note = axes.annotate(
+                text, (alike[0].size / 1e6, _loss(alike[0])), textcoords="offset points", xytext=place, fontsize=7,
+                color=_COLOURS[alike[0].toolchain],
+                ha="left" if place[0] > 0 else "right", va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6"} if abs(place[0]) > _NEAR else None,
+            )  # fmt: skip
+            note.set_in_layout(False)
+            note.get_window_extent()  # puts the text where it goes, and counts the line in
+            box = Text.get_window_extent(note)
+            whole = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
+            if (whole and not any(box.overlaps(other) for other in taken)) or turn == len(_PLACES):
+                taken.append(box)
+                break
+            note.remove()
+
+
 def _label(manifest: Manifest) -> str:
-    """What tells it from the others: type or algorithm where the recipe has one, else precision and target."""
+    """What tells it from the others: type or algorithm where the recipe has one, else the precision."""
     recipe = manifest.recipe
     named = [str(recipe[name]) for name in ("type", "algorithm", "mixed") if isinstance(recipe.get(name), str)]
     named = [name for name in named if name != "default"]
-    if manifest.target is not Target.CPU:
-        named.append(str(manifest.target))
-    if recipe.get("calibration"):
+    if recipe.get("recover"):
+        named.append("recovered")
+    elif recipe.get("calibration"):
         named.append("calibrated")
     return " ".join([str(manifest.precision), *named])
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from agent.contract.manifest import Manifest
 from fleet.core.frontier import choose, frontier
+from fleet.errors import UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.toolchains.artifacts import list_artifacts, load
@@ -80,6 +81,8 @@ def compare_command(
 ) -> None:
     """Compare artifacts (all, or those named) by loss and size; * marks the frontier."""
     chosen = [load(obj.home, one) for one in wanted] or list(list_artifacts(obj.home).manifests)
+    if not chosen:
+        raise UsageError(f"{obj.home.root} holds no artifacts; `phifleet build` makes one, --home names another folder")
     limits = load_profile(profile) if profile else None
     edge = {one.id for one in frontier(chosen)}
     choice = choose(chosen, limits) if limits else None

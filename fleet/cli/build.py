@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -210,14 +211,21 @@ def bar(title: str) -> Iterator[work.ProgressCallback]:
 
 @contextmanager
 def bars() -> Iterator[Callable[[str], work.ProgressCallback]]:
-    """Progress bars on standard error: each call with a title adds a line, and returns what moves it."""
+    """Progress bars on standard error: each call with a title adds a line, and returns what moves it.
+
+    Where standard error is no terminal: a line with the time for each phase that begins.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _phases
+        return
     columns = (
         TextColumn("[bold]{task.fields[title]}"),
         BarColumn(),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    with Progress(*columns, console=console, transient=True) as shown:
 
         def line(title: str) -> work.ProgressCallback:
             task = shown.add_task("", total=None, title=title)
@@ -230,3 +238,15 @@ def bars() -> Iterator[Callable[[str], work.ProgressCallback]]:
             return tell
 
         yield line
+
+
+def _phases(title: str) -> work.ProgressCallback:
+    begun = ""
+
+    def tell(step: work.Progress) -> None:
+        nonlocal begun
+        if step.phase != begun:
+            begun = step.phase
+            click.echo(f"{time.strftime('%H:%M:%S')} {title}: {step.phase} {step.detail}".rstrip(), err=True)
+
+    return tell

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from agent.contract.manifest import Manifest, Target
 from agent.contract.profile import DeviceProfile
+from fleet.core.fit import gate_misfits, recipe_misfits
 
 _MIB = 1024 * 1024
 
@@ -41,9 +42,10 @@ def frontier(manifests: Sequence[Manifest]) -> tuple[Manifest, ...]:
 
 
 def choose(manifests: Sequence[Manifest], profile: DeviceProfile) -> Choice:
-    """The least loss within the profile's size, memory, speed and quality limits; of equals the smallest.
+    """Of what the profile's recipes make, the least loss within its size, memory, speed and quality limits.
 
-    Loss is the mean KL divergence. Speed counts where it was measured on what the artifact is for: on a CPU.
+    Of equals the smallest. Loss is the mean KL divergence. Speed counts where it was measured on what the artifact is
+    for: on a CPU.
     """
     edge = {one.id for one in frontier(manifests)}
     judged = [Judged(one, tuple(_misses(one, profile)), one.id in edge) for one in manifests]
@@ -57,6 +59,7 @@ def _loss(manifest: Manifest) -> float:
 
 
 def _misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
+    yield from recipe_misfits(manifest, profile)
     if 2 * manifest.size > profile.disk_bytes:
         yield f"two of {manifest.size / _MIB:.0f} MiB are past the disk's {profile.disk_bytes / _MIB:.0f} MiB"
     need = manifest.memory.at_context(manifest.context)
@@ -65,19 +68,9 @@ def _misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
     if manifest.quality is None:
         yield "its loss was not measured"
         return
-    yield from _quality_misses(manifest, profile)
+    yield from gate_misfits(manifest, profile)
     if manifest.speed is not None and manifest.target is Target.CPU:
         yield from _speed_misses(manifest, profile)
-
-
-def _quality_misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
-    quality, gate = manifest.quality, profile.quality
-    if quality is None:
-        return
-    if gate.kl_divergence_max is not None and quality.kl_divergence > gate.kl_divergence_max:
-        yield f"KL divergence {quality.kl_divergence:.3g} is past {gate.kl_divergence_max:g}"
-    if gate.perplexity_ratio_max is not None and quality.perplexity_ratio > gate.perplexity_ratio_max:
-        yield f"perplexity ratio {quality.perplexity_ratio:.3g} is past {gate.perplexity_ratio_max:g}"
 
 
 def _speed_misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:

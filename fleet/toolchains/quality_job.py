@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from pydantic import BaseModel, ConfigDict
 from agent.contract.manifest import Target, Toolchain
 from fleet.toolchains import divergence, reference
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.scorers import Opened, open_scorer
+from fleet.toolchains.scorers import Opened, Scorer, Timing, open_scorer
 
 #: A short question of a person, and an answer of a sentence or two.
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 32
 _ROUNDS = 3
+#: After which no further round begins.
+_ENOUGH_S = 5.0
 
 
 class MeasureJob(BaseModel):
@@ -55,10 +59,8 @@ def _measure(job: MeasureJob, progress: ProgressCallback) -> dict[str, Any]:
     progress(Progress("loading the artifact"))
     opened = Opened((job.folder / job.entry).resolve(), job.target, job.context, job.threads)
     scorer = open_scorer(job.toolchain, opened)
-    prompt = [token for one in scored for token in one.ids][:PROMPT_TOKENS]
     progress(Progress("timing"))
-    scorer.generate(prompt[:8], 4)  # the first call compiles and allocates
-    timings = [scorer.generate(prompt, ANSWER_TOKENS) for _ in range(_ROUNDS)]
+    times = timings(scorer, [token for one in scored for token in one.ids])
     peak = peak_memory_bytes()
     scorer.prepare_logits()
     logits_of = reference.output_layer(job.source)
@@ -70,10 +72,21 @@ def _measure(job: MeasureJob, progress: ProgressCallback) -> dict[str, Any]:
     quality = divergence.summarise(losses, job.evaluation)
     return {
         "quality": quality.model_dump(mode="json"),
-        "ttft_ms": min(timing.ttft_ms for timing in timings),
-        "tpot_ms": min(timing.tpot_ms for timing in timings),
+        "ttft_ms": min(timing.ttft_ms for timing in times),
+        "tpot_ms": min(timing.tpot_ms for timing in times),
         "peak_memory_bytes": peak,
     }
+
+
+def timings(scorer: Scorer, tokens: Sequence[int]) -> list[Timing]:
+    """Each round has a prompt of its own: OpenVINO's pipeline finds one again that it has seen."""
+    scorer.generate(tokens[:8], 4)  # the first call compiles and allocates
+    began, found = time.monotonic(), []
+    for turn in range(1, 1 + _ROUNDS):
+        found.append(scorer.generate(tokens[turn : turn + PROMPT_TOKENS], ANSWER_TOKENS))
+        if time.monotonic() - began > _ENOUGH_S:
+            break
+    return found
 
 
 def peak_memory_bytes() -> int:

@@ -34,7 +34,7 @@ class Scorer(Protocol):
     """A loaded artifact."""
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Timing:
-        """Add ``tokens`` tokens greedily, past any end-of-text, after ``prompt``; nothing is kept for the next call."""
+        """Add ``tokens`` tokens greedily, past any end-of-text, after ``prompt``; give each call another prompt."""
         ...
 
     def prepare_logits(self) -> None:

@@ -35,11 +35,9 @@ class Mlx:
         self._slow = not mx.metal.is_available()
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Timing:
-        """Greedily, with MLX's cache; a CPU gets an eighth of the prompt and the tokens, and the figures say so."""
+        """Greedily, with MLX's cache."""
         from mlx_lm.models.cache import make_prompt_cache
 
-        if self._slow:
-            prompt, tokens = prompt[: max(8, len(prompt) // 8)], max(4, tokens // 8)
         cache = make_prompt_cache(self._model)
         began = time.perf_counter()
         token = self._next(prompt, cache)

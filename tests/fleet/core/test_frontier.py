@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.contract.manifest import BuildSpeed, Manifest, MemoryNeed, Quality, Target
+from agent.contract.manifest import BuildSpeed, Manifest, MemoryNeed, Precision, Quality, Target
 from agent.contract.profile import DeviceProfile
 from fleet.core.frontier import choose, frontier
 from fleet.profiles_loader import load_profile
@@ -67,6 +67,8 @@ def test_the_best_has_the_least_loss_within_every_limit() -> None:
         (artifact(100, 0.1, memory=4096), {"memory_bytes": 4000}, "memory"),
         (artifact(100, 5.0), {}, "KL divergence"),
         (artifact(100, None), {}, "not measured"),
+        (artifact(100, 0.1, precision=Precision.FP32), {}, "onnx_genai/fp32/cpu, and the recipes"),
+        (artifact(100, 0.1, target=Target.CUDA), {}, "built for cuda"),
     ],
 )
 def test_what_keeps_no_limit_is_not_chosen(made: Manifest, limits: dict[str, Any], said: str) -> None:
@@ -77,7 +79,7 @@ def test_what_keeps_no_limit_is_not_chosen(made: Manifest, limits: dict[str, Any
 
 def test_speed_measured_on_another_device_does_not_count() -> None:
     made = artifact(10, 0.1, tpot=5000.0, target=Target.CUDA)
-    assert choose([made], profile()).best == made
+    assert choose([made], load_profile("jetson-orin")).best == made
 
 
 def test_of_equals_the_smallest_is_the_best() -> None:

@@ -72,6 +72,7 @@ def test_the_list_has_every_field_also_where_nothing_was_measured(home: Home) ->
 
 def test_an_empty_home_and_a_damaged_artifact_are_told(home: Home) -> None:
     assert "no artifacts yet" in call(home, "list").stdout
+    assert f"{home.root} holds no artifacts" in str(call(home, "compare", "--plot", "x").exception)
     add(home, "small", 10, 0.4)
     (home.artifacts / "broken").mkdir()
     (home.artifacts / "broken" / "manifest.json").write_text("{}")
@@ -91,15 +92,18 @@ def test_one_is_shown_with_where_its_figures_are_from(home: Home) -> None:
 
 def test_they_are_compared_and_drawn(home: Home, tmp_path: Path) -> None:
     for name, size, loss, toolchain in (
-        ("small", 10, 0.4, Toolchain.LLAMACPP), ("large", 30, 0.1, Toolchain.MLX),
-        ("beaten", 40, 0.2, Toolchain.OPENVINO),
+        ("small", 10, 0.4, Toolchain.LLAMACPP), ("large", 30, 0.1, Toolchain.OPENVINO),
+        ("beaten", 40, 0.2, Toolchain.ONNX_GENAI), ("for-a-mac", 50, 0.05, Toolchain.MLX),
     ):  # fmt: skip
         add(home, name, size, loss, toolchain)
     plot = tmp_path / "loss.png"
     found = call(home, "compare", "--json", "--profile", "iot-x86", "--plot", str(plot))
     rows = {row["id"]: row for row in json.loads(found.stdout)}
-    assert [name for name, row in rows.items() if row["frontier"]] == ["small", "large"]
-    assert [name for name, row in rows.items() if row["best"]] == ["large"]
+    assert [name for name, row in rows.items() if row["frontier"]] == ["small", "large", "for-a-mac"]
+    assert [name for name, row in rows.items() if row["best"]] == ["large"], (
+        "what a device may have, not the least loss"
+    )
+    assert "the recipes of profile iot-x86 are" in rows["for-a-mac"]["misses"][0]
     assert plot.read_bytes().startswith(b"\x89PNG")
     svg = plot.with_suffix(".svg")
     assert ET.parse(svg).getroot().tag.endswith("svg")

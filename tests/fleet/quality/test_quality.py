@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from fleet.errors import BuildError, UsageError
 from fleet.model_facts import read_shape
 from fleet.toolchains import quality, reference
 from fleet.toolchains.evaluation import Evaluation
-from fleet.toolchains.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes
+from fleet.toolchains.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes, timings
+from fleet.toolchains.scorers import Timing
 from tests.models import Built, built, checkpoint
 
 TEXT = (
@@ -126,6 +128,26 @@ def test_a_damaged_reference_is_named(
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BuildError, match=r"no reference of an evaluation.*remove it"):
         quality.measure(tiny_dir, tiny_artifact.files, tiny_artifact.manifest, eval_text=text, cache=other)
+
+
+def test_no_round_of_timing_has_a_prompt_that_a_runtime_has_seen() -> None:
+    prompts = []
+
+    class Pipeline:
+        """Keeps what it has seen, as OpenVINO's does."""
+
+        def generate(self, prompt: Sequence[int], tokens: int) -> Timing:
+            prompts.append(tuple(prompt[:8]))
+            return Timing(1.0, 1.0)
+
+        def prepare_logits(self) -> None:
+            raise AssertionError("not for timing")
+
+        def logits(self, ids: Sequence[int], start: int) -> None:
+            raise AssertionError("not for timing")
+
+    assert len(timings(Pipeline(), list(range(200)))) == 3
+    assert len(set(prompts)) == len(prompts) == 4
 
 
 def test_peak_memory_is_this_processs_own() -> None:
