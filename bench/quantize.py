@@ -31,7 +31,7 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Wall seconds, and the most resident bytes that the command's processes held together."""
+    """Wall seconds, and the most memory that the command's processes held together."""
 
     seconds: float
     peak_bytes: int
@@ -103,6 +103,7 @@ def _cost(commands: list[list[str]], folder: Path) -> Cost:
 def _resident(pid: int) -> int:
     try:
         process = psutil.Process(pid)
-        return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
+        # Proportional: what two processes share (libraries, mapped weights) is counted once.
+        return sum(one.memory_full_info().pss for one in [process, *process.children(recursive=True)])
     except psutil.Error:
         return 0

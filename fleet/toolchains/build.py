@@ -150,7 +150,7 @@ def _probe(
     progress(Progress("asking the artifact"))
     job = SpeakJob(
         toolchain=plan.recipe.toolchain, folder=files.resolve(), entry=converted.entry, context=plan.context,
-        prompt=render(plan.model.chat, PROBE_PROMPT), max_tokens=24, threads=threads,
+        prompt=render(plan.model.chat, PROBE_PROMPT), max_tokens=16, threads=threads,
     )  # fmt: skip
     answer = process.speak(job, log, progress)
     return (Probe(prompt=PROBE_PROMPT, expect=(PROBE_ANSWER,) if PROBE_ANSWER in answer else ()),)

@@ -15,6 +15,7 @@ import threading
 import traceback
 from typing import Any, TextIO
 
+from agent.contract.manifest import Toolchain
 from fleet.errors import BuildError, FleetError
 from fleet.toolchains.base import ConvertJob, SpeakJob
 from fleet.toolchains.progress import Progress
@@ -59,9 +60,17 @@ def _run(request: dict[str, Any], tell: Any) -> dict[str, Any]:
 
     if request["kind"] == "convert":
         job = ConvertJob.model_validate(request["job"])
+        _without_torch(job.toolchain is Toolchain.MLX and not job.options.get("recover"))
         return driver_of(job.toolchain).convert(job, tell).model_dump(mode="json")
     speak = SpeakJob.model_validate(request["job"])
+    _without_torch(speak.toolchain is Toolchain.MLX)
     return {"text": driver_of(speak.toolchain).speak(speak)}
+
+
+def _without_torch(unused: bool) -> None:
+    """transformers, with which mlx-lm reads tokenizers, imports torch where it is: 3 seconds and 300 MB for nothing."""
+    if unused:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # what the import system takes for absent
 
 
 def _send(events: TextIO, **event: Any) -> None:

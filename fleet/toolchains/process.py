@@ -39,6 +39,8 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     # Else MKL sums in an order that depends on the number of threads and on where memory lies, and two builds differ.
     "MKL_CBWR": "AVX2,STRICT",
+    # Torch's own kernels too, which else sum in vectors as wide as the processor has them.
+    "ATEN_CPU_CAPABILITY": "avx2",
     "PYTHONUNBUFFERED": "1",
     "CUDA_VISIBLE_DEVICES": "",
     # NNCF sends no telemetry where this is set; see also ``child``.

@@ -22,7 +22,7 @@ _EXPONENT = {
     "F16": ("<u2", 0x1F << 10),
     "BF16": ("<u2", 0xFF << 7),
 }
-_SCAN_BYTES = 16 * 1024 * 1024
+_SCAN_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Every Phi's network through every toolchain: what the support matrix says works, in the toolchain's own runtime.
 
-``PHIFLEET_VARIANTS=all``, as `make test-variants` sets it, goes through all the cells (some 20 minutes); else FP32 of
+``PHIFLEET_VARIANTS=all``, as `make test-variants` sets it, goes through all the cells (some 7 minutes); else FP32 of
 each network, where logits are compared closely, and INT4 of one. Results are kept under ``.cache/`` by what they
 depend on.
 """
