@@ -60,17 +60,18 @@ def _run(request: dict[str, Any], tell: Any) -> dict[str, Any]:
 
     if request["kind"] == "convert":
         job = ConvertJob.model_validate(request["job"])
-        _without_torch(job.toolchain is Toolchain.MLX and not job.options.get("recover"))
+        if job.toolchain is Toolchain.MLX and not job.options.get("recover"):
+            _hide_torch()
         return driver_of(job.toolchain).convert(job, tell).model_dump(mode="json")
     speak = SpeakJob.model_validate(request["job"])
-    _without_torch(speak.toolchain is Toolchain.MLX)
+    if speak.toolchain is Toolchain.MLX:
+        _hide_torch()
     return {"text": driver_of(speak.toolchain).speak(speak)}
 
 
-def _without_torch(unused: bool) -> None:
+def _hide_torch() -> None:
     """transformers, with which mlx-lm reads tokenizers, imports torch where it is: 3 seconds and 300 MB for nothing."""
-    if unused:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # what the import system takes for absent
+    sys.modules["torch"] = None  # type: ignore[assignment]  # what the import system takes for absent
 
 
 def _send(events: TextIO, **event: Any) -> None:
