@@ -23,6 +23,7 @@ from fleet.registry.models import DeploymentRow
 from tests.fleet.world import World, make_world, topic_of
 from tests.simulators.clock import START
 from tests.simulators.link import Faults, MemoryBroker, MemoryLink
+from tests.waiting import until
 
 DEVICE = "pi-1"
 
@@ -57,15 +58,6 @@ async def running(world: World, link: MemoryLink, notices: list[str] | None = No
     finally:
         stop.set()
         await task
-
-
-async def until(condition: Callable[[], bool], what: str, timeout_s: float = 10) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            while not condition():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        pytest.fail(f"waited {timeout_s} s in vain until {what}")
 
 
 async def say(link: MemoryLink, message: WireModel, device: str = DEVICE) -> None:
@@ -315,7 +307,7 @@ async def test_two_thousand_messages_from_fifty_devices_are_written(world: World
             name = devices[number % 50]
             report = HealthReport(device=name, at=world.clock.now(), window_s=10, requests=number)
             await device.publish(topics.health(name), report.to_json())
-        await until(lambda: (world.registry.device("d-49").health or {}).get("requests") == 1999, "all are written", 30)
+        await until(lambda: (world.registry.device("d-49").health or {}).get("requests") == 1999, "all are written")
 
 
 async def test_three_hundred_orders_are_published_together(world: World) -> None:
@@ -325,7 +317,7 @@ async def test_three_hundred_orders_are_published_together(world: World) -> None
     notices: list[str] = []
     async with broker.link("fleet") as link, running(world, link, notices):
         world.deploy(*devices)
-        await until(lambda: len(broker.retained) == 300, "all are published", 30)
+        await until(lambda: len(broker.retained) == 300, "all are published")
         await until(lambda: {row.stage for row in world.registry.newest().values()} == {"published"}, "and recorded")
 
 

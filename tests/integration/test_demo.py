@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.waiting import alive, wait_until
+
 COMMAND = [sys.executable, "-m", "fleet", "demo"]
 
 
@@ -48,17 +50,15 @@ def test_the_demo_answers_and_cleans_up(tmp_path: Path):
 def test_interrupted_it_leaves_neither_processes_nor_files(tmp_path: Path, number: signal.Signals, converting: bool):
     with subprocess.Popen(COMMAND, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as demo:
         me = psutil.Process(demo.pid)
-        end = time.monotonic() + 120
-        while not (me.children(recursive=True) if converting else list(tmp_path.iterdir())):
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        begun = (lambda: me.children(recursive=True)) if converting else (lambda: list(tmp_path.iterdir()))
+        wait_until(begun, "it is at work", 120)
         time.sleep(0.5)
         children = me.children(recursive=True)
         demo.send_signal(number)
         output, _ = demo.communicate(timeout=60)
     assert demo.returncode == 130, output
     assert b"Traceback" not in output
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not any(alive(child) for child in children)
     assert [each for each in tmp_path.iterdir() if each.name.startswith("phifleet-demo-")] == []
 
 

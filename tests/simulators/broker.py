@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fleet.delivery.broker import EmbeddedBroker
+from tests.waiting import listens, wait_until
 
 MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
 
@@ -75,15 +75,9 @@ def embedded(port: int = 0) -> Iterator[Broker]:
 
 
 def _wait_listening(address: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            break
-        with socket.socket() as sock:
-            if sock.connect_ex((address, port)) == 0:
-                return
-        time.sleep(0.02)
-    raise RuntimeError(f"mosquitto does not listen on {port}: {log.read_text()[-2000:]}")
+    wait_until(lambda: process.poll() is not None or listens(address, port), "mosquitto listens")
+    if process.poll() is not None:
+        raise RuntimeError(f"mosquitto does not listen on {port}: {log.read_text()[-2000:]}")
 
 
 @pytest.fixture(scope="session")

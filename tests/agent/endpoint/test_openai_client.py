@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -14,6 +13,7 @@ from structlog.testing import capture_logs
 from agent.core.inference import GuidanceKind, InferenceError
 from tests.agent.endpoint.conftest import HELLO, MODEL, Endpoint, Serve
 from tests.simulators.inference import NOTHING, SimulatedInference
+from tests.waiting import until
 
 ANSWER = "The capital of France is Paris."
 TOOL: Any = {
@@ -337,17 +337,17 @@ async def test_a_client_that_goes_away_stops_the_generation(serve: Serve):
             break
     sent = len(endpoint.inference.requests)
     await stream.close()
-    await asyncio.sleep(0.06)
+    await until(lambda: endpoint.finished)
     assert endpoint.inference.running == 0
     assert endpoint.finished[0].error == "cancelled"
-    assert sent == 1 and next(iter(endpoint.inference.cancelled.values())) < 8
+    assert sent == 1 and next(iter(endpoint.inference.cancelled.values())) < 100
 
 
 async def test_a_client_that_goes_away_before_the_first_token(serve: Serve):
     endpoint = await serve(SimulatedInference(first_delay_s=30))
     with pytest.raises(openai.APITimeoutError):
         await endpoint.openai.with_options(timeout=0.2).chat.completions.create(model=MODEL, messages=HELLO)
-    await asyncio.sleep(0.05)
+    await until(lambda: endpoint.finished)
     assert endpoint.inference.running == 0
     assert endpoint.finished[0].error == "cancelled"
 

@@ -13,6 +13,7 @@ from agent.endpoint import ApiKey
 from tests.agent.endpoint.browser import CHROMIUM, Page, browse
 from tests.agent.endpoint.conftest import Endpoint, Serve
 from tests.simulators.inference import SimulatedInference
+from tests.waiting import until
 
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 FILES = Path("agent/endpoint/page")
@@ -105,6 +106,7 @@ async def test_stop_errors_and_keys(serve: Serve, tmp_path: Path):
         await page.until("document.querySelector('.turn.assistant')?.textContent.length > 20")
         await page.run("document.getElementById('stop').click()")
         await page.until(ANSWERED)
+        await until(lambda: endpoint.finished, "the endpoint noticed that its reader left")
         assert endpoint.finished[0].error == "cancelled"
         await page.run("document.getElementById('tokens').value = -1")
         await page.run(asking("Again"))

@@ -15,6 +15,7 @@ from agent.endpoint import ApiKey
 from agent.endpoint.stored import BoundedStore
 from tests.agent.endpoint.conftest import MODEL, Endpoint, Serve
 from tests.simulators.inference import SimulatedInference
+from tests.waiting import until
 
 ANSWER = "The capital of France is Paris."
 TOOL: Any = {
@@ -193,10 +194,10 @@ async def test_a_conversation_that_the_client_made(endpoint: Endpoint):
 
 
 async def test_a_conversation_deleted_while_it_is_answered(serve: Serve):
-    endpoint = await serve(SimulatedInference(first_delay_s=0.2))
+    endpoint = await serve(SimulatedInference(first_delay_s=1.0))
     conversation = await endpoint.openai.conversations.create()
     asking = asyncio.create_task(endpoint.openai.responses.create(model=MODEL, input="x", conversation=conversation.id))
-    await asyncio.sleep(0.1)
+    await until(lambda: endpoint.inference.running == 1)
     await endpoint.openai.conversations.delete(conversation.id)
     assert (await asking).output_text == ANSWER
 

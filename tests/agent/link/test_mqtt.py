@@ -19,6 +19,7 @@ from agent.errors import LinkError
 from agent.link import LinkSettings, Message, MqttLink, Will
 from tests.simulators.broker import Broker, free_port, mosquitto
 from tests.simulators.proxy import proxy
+from tests.waiting import until
 
 FAST = BackoffPolicy(base_s=0.1, cap_s=0.5)
 
@@ -32,12 +33,6 @@ async def connected(url: str, **more: object) -> AsyncIterator[MqttLink]:
     async with MqttLink(settings(url, **more)) as link:
         await link.wait_connected(10)
         yield link
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def topic(*levels: str) -> str:
@@ -150,7 +145,7 @@ async def test_bulk_is_pulled_in_order_and_control_passes_it(broker: Broker) -> 
         one.serve_bulk(source)
         await one.publish(topic("control"), b"")
         assert got < total
-        await until(lambda: got == total, 30)
+        await until(lambda: got == total)
     assert in_order
 
 
@@ -210,7 +205,7 @@ async def test_a_network_that_went_silent_is_noticed_by_keepalive(broker: Broker
     with proxy(broker.host, broker.port) as between:
         async with connected(between.url, keepalive_s=1) as link:
             between.frozen = True
-            await until(lambda: not link.connected, 10)
+            await until(lambda: not link.connected)
             between.frozen = False
             between.cut()
             await link.wait_connected(10)
@@ -370,7 +365,7 @@ async def test_hostile_broker_does_not_end_the_link() -> None:
     link = MqttLink(LinkSettings(f"mqtt://127.0.0.1:{port}", "device", backoff=BackoffPolicy(0.01, 0.01)))
     async with link:
         await link.subscribe("#", lambda message: None)
-        await until(lambda: connections >= 60, 20)
+        await until(lambda: connections >= 60)
         assert link._network._thread.is_alive()
     server.close()
 

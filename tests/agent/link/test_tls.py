@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from fleet.home import Home
 from fleet.trust.ca import DeviceCA
 from tests.simulators.artifacts import make_artifact, noise
 from tests.simulators.broker import have_mosquitto, mosquitto
+from tests.waiting import until
 
 DOCS = Path(__file__).parents[3] / "docs" / "mosquitto"
 
@@ -64,12 +65,6 @@ def secured(tmp_path: Path) -> Iterator[Secured]:
     kept = [line for line in lines if not line.startswith(("listener", "persistence", "per_listener"))]
     with mosquitto(tmp_path / "broker", listener="\n".join(kept), tls=True) as running:
         yield Secured(running.url, pem, ca)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_artifact_over_mutual_tls(secured: Secured, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from agent.runtimes.host import WorkerHost
 from agent.runtimes.registry import RuntimeSpec
 from tests.agent.runtimes.conftest import MIB, ROOT, Artifact, Events, HostFactory, answer, ask, render
 from tests.simulators.engine import SPEC
+from tests.waiting import alive, until, wait_until
 
 Make = Callable[..., Artifact]
 Workers = Callable[[], list[psutil.Process]]
@@ -43,13 +44,6 @@ async def _serving(host: WorkerHost, made: Artifact) -> WorkerHost:
 def _pid(host: WorkerHost) -> int:
     assert host._active is not None
     return host._active.worker.pid
-
-
-async def _until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        await asyncio.sleep(0.01)
 
 
 async def test_a_proven_model_serves(host_of: HostFactory, artifact: Make, events: Events) -> None:
@@ -106,14 +100,12 @@ async def test_requests_in_flight_end_at_a_crash_and_those_that_wait_are_served(
 ) -> None:
     host = await _serving(host_of(), artifact(token_s=0.01))
     asked = [asyncio.create_task(answer(host, ask("w", f"r{number}", max_tokens=20))) for number in range(5)]
-    await _until(lambda: host.stats().active == 2 and host.stats().queued == 3)
-    begun = time.monotonic()
+    await until(lambda: host.stats().active == 2 and host.stats().queued == 3)
     os.kill(_pid(host), signal.SIGKILL)
     results = await asyncio.gather(*asked, return_exceptions=True)
     kinds = [result.kind if isinstance(result, InferenceError) else "served" for result in results]
     assert kinds == ["crashed", "crashed", "served", "served", "served"]
     assert "SIGKILL" in str(results[0])
-    assert time.monotonic() - begun < 5
     assert events.kinds() == ["activated", "crashed", "restarted"]
     assert host.stats().restarts == 1
 
@@ -124,7 +116,7 @@ async def test_a_crash_in_native_code_is_reported_by_its_signal(
     host = await _serving(host_of(), artifact())
     with pytest.raises(InferenceError, match="SIGSEGV"):
         await answer(host, ask("[crash@2]"))
-    await _until(lambda: "restarted" in events.kinds())
+    await until(lambda: "restarted" in events.kinds())
     assert events[1].code is FailureCode.RUNTIME_CRASHED
     assert (await answer(host, ask("again")))[0].startswith("again")
 
@@ -134,12 +126,12 @@ async def test_a_hang_is_noticed_and_ended(how: str, host_of: HostFactory, artif
     host = await _serving(host_of(hang_s=1.0), artifact(token_s=0.02))
     asked = asyncio.create_task(answer(host, ask("[hang@3]" if how == "stuck" else "w", max_tokens=500)))
     if how == "stopped":
-        await _until(lambda: host.stats().active == 1)
+        await until(lambda: host.stats().active == 1)
         os.kill(_pid(host), signal.SIGSTOP)
     with pytest.raises(InferenceError) as caught:
         await asked
     assert caught.value.kind == "timeout"
-    await _until(lambda: "restarted" in events.kinds())
+    await until(lambda: "restarted" in events.kinds())
     assert events[1].code is FailureCode.RUNTIME_HUNG
     assert (await answer(host, ask("again")))[0].startswith("again")
 
@@ -155,7 +147,7 @@ async def test_growth_past_the_limit_restarts_the_worker(host_of: HostFactory, a
     host = await _serving(host_of(memory_limit_bytes=256 * MIB, recycle_grace_s=0.5), artifact(token_s=0.05))
     with pytest.raises(InferenceError):
         await answer(host, ask("[leak@0]", max_tokens=500))
-    await _until(lambda: "restarted" in events.kinds())
+    await until(lambda: "restarted" in events.kinds())
     assert events[1].code is FailureCode.RUNTIME_MEMORY
     assert "256 MiB" in events[1].message
     assert host.stats().memory_bytes < 200 * MIB
@@ -166,7 +158,7 @@ async def test_the_hard_limit_stops_a_leak_by_itself(host_of: HostFactory, artif
     host = await _serving(host_of(memory_hard_limit_bytes=256 * MIB), artifact())
     with pytest.raises(InferenceError, match="MemoryError"):
         await answer(host, ask("[leak@0]", max_tokens=500))
-    await _until(lambda: "restarted" in events.kinds())
+    await until(lambda: "restarted" in events.kinds())
 
 
 async def test_too_many_crashes_end_in_giving_up(host_of: HostFactory, artifact: Make, events: Events) -> None:
@@ -174,7 +166,7 @@ async def test_too_many_crashes_end_in_giving_up(host_of: HostFactory, artifact:
     for number in range(3):
         with pytest.raises(InferenceError):
             await answer(host, ask("[crash@0]", f"r{number}"))
-    await _until(lambda: "gave_up" in events.kinds())
+    await until(lambda: "gave_up" in events.kinds())
     assert host.active() is None
     assert host.stats().state == "failed"
     with pytest.raises(InferenceError, match="died 3 times") as caught:
@@ -187,7 +179,7 @@ async def test_too_many_crashes_end_in_giving_up(host_of: HostFactory, artifact:
 async def test_a_full_queue_says_when_to_come_back(host_of: HostFactory, artifact: Make) -> None:
     host = await _serving(host_of(queue_limit=1, max_sequences=1), artifact(token_s=0.01))
     asked = [asyncio.create_task(answer(host, ask("w", f"r{number}"))) for number in range(2)]
-    await _until(lambda: host.stats().queued == 1)
+    await until(lambda: host.stats().queued == 1)
     with pytest.raises(InferenceError) as caught:
         await answer(host, ask("w", "late"))
     assert caught.value.kind == "busy"
@@ -197,22 +189,22 @@ async def test_a_full_queue_says_when_to_come_back(host_of: HostFactory, artifac
 
 async def test_closing_the_iterator_cancels_within_a_token(host_of: HostFactory, artifact: Make) -> None:
     host = await _serving(host_of(max_sequences=1), artifact(token_s=0.02))
-    stream = host.generate(ask("w", "long", max_tokens=400))
+    stream = host.generate(ask("w", "long", max_tokens=4000))
     async for event in stream:
         assert isinstance(event, TokenEvent)
         break
     begun = time.monotonic()
     await stream.aclose()  # type: ignore[attr-defined]
     await answer(host, ask("next", "next", max_tokens=1))
-    assert time.monotonic() - begun < 4  # the whole answer takes 8
+    assert time.monotonic() - begun < 40  # the whole answer takes 80
 
 
 async def test_one_who_leaves_the_queue_is_never_begun(host_of: HostFactory, artifact: Make) -> None:
     host = await _serving(host_of(max_sequences=1), artifact(token_s=0.01))
     first = asyncio.create_task(answer(host, ask("w", "first", max_tokens=30)))
-    await _until(lambda: host.stats().active == 1)
+    await until(lambda: host.stats().active == 1)
     second = asyncio.create_task(answer(host, ask("[crash@0]", "second")))
-    await _until(lambda: host.stats().queued == 1)
+    await until(lambda: host.stats().queued == 1)
     second.cancel()
     await first
     assert host.stats().queued == 0
@@ -302,13 +294,13 @@ async def test_an_update_beside_the_old_model_fails_no_request(
     info = host.active()
     assert info is not None
     assert info.digest == new[0].digest
-    await _until(lambda: len(workers()) == 1)
+    await until(lambda: len(workers()) == 1)
 
 
 async def test_an_answer_begun_on_the_old_model_is_ended_by_it(host_of: HostFactory, artifact: Make) -> None:
     host = await _serving(host_of(), artifact("old", token_s=0.01))
     long = asyncio.create_task(answer(host, ask("w", "long", max_tokens=60)))
-    await _until(lambda: host.stats().active == 1)
+    await until(lambda: host.stats().active == 1)
     await host.activate(*artifact("new"))
     assert not long.done()
     assert (await long)[1].completion_tokens == 60
@@ -320,7 +312,7 @@ async def test_without_memory_for_two_the_models_are_swapped(
     old, new = artifact("old", memory_bytes=80 * MIB), artifact("new", need=150 * MIB, load_s=0.3)
     host = await _serving(host_of(free=100 * MIB), old)
     proving = asyncio.create_task(host.prove(*new))
-    await _until(lambda: host.stats().state == "swapping")
+    await until(lambda: host.stats().state == "swapping")
     with pytest.raises(InferenceError) as caught:
         await answer(host, ask("w"))
     assert caught.value.kind == "unavailable"
@@ -345,7 +337,7 @@ async def test_a_swap_that_comes_to_nothing_is_undone(
         await host.prove(*new)
         if how == "discarded":
             await host.discard()
-        await _until(lambda: host.active() is not None)
+        await until(lambda: host.active() is not None)
     info = host.active()
     assert info is not None
     assert info.digest == old[0].digest
@@ -364,7 +356,7 @@ async def test_a_proof_that_nobody_uses_is_dropped(host_of: HostFactory, artifac
     host = host_of(proven_keep_s=0.3)
     await host.prove(*artifact())
     assert len(workers()) == 1
-    await _until(lambda: workers() == [])
+    await until(lambda: workers() == [])
 
 
 async def test_runtimes_are_listed_with_the_reason_when_not_usable(tmp_path: Path) -> None:
@@ -407,10 +399,7 @@ asyncio.run(main())
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 5
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not alive(child), "the worker leaves with its parent")
 
 
 async def test_a_proven_worker_that_dies_before_its_time_is_loaded_again(
@@ -437,9 +426,9 @@ async def test_no_file_descriptor_for_a_new_worker_is_a_death_like_any_other(
     resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))  # those that are open stay open
     try:
         os.kill(_pid(host), signal.SIGKILL)
-        await _until(lambda: "crashed" in events.kinds())
+        await until(lambda: "crashed" in events.kinds())
         waiting = asyncio.create_task(answer(host, ask("still here", "waiting")))
-        await _until(lambda: events.kinds().count("crashed") > 2)
+        await until(lambda: events.kinds().count("crashed") > 2)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert says in events[-1].message
@@ -450,8 +439,8 @@ async def _swapping(host: WorkerHost, make: Make, workers: Workers) -> asyncio.T
     """A proof of a model that takes long to load, in the place of one that takes longer still to come back."""
     await _serving(host, make("old", memory_bytes=80 * MIB, load_s=1.5))
     proving: asyncio.Task[object] = asyncio.create_task(host.prove(*make("new", need=150 * MIB, load_s=30.0)))
-    await _until(lambda: host.stats().state == "swapping")
-    await _until(lambda: len(workers()) == 1)
+    await until(lambda: host.stats().state == "swapping")
+    await until(lambda: len(workers()) == 1)
     await asyncio.sleep(0.2)
     return proving
 
@@ -467,7 +456,7 @@ async def test_closing_does_not_wait_for_a_proof_nor_bring_back_what_it_displace
         proving.cancel()
         await asyncio.gather(proving, return_exceptions=True)
     await host.close()
-    assert time.monotonic() - begun < 1.0
+    assert time.monotonic() - begun < 15  # loading takes 30
     with pytest.raises(asyncio.CancelledError):
         await proving
     assert workers() == []
@@ -483,9 +472,9 @@ async def test_after_a_cancelled_proof_the_model_comes_back_in_the_background(
     begun = time.monotonic()
     proving.cancel()
     await asyncio.gather(proving, return_exceptions=True)
-    assert time.monotonic() - begun < 1.0
+    assert time.monotonic() - begun < 15  # loading takes 30
     assert host.active() is None
-    await _until(lambda: host.active() is not None)
+    await until(lambda: host.active() is not None)
     assert (await answer(host, ask("back")))[0].startswith("back")
 
 
@@ -501,7 +490,7 @@ async def test_a_proof_that_expires_while_another_begins_holds_nothing_up(
     host._lock.release()
     begun = time.monotonic()
     await proving
-    assert time.monotonic() - begun < 3.0
+    assert time.monotonic() - begun < 10  # draining takes 20
     await host.activate(*second)
     assert (await answer(host, ask("w")))[1].completion_tokens == 8
 

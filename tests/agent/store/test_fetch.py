@@ -6,7 +6,6 @@ import asyncio
 import gc
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from tests.simulators.artifacts import make_artifact, noise
 from tests.simulators.broker import Broker, free_port, mosquitto
 from tests.simulators.proxy import proxy
 from tests.simulators.transfer import Worker, fetch, linked, only, serving, settings, worker
+from tests.waiting import until
 
 MIB = 1 << 20
 WINDOW = 1 * MIB
@@ -55,12 +55,6 @@ def check(home: Path, manifest: Manifest) -> None:
 def open_files() -> int:
     gc.collect()
     return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def test_is_the_port(home: Path) -> None:
@@ -418,7 +412,6 @@ async def test_slow_and_far_link_gets_each_chunk_once(mosquitto_broker: Broker, 
             progress = await fetch(link, home, manifest, window=4 * MIB)
     check(home, manifest)
     assert progress.bytes_received <= manifest.size
-    assert progress.seconds < 15
 
 
 async def test_slow_device_neither_slows_the_others_nor_is_flooded(

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from tests.fleet.cli.conftest import Phifleet
 from tests.fleet.world import PROFILE, World, make_world
 from tests.simulators.broker import MOSQUITTO, free_port, have_mosquitto, mosquitto
 from tests.simulators.clock import FakeClock
+from tests.waiting import wait_until
 
 DEVICE = "pi-1"
 DOCUMENTED = Path(__file__).parents[3] / "docs" / "mosquitto"
@@ -75,13 +76,6 @@ def serve(world: World, url: str, **environment: str) -> Iterator[Served]:
         process.wait(10)
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s} s in vain until {what}"
-        time.sleep(0.02)
-
-
 @pytest.fixture(params=["embedded", "mosquitto"])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "embedded":
@@ -122,9 +116,9 @@ def test_it_serves_and_publishes_what_the_command_line_records_and_ends_in_good_
     world: World, broker: str
 ) -> None:
     with serve(world, broker) as served:
-        until(served.ready, "it is ready")
+        wait_until(served.ready, "it is ready")
         (order,) = world.deploy(DEVICE)
-        until(lambda: newest(world).stage == "published", "the order is published", 5)
+        wait_until(lambda: newest(world).stage == "published", "the order is published")
         assert asyncio.run(retained(served.url, topics.desired(DEVICE))).payload == order.envelope
         assert asyncio.run(ask_for_root(served.url)).payload == world.repository.root_bytes()
         served.process.send_signal(signal.SIGTERM)
@@ -136,27 +130,27 @@ def test_it_serves_and_publishes_what_the_command_line_records_and_ends_in_good_
 
 def test_killed_and_started_again_it_goes_on(world: World, broker: str) -> None:
     with serve(world, broker) as served:
-        until(served.ready, "it is ready")
+        wait_until(served.ready, "it is ready")
         (order,) = world.deploy(DEVICE)
-        until(lambda: newest(world).stage == "published", "the order is published")
+        wait_until(lambda: newest(world).stage == "published", "the order is published")
         served.process.kill()
         served.process.wait(10)
     with serve(world, broker) as again:
-        until(again.ready, "it is ready again")
+        wait_until(again.ready, "it is ready again")
         assert asyncio.run(retained(again.url, topics.desired(DEVICE))).payload == order.envelope
-        until(lambda: "order published again" in again.log.read_text(), "it says so")
+        wait_until(lambda: "order published again" in again.log.read_text(), "it says so")
 
 
 def test_an_embedded_broker_that_dies_is_started_again_with_all_orders(world: World) -> None:
     with serve(world, f"embedded:{free_port()}") as served:
-        until(served.ready, "it is ready")
+        wait_until(served.ready, "it is ready")
         (order,) = world.deploy(DEVICE)
-        until(lambda: newest(world).stage == "published", "the order is published")
+        wait_until(lambda: newest(world).stage == "published", "the order is published")
         children = psutil.Process(served.process.pid).children(recursive=True)
         assert children, "the broker is a child"
         for child in children:
             child.kill()
-        until(lambda: "starting it again" in served.log.read_text(), "it is noticed")
+        wait_until(lambda: "starting it again" in served.log.read_text(), "it is noticed")
         assert asyncio.run(retained(served.url, topics.desired(DEVICE), 30)).payload == order.envelope
 
 
@@ -197,9 +191,9 @@ def test_an_interrupt_while_it_starts_ends_it_with_130_and_no_trace(world: World
     with serve(world, url) as served:
         parent = psutil.Process(served.process.pid)
         if kind == "embedded":
-            until(lambda: bool(parent.children()), "the broker is being started")
+            wait_until(lambda: bool(parent.children()), "the broker is being started")
         else:
-            until(lambda: "broker_not_connected" in served.log.read_text(), "it tries")
+            wait_until(lambda: "broker_not_connected" in served.log.read_text(), "it tries")
         os.killpg(served.process.pid, signal.SIGINT)
         assert served.process.wait(20) == 130
         log = served.log.read_text()
@@ -278,10 +272,10 @@ def test_on_the_documented_broker_each_device_has_its_own_topics_and_no_others(
         )
         assert added.code == 0, added.err
         with serve(world, url, **environment) as served:
-            until(served.ready, "it is ready")
+            wait_until(served.ready, "it is ready")
             order, _ = world.deploy("pi-3", "pi-2")
-            until(lambda: world.registry.deployment(order.id).stage == "published", "the order is published")
+            wait_until(lambda: world.registry.deployment(order.id).stage == "published", "the order is published")
             mine, foreign = asyncio.run(devices_talk(url, Bundle.from_json(bundle.read_bytes()), folder))
             assert mine.payload == order.envelope and foreign == []
-            until(lambda: world.registry.device("pi-3").online, "its own word is taken")
+            wait_until(lambda: world.registry.device("pi-3").online, "its own word is taken")
             assert not world.registry.device("pi-2").online

@@ -15,6 +15,7 @@ import pytest
 from agent.link import LinkSettings, MqttLink
 from fleet.delivery.broker import EmbeddedBroker
 from fleet.errors import BrokerError
+from tests.waiting import listens, wait_until
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.10", "::", "broker.example.org", "", "8.8.8.8"])
@@ -36,8 +37,7 @@ async def test_starts_on_loopback_takes_a_whole_chunk_and_stops(host: str) -> No
             await asyncio.wait_for(got.wait(), 5)
     assert not broker.running
     broker.stop()
-    with socket.socket() as sock:
-        assert sock.connect_ex(("127.0.0.1", broker.port)) != 0
+    assert not listens("127.0.0.1", broker.port)
 
 
 def test_it_listens_on_loopback_alone() -> None:
@@ -73,13 +73,7 @@ time.sleep(60)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    end = time.monotonic() + 5
-    while time.monotonic() < end:
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) != 0:
-                return
-        time.sleep(0.05)
-    pytest.fail("the broker outlived its parent")
+    wait_until(lambda: not listens("127.0.0.1", port), "the broker ends with its parent")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal's interrupt is POSIX here")

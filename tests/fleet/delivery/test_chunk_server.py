@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,7 @@ from agent.link import Message, MqttLink
 from tests.simulators.artifacts import make_artifact, noise
 from tests.simulators.broker import Broker
 from tests.simulators.transfer import linked, only, serving
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
+from tests.waiting import until
 
 
 def want(*ranges: tuple[int, int], credit: int = 4096, shared: bool = False, device: str = "d1") -> bytes:

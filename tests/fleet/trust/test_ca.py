@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import shutil
-import socket
 import ssl
 import stat
-import subprocess
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,9 +20,8 @@ from agent.link.settings import LinkSettings
 from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
 from fleet.trust.ca import Credentials, DeviceCA
+from tests.simulators.broker import Broker, have_mosquitto, mosquitto
 from tests.simulators.clock import FakeClock
-
-MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin:/opt/homebrew/sbin")
 
 
 @pytest.fixture
@@ -132,42 +127,29 @@ def write(folder: Path, name: str, credentials: Credentials) -> tuple[Path, Path
 
 
 @pytest.fixture
-def broker(ca: DeviceCA, home: Home, folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """mosquitto with mutual TLS, the revocation list, and an ACL by certificate name."""
-    if MOSQUITTO is None:
+def broker(ca: DeviceCA, home: Home, folder: Path) -> Iterator[Broker]:
+    """mosquitto with mutual TLS and the revocation list."""
+    if not have_mosquitto():
         pytest.skip("mosquitto is not installed")
     certificate, key, ca_file = write(folder, "broker", ca.server_certificate(["localhost", "127.0.0.1"]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    (folder / "mosquitto.conf").write_text(
-        f"listener {port} 127.0.0.1\ncafile {ca_file}\ncertfile {certificate}\nkeyfile {key}\n"
-        f"crlfile {home.ca / 'crl.pem'}\nrequire_certificate true\nuse_identity_as_username true\n"
-        "allow_anonymous false\nuser root\n"
+    listener = (
+        f"cafile {ca_file}\ncertfile {certificate}\nkeyfile {key}\ncrlfile {home.ca / 'crl.pem'}\n"
+        "require_certificate true\nuse_identity_as_username true\nallow_anonymous false"
     )
-    process = subprocess.Popen([MOSQUITTO, "-c", str(folder / "mosquitto.conf")], stderr=subprocess.DEVNULL)
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield port, process
-    process.terminate()
-    process.wait(10)
+    with mosquitto(folder, listener=listener, tls=True) as running:
+        yield running
 
 
-def settings(port: int, paths: tuple[Path, Path, Path], device: str) -> LinkSettings:
+def settings(broker: Broker, paths: tuple[Path, Path, Path], device: str) -> LinkSettings:
     certificate, key, ca_file = paths
-    return LinkSettings(
-        f"mqtts://127.0.0.1:{port}", device, ca_file=ca_file, cert_file=certificate, key_file=key, connect_timeout_s=5
-    )
+    return LinkSettings(broker.url, device, ca_file=ca_file, cert_file=certificate, key_file=key, connect_timeout_s=5)
 
 
-async def connects(settings: LinkSettings) -> bool:
+async def connects(settings: LinkSettings, patience_s: float = 10.0) -> bool:
     link = MqttLink(settings)
     await link.start()
     try:
-        await link.wait_connected(2)
+        await link.wait_connected(patience_s)
     except LinkError:
         return False
     finally:
@@ -176,22 +158,22 @@ async def connects(settings: LinkSettings) -> bool:
 
 
 async def test_mutual_tls_with_a_real_broker(
-    ca: DeviceCA, home: Home, folder: Path, broker: tuple[int, subprocess.Popen[bytes]], tmp_path: Path
+    ca: DeviceCA, home: Home, folder: Path, broker: Broker, tmp_path: Path
 ) -> None:
-    port, process = broker
-    ours = settings(port, write(folder, "pi-1", ca.enrol("pi-1")), "pi-1")
+    assert broker.process is not None
+    ours = settings(broker, write(folder, "pi-1", ca.enrol("pi-1")), "pi-1")
     other_ca = DeviceCA(Home(tmp_path / "other"))
     other_ca.init()
     stranger = dataclasses.replace(other_ca.enrol("pi-1"), ca=ca.ca_pem())
-    strangers = settings(port, write(folder, "stranger", stranger), "pi-1")
+    strangers = settings(broker, write(folder, "stranger", stranger), "pi-1")
     assert await connects(ours)
-    assert not await connects(strangers)
+    assert not await connects(strangers, 2)
     ca.revoke("pi-1")
-    process.send_signal(1)  # SIGHUP: mosquitto reads the list again
+    broker.process.send_signal(1)  # SIGHUP: mosquitto reads the list again
     await asyncio.sleep(0.3)
-    renewed = settings(port, write(folder, "pi-1-new", ca.enrol("pi-1")), "pi-1")
+    renewed = settings(broker, write(folder, "pi-1-new", ca.enrol("pi-1")), "pi-1")
     assert await connects(renewed)
-    assert not await connects(ours)
+    assert not await connects(ours, 2)
 
 
 def test_openssl_refuses_what_is_revoked(ca: DeviceCA, home: Home, folder: Path) -> None:
