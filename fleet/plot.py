@@ -59,26 +59,33 @@ def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
     return tuple(_write(figure, file.with_suffix(f".{kind}"), kind) for kind in ("png", "svg"))
 
 
-def _name_points(figure: Any, axes: Any, measured: Sequence[Manifest]) -> None:
-    """One label for artifacts that are the same point, where it covers no other; far ones have a line to the point."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
+def _points(measured: Sequence[Manifest]) -> list[tuple[Manifest, str]]:
+    """Artifacts that are the same point have one label, with their targets; the one of them that stands for all."""
     points: dict[tuple[Toolchain, str, str, str], list[Manifest]] = {}
     for one in sorted(measured, key=_loss):
         key = (one.toolchain, _label(one), f"{one.size / 1e6:.0f}", f"{_loss(one):.2g}")
         points.setdefault(key, []).append(one)
+    targets = [sorted({str(one.target) for one in alike}) for alike in points.values()]
+    return [
+        (alike[0], _label(alike[0]) + ("" if names == [Target.CPU] else f", {' '.join(names)}"))
+        for alike, names in zip(points.values(), targets, strict=True)
+    ]
+
+
+def _name_points(figure: Any, axes: Any, measured: Sequence[Manifest]) -> None:
+    """A label where it covers no other; those far from their point have a line to it."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
     spots = axes.transData.transform([(one.size / 1e6, _loss(one)) for one in measured])
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]  # markers, pixels
-    for alike in points.values():
-        targets = sorted({str(one.target) for one in alike})
-        text = _label(alike[0]) + ("" if targets == [Target.CPU] else f", {' '.join(targets)}")
+    for one, text in _points(measured):
         for turn, place in enumerate([*_PLACES, _PLACES[0]]):
             note = axes.annotate(
-                text, (alike[0].size / 1e6, _loss(alike[0])), textcoords="offset points", xytext=place, fontsize=7,
-                color=_COLOURS[alike[0].toolchain],
+                text, (one.size / 1e6, _loss(one)), textcoords="offset points", xytext=place, fontsize=7,
+                color=_COLOURS[one.toolchain],
                 ha="left" if place[0] > 0 else "right", va="center",
                 arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6"} if abs(place[0]) > _NEAR else None,
             )  # fmt: skip

@@ -3,6 +3,7 @@
     peak = weights x copies + context x (KV cache + activations of a token) + prompt piece x logits + runtime
 
 - weights: the artifact's bytes. OpenVINO's CPU plugin holds a repacked copy beside the mapped file: two copies.
+  MLX on a CPU holds the scales and offsets of quantized weights in float32, where the file has float16.
 - KV cache of a token: 2 x layers x KV heads x head size x bytes of an element.
 - logits: 4 bytes x vocabulary for each token of a prompt piece. ONNX Runtime GenAI keeps those of the whole piece: the
   agent gives it 512 tokens at once, and a LongRoPE model past its switch all that are before it.
@@ -43,15 +44,20 @@ RUNTIMES = {
 }
 
 
+def _in_float32(recipe: Recipe) -> bool:
+    """MLX computes so on a CPU if weights are quantized: its kernels there are slow in float16."""
+    quantized = recipe.precision in (Precision.INT4, Precision.INT8)
+    return recipe.toolchain is Toolchain.MLX and recipe.target is Target.CPU and quantized
+
+
 def kv_element_bytes(recipe: Recipe) -> int:
     """Of one key or value: in float32 or float16.
 
     ONNX computes in float32 on a CPU, MLX there too if weights are quantized, and else in the model's dtype.
     """
-    on_cpu, quantized = recipe.target is Target.CPU, recipe.precision in (Precision.INT4, Precision.INT8)
     if recipe.toolchain is Toolchain.ONNX_GENAI:
-        return 4 if on_cpu else 2
-    wide = recipe.precision is Precision.FP32 or (on_cpu and quantized)
+        return 4 if recipe.target is Target.CPU else 2
+    wide = recipe.precision is Precision.FP32 or _in_float32(recipe)
     return 4 if recipe.toolchain is Toolchain.MLX and wide else 2
 
 
@@ -61,8 +67,10 @@ def memory_need(shape: ModelShape, recipe: Recipe, size: int, context: int) -> M
     piece = runtime.prompt_piece
     if piece > 1 and shape.longrope and context > shape.original_context:
         piece = shape.original_context + 1
+    # A scale and an offset for each group, two bytes more each.
+    widened = 4 * shape.parameters // int(recipe.options.get("group_size", 64)) if _in_float32(recipe) else 0
     return MemoryNeed(
-        weights_bytes=int(size * runtime.copies),
+        weights_bytes=int(size * runtime.copies) + widened,
         kv_bytes_per_token=shape.kv_elements_per_token * kv_element_bytes(recipe),
         overhead_bytes=runtime.runtime_bytes + min(piece, context) * shape.vocabulary_size * 4,
     )

@@ -91,6 +91,17 @@ def test_any_network_has_a_size_and_a_memory(
     assert need.at_context(2048) > need.at_context(1024)
 
 
+def test_mlx_on_a_cpu_holds_scales_and_offsets_in_float32() -> None:
+    model = shape("phi-4-mini")
+    on = {
+        target: memory_need(model, Recipe(toolchain="mlx", precision="int4", target=target), 10**9, 1)
+        for target in (Target.CPU, Target.METAL)
+    }
+    more = on[Target.CPU].weights_bytes - on[Target.METAL].weights_bytes
+    assert more == model.parameters // 64 * (4 + 4 - 2 - 2)
+    assert on[Target.CPU].kv_bytes_per_token == 2 * on[Target.METAL].kv_bytes_per_token
+
+
 def test_configs_of_transformers_5_are_read_as_the_hubs_are() -> None:
     hub = shape("phi-4-mini")
     variant = find_variant("phi-4-mini")
