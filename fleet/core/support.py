@@ -103,8 +103,8 @@ _MEMORY = """\
 `peak = weights x copies + context x KV bytes of a token + prompt piece x vocabulary x 4 + runtime`
 
 The KV bytes of a token are `2 x layers x KV heads x head size x bytes of an element`; an element is 4 bytes for ONNX on
-a CPU, and in MLX for FP32 and for quantized weights on a CPU, and 2 otherwise. The weights are the artifact's bytes; MLX
-on a CPU holds the scales and offsets of quantized weights in float32: 4 bytes more for each group.
+a CPU, and in MLX for FP32 and for quantized weights on a CPU, and 2 otherwise. The weights are the artifact's bytes;
+MLX on a CPU holds the scales and offsets of quantized weights in float32: 4 bytes more for each group.
 
 | toolchain | copies of the weights | prompt piece, tokens | runtime, MiB |
 |---|---|---|---|"""
