@@ -40,8 +40,8 @@ def gate_misfits(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
     )
 
 
-def recipe_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
-    """Where the profile has neither the accelerator nor the recipe."""
+def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
+    """What the profile has not: the accelerator, the recipe, the memory, the disk."""
     if manifest.target is not Target.CPU and manifest.target not in profile.accelerators:
         there = ", ".join(["cpu", *profile.accelerators])
         yield f"it was built for {manifest.target}, and profile {profile.name} has {there}"
@@ -50,10 +50,6 @@ def recipe_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
         listed = ", ".join(sorted({"/".join(recipe) for recipe in recipes}))
         made = f"{manifest.toolchain}/{manifest.precision}/{manifest.target}"
         yield f"it is {made}, and the recipes of profile {profile.name} are {listed}"
-
-
-def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
-    yield from recipe_misfits(manifest, profile)
     need = manifest.memory.at_context(manifest.context)
     if need > profile.memory_bytes:
         yield (

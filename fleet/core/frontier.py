@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from agent.contract.manifest import Manifest, Target
 from agent.contract.profile import DeviceProfile
-from fleet.core.fit import gate_misfits, recipe_misfits
-
-_MIB = 1024 * 1024
+from fleet.core.fit import MIB, gate_misfits, misfits
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +57,9 @@ def _loss(manifest: Manifest) -> float:
 
 
 def _misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
-    yield from recipe_misfits(manifest, profile)
-    if 2 * manifest.size > profile.disk_bytes:
-        yield f"two of {manifest.size / _MIB:.0f} MiB are past the disk's {profile.disk_bytes / _MIB:.0f} MiB"
-    need = manifest.memory.at_context(manifest.context)
-    if need > profile.memory_bytes:
-        yield f"memory of {need / _MIB:.0f} MiB is past {profile.memory_bytes / _MIB:.0f} MiB"
+    yield from misfits(manifest, profile, None)
+    if manifest.size <= profile.disk_bytes < 2 * manifest.size:
+        yield f"it takes {manifest.size / MIB:.0f} MiB twice, and the disk is {profile.disk_bytes / MIB:.0f} MiB"
     if manifest.quality is None:
         yield "its loss was not measured"
         return
