@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import psutil
 
-from agent.contract.manifest import ArtifactFile, Manifest, content_digest
+from agent.contract.manifest import ArtifactFile, Manifest, artifact_digest
 from agent.contract.messages import ArtifactRef, Desired, Reported, State
 from agent.contract.profile import HealthLimits, QualityGate
 from fleet.cli.context import Context
@@ -126,10 +126,11 @@ class Rig:
         digest, size, chunks = chunk_file(note)
         added = ArtifactFile(path=note.name, size=size, sha256=digest, chunks=chunks)
         all_files = (*built.manifest.files, added)
+        own = f"{built.manifest.id}-{name}"
         change = {
-            "id": f"{built.manifest.id}-{name}",
+            "id": own,
             "files": all_files,
-            "digest": content_digest(all_files),
+            "digest": artifact_digest(own, all_files),
             "size": built.manifest.size + size,
         }
         manifest = built.manifest.model_copy(update=change)

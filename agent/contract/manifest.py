@@ -148,7 +148,7 @@ class Probe(WireModel):
 
 
 class Manifest(WireModel):
-    """Everything about one artifact. ``digest`` is over the files alone, so measuring again does not change it."""
+    """Everything about one artifact. ``digest`` is over id and files, so measuring again does not change it."""
 
     version: int = 1
     id: ArtifactId
@@ -175,16 +175,21 @@ class Manifest(WireModel):
         paths = [file.path for file in self.files]
         if len({path.casefold() for path in paths}) != len(paths):
             raise ValueError("two files have the same path")
-        if self.digest != content_digest(self.files):
-            raise ValueError("digest is not the digest of the files listed")
+        if self.digest != artifact_digest(self.id, self.files):
+            raise ValueError("digest is not the digest of the id and the files listed")
         if self.size != sum(file.size for file in self.files):
             raise ValueError("size is not the sum of the files' sizes")
         return self
 
 
-def content_digest(files: tuple[ArtifactFile, ...]) -> str:
-    """SHA-256 over the canonical list of ``[path, size, sha256]``, sorted by path."""
-    return sha256_hex(canonical_json(sorted([file.path, file.size, file.sha256] for file in files)))
+def artifact_digest(name: str, files: tuple[ArtifactFile, ...]) -> str:
+    """SHA-256 over the canonical ``[id, [[path, size, sha256], ...]]``, sorted by path.
+
+    The id is in it because the same files may be two artifacts, for two contexts or targets, and wherever an artifact
+    is stored, signed or ordered, its digest is its key.
+    """
+    listed = sorted([file.path, file.size, file.sha256] for file in files)
+    return sha256_hex(canonical_json([name, listed]))
 
 
 def manifest_target(digest: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from agent.contract.base import canonical_json, sha256_hex
-from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, content_digest
+from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, artifact_digest
 from agent.contract.profile import DeviceProfile, Recipe
 from fleet.core.plan_memory import memory_need
 from fleet.delivery.chunking import chunk_file
@@ -176,7 +176,7 @@ def _manifest(
     need = memory_need(read_shape(plan.model.path), plan.recipe, size, plan.context)
     return Manifest(
         id=plan.id,
-        digest=content_digest(files),
+        digest=artifact_digest(plan.id, files),
         size=size,
         model=plan.model.facts,
         toolchain=plan.recipe.toolchain,

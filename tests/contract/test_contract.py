@@ -23,7 +23,7 @@ from agent.contract.manifest import (
     Probe,
     Target,
     Toolchain,
-    content_digest,
+    artifact_digest,
 )
 from agent.contract.messages import (
     ArtifactRef,
@@ -54,7 +54,7 @@ FILES = (
 )
 MANIFEST = Manifest(
     id=REF.id,
-    digest=content_digest(FILES),
+    digest=artifact_digest(REF.id, FILES),
     size=2,
     model=ModelFacts(name="phi", architecture="Phi3ForCausalLM", parameters=9, source_digest="cd" * 32, max_context=64),
     toolchain=Toolchain.ONNX_GENAI,
@@ -140,7 +140,7 @@ def test_no_file_of_a_manifest_can_leave_its_folder(path: str):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"digest": "00" * 32}, "not the digest of the files"),
+        ({"digest": "00" * 32}, "not the digest of the id and the files"),
         ({"size": 3}, "not the sum"),
         ({"files": (*FILES, ArtifactFile(path="SUB/EMPTY", size=0, sha256=sha256_hex(b""), chunks=()))}, "same path"),
     ],
@@ -150,10 +150,11 @@ def test_a_manifest_that_contradicts_itself_is_refused(change: dict[str, object]
         Manifest.model_validate(MANIFEST.model_dump() | change)
 
 
-def test_the_digest_is_of_the_files_alone():
-    slower = MANIFEST.model_copy(update={"probes": (), "profile": "other"})
-    assert content_digest(slower.files) == MANIFEST.digest
-    assert content_digest(tuple(reversed(FILES))) == MANIFEST.digest
+def test_the_digest_is_of_id_and_files():
+    measured = MANIFEST.model_dump() | {"probes": (), "speed": None}
+    assert Manifest.model_validate(measured).digest == MANIFEST.digest
+    assert artifact_digest(REF.id, tuple(reversed(FILES))) == MANIFEST.digest
+    assert artifact_digest("the-same-for-a-longer-context", FILES) != MANIFEST.digest
 
 
 def test_canonical_json_is_one_spelling():

@@ -15,7 +15,7 @@ from agent.contract.manifest import (
     Precision,
     Target,
     Toolchain,
-    content_digest,
+    artifact_digest,
 )
 from fleet.delivery.chunking import chunk_file
 
@@ -38,10 +38,10 @@ def make_artifact(folder: Path, files: Mapping[str, bytes], name: str = "sample"
 
 
 def manifest_of(files: tuple[ArtifactFile, ...], name: str = "sample") -> Manifest:
-    digest = content_digest(files)
+    own = f"{name}-onnx-genai-int4-cpu-{artifact_digest(name, files)[:12]}"
     return Manifest(
-        id=f"{name}-onnx-genai-int4-cpu-{digest[:12]}",
-        digest=digest,
+        id=own,
+        digest=artifact_digest(own, files),
         size=sum(file.size for file in files),
         model=ModelFacts(
             name=name, architecture="Phi3ForCausalLM", parameters=1, source_digest="0" * 64, max_context=128

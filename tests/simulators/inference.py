@@ -19,7 +19,7 @@ from agent.contract.manifest import (
     Quality,
     Target,
     Toolchain,
-    content_digest,
+    artifact_digest,
 )
 from agent.core.inference import (
     PARAMETERS,
@@ -56,9 +56,10 @@ def simulated_manifest(template: str = PHI4_TEMPLATE, *, name: str = "phi-test",
     content = name.encode()
     digest = sha256_hex(content)
     files = (ArtifactFile(path="model.bin", size=len(content), sha256=digest, chunks=((len(content), digest),)),)
+    own = f"{name}-onnx_genai-int4-cpu-0123456789ab"
     return Manifest(
-        id=f"{name}-onnx_genai-int4-cpu-0123456789ab",
-        digest=content_digest(files),
+        id=own,
+        digest=artifact_digest(own, files),
         size=len(content),
         model=ModelFacts(
             name=name,

@@ -19,7 +19,7 @@ from agent.contract.manifest import (
     Precision,
     Target,
     Toolchain,
-    content_digest,
+    artifact_digest,
 )
 from agent.contract.messages import ArtifactRef, Desired
 from fleet.home import Home
@@ -37,7 +37,6 @@ def make_manifest(content: bytes = b"weights", **changes: Any) -> Manifest:
     files = (ArtifactFile(path="model.bin", size=len(content), sha256=digest, chunks=((len(content), digest),)),)
     fields: dict[str, Any] = {
         "id": f"sample-onnx_genai-int4-cpu-{digest[:12]}",
-        "digest": content_digest(files),
         "size": len(content),
         "model": ModelFacts(
             name="sample", architecture="Phi3ForCausalLM", parameters=1, source_digest=digest, max_context=4096
@@ -54,7 +53,8 @@ def make_manifest(content: bytes = b"weights", **changes: Any) -> Manifest:
         "chat": Chat(template="{{ messages }}"),
         "files": files,
     }
-    return Manifest(**(fields | changes))
+    fields |= changes
+    return Manifest(**({"digest": artifact_digest(fields["id"], fields["files"])} | fields))
 
 
 def ref(manifest: Manifest) -> ArtifactRef:

@@ -16,7 +16,7 @@ from agent.contract.manifest import (
     Precision,
     Target,
     Toolchain,
-    content_digest,
+    artifact_digest,
 )
 from agent.contract.messages import Proof, RuntimeFact
 from agent.core.selection import Measured, Resources, constrain, fastest
@@ -26,9 +26,10 @@ GIB = 1 << 30
 
 def variant(toolchain: Toolchain = Toolchain.ONNX_GENAI, target: Target = Target.CPU, need: int = GIB) -> Manifest:
     files = (ArtifactFile(path="model", size=0, sha256="0" * 64, chunks=()),)
+    name = f"m-{toolchain.value}-{target.value}"
     return Manifest(
-        id=f"m-{toolchain.value}-{target.value}",
-        digest=content_digest(files),
+        id=name,
+        digest=artifact_digest(name, files),
         size=0,
         model=ModelFacts(
             name="m", architecture="Phi3ForCausalLM", parameters=1, source_digest="0" * 64, max_context=64

@@ -12,7 +12,7 @@ import pytest
 
 from agent.contract.base import sha256_hex
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import ArtifactFile, Manifest, content_digest
+from agent.contract.manifest import ArtifactFile, Manifest, artifact_digest
 from agent.contract.messages import ArtifactRef, Desired, Failure, Progress, State
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
@@ -29,7 +29,7 @@ AT = datetime(2026, 11, 23, tzinfo=UTC)
 def make_manifest(word: str) -> Manifest:
     data = word.encode()
     files = (ArtifactFile(path="w", size=len(data), sha256=sha256_hex(data), chunks=((len(data), sha256_hex(data)),)),)
-    change = {"id": f"phi-{word}", "files": files, "digest": content_digest(files), "size": len(data)}
+    change = {"id": f"phi-{word}", "files": files, "digest": artifact_digest(f"phi-{word}", files), "size": len(data)}
     return MANIFEST.model_copy(update=change)
 
 

@@ -20,7 +20,7 @@ from agent.contract.manifest import (
     Probe,
     Target,
     Toolchain,
-    content_digest,
+    artifact_digest,
 )
 from agent.core.inference import DoneEvent, GenerationRequest, Sampling, TokenEvent
 from agent.runtimes.host import WorkerHost
@@ -59,7 +59,7 @@ def artifact(tmp_path: Path) -> Callable[..., Artifact]:
         (folder / "sim.json").write_bytes(content)
         (folder / "name").write_text(name)
         files = (_file("name", name.encode()), _file("sim.json", content))
-        digest = content_digest(files)
+        digest = artifact_digest(f"sim-{name}", files)
         manifest = Manifest(
             id=f"sim-{name}",
             digest=digest,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from agent.contract.base import sha256_hex
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile, Manifest, content_digest
+from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile, Manifest
 from agent.core.ports import Trust
 from agent.errors import TrustError
 from agent.trust.client import TrustClient
@@ -30,7 +30,7 @@ def large_manifest(chunks: int = 6000) -> Manifest:
     """Of several segments."""
     hashes = [sha256_hex(b"%d" % n) for n in range(chunks)]
     file = ArtifactFile(path="m", size=chunks, sha256=sha256_hex(b"m"), chunks=tuple((1, digest) for digest in hashes))
-    return make_manifest(files=(file,), digest=content_digest((file,)), size=chunks)
+    return make_manifest(files=(file,), size=chunks)
 
 
 async def test_an_order_and_its_manifest(world: World) -> None:

@@ -83,6 +83,15 @@ def test_publish_and_withdraw(repository: Repository, verify: Verify) -> None:
     assert verify() == {second.digest}
 
 
+def test_the_same_files_for_two_contexts_are_two_artifacts(repository: Repository, verify: Verify) -> None:
+    short, long = make_manifest(), make_manifest(id="sample-for-a-longer-context", context=8192)
+    assert short.files == long.files
+    repository.publish(short)
+    repository.publish(long)
+    assert verify() == {short.digest, long.digest}
+    assert len(repository.published()) == 2
+
+
 def test_measured_again_is_published_again(repository: Repository, verify: Verify) -> None:
     manifest = make_manifest()
     repository.publish(manifest)
