@@ -29,7 +29,7 @@ from fleet.profiles_loader import load_profile
 from fleet.registry import Actor, Registry
 from fleet.registry.models import DeploymentRow, DeviceRow
 from fleet.registry.registry import facts_of
-from fleet.toolchains.artifacts import list_artifacts, load
+from fleet.toolchains.artifacts import list_artifacts, load, validate
 from fleet.trust.repository import Repository
 
 
@@ -138,6 +138,7 @@ def order(
 
     Raises:
         UsageError: none fits a device, and it was not forced; says every reason. Or they are of different models.
+        BuildError: its files are not what was built.
         RepositoryError: it cannot be signed.
     """
     manifests = [variants] if isinstance(variants, Manifest) else list(variants)
@@ -150,6 +151,10 @@ def order(
         lines = "\n  ".join(reasons)
         raise UsageError(f"it does not fit:\n  {lines}\nforce it with --force REASON if you know better")
     who, repository = actor(), Repository(context.home)
+    published = repository.published()
+    for manifest in manifests:
+        if manifest.digest not in published:
+            validate(context.home, manifest)
     _check_window(wishes, who, context.settings.order_validity_s)
     for manifest in manifests:
         repository.publish(manifest)

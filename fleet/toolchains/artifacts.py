@@ -33,10 +33,14 @@ def find(home: Home, artifact: str) -> Manifest | None:
     """The manifest of the artifact with this id, or None.
 
     Raises:
-        BuildError: it is there and cannot be read.
+        BuildError: it is there and cannot be read, or a file has another length than was built.
     """
-    path = home.artifacts / artifact / "manifest.json"
-    return _read(path) if path.is_file() else None
+    folder = home.artifacts / artifact
+    if not folder.exists():
+        return None
+    manifest = _read(folder / "manifest.json")
+    _check_lengths(home, manifest)
+    return manifest
 
 
 def load(home: Home, wanted: str) -> Manifest:
@@ -85,17 +89,26 @@ def validate(home: Home, manifest: Manifest) -> None:
     Raises:
         BuildError: a file is missing, has another length or other bytes.
     """
+    _check_lengths(home, manifest)
+    folder = files_of(home, manifest.id)
+    for entry in manifest.files:
+        with (folder / entry.path).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                raise BuildError(f"{folder / entry.path} is not what was built; {_again(folder)}")
+
+
+def _check_lengths(home: Home, manifest: Manifest) -> None:
     folder = files_of(home, manifest.id)
     for entry in manifest.files:
         path = folder / entry.path
-        advice = f"remove {folder.parent} and build it again"
         if not path.is_file():
-            raise BuildError(f"{path} is missing; {advice}")
+            raise BuildError(f"{path} is missing; {_again(folder)}")
         if (size := path.stat().st_size) != entry.size:
-            raise BuildError(f"{path} has {size} bytes, its manifest says {entry.size}; {advice}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                raise BuildError(f"{path} is not what was built; {advice}")
+            raise BuildError(f"{path} has {size} bytes, its manifest says {entry.size}; {_again(folder)}")
+
+
+def _again(files: Path) -> str:
+    return f"remove {files.parent} and build it again"
 
 
 def _read(path: Path) -> Manifest:

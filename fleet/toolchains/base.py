@@ -47,7 +47,6 @@ class Converted(_Job):
     entry: str
     kv_element_bytes: float
     notes: dict[str, Any] = {}
-    peak_memory_bytes: int = 0
 
 
 class SpeakJob(_Job):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import threading
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+from filelock import FileLock, Timeout
 
 from agent.contract.base import canonical_json, sha256_hex
 from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, artifact_digest
 from agent.contract.profile import DeviceProfile, Recipe
 from fleet.core.plan_memory import memory_need
+from fleet.core.plan_size import predicted_bytes
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
@@ -29,8 +32,6 @@ from fleet.toolchains.registry import driver_of
 
 PROBE_PROMPT = "What is the capital of France?"
 PROBE_ANSWER = "Paris"
-#: Half-made folders of builds that run in this process.
-_in_use: set[Path] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,21 @@ class BuildPlan:
     versions: dict[str, str]
     context: int
     calibration: tuple[str, ...] = ()
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether its runtime can be asked on a build machine, which has a CPU for certain."""
+        return self.recipe.target in (Target.CPU, Target.METAL, Target.GPU, Target.NPU)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Estimate: of converting, or of loading what came out where that takes more."""
+        converting = driver_of(self.recipe.toolchain).peak_memory_bytes(self.recipe, self.model)
+        if not self.runs_here:
+            return converting
+        shape = read_shape(self.model.path)
+        need = memory_need(shape, self.recipe, predicted_bytes(shape, self.recipe), self.context)
+        return max(converting, need.at_context(self.context))
 
 
 def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> BuildPlan:
@@ -93,23 +109,16 @@ def build(
         progress(Progress("already built", 1.0))
         return found
     try:
-        home.artifacts.mkdir(parents=True, exist_ok=True)
-        _sweep(home)
-        half = home.artifacts / f"{artifacts.HALF_MADE}{os.getpid()}-{threading.get_ident()}-{plan.id}"
-        _in_use.add(half)
-        try:
+        with _half_made(home, plan.id) as half:
             return _build_into(half, plan, home, progress, threads or cores())
-        finally:
-            shutil.rmtree(half, ignore_errors=True)
-            _in_use.discard(half)
     except OSError as error:
         full = "the disk is full; " if error.errno == errno.ENOSPC else ""
         raise BuildError(f"{full}cannot write the artifact in {home.artifacts}: {error.strerror or error}") from None
 
 
 def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallback, threads: int) -> Manifest:
-    shutil.rmtree(half, ignore_errors=True)
-    files, scratch = half / "files", half / "scratch"
+    made, scratch = half / "artifact", half / "scratch"
+    files = made / "files"
     files.mkdir(parents=True)
     scratch.mkdir()
     log = home.logs / f"{plan.id}.log"
@@ -122,15 +131,14 @@ def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallb
     shutil.rmtree(scratch, ignore_errors=True)
     probes = _probe(plan, files, converted, log, progress, threads)
     manifest = _manifest(plan, _chunked(files, progress), converted, probes)
-    durable.write_bytes(half / "manifest.json", manifest.to_json())
-    durable.sync_tree(half)
-    return _put_in_place(half, home, manifest)
+    durable.write_bytes(made / "manifest.json", manifest.to_json())
+    durable.sync_tree(made)
+    return _put_in_place(made, home, manifest)
 
 
-def _put_in_place(half: Path, home: Home, manifest: Manifest) -> Manifest:
-    place = home.artifacts / manifest.id
+def _put_in_place(made: Path, home: Home, manifest: Manifest) -> Manifest:
     try:
-        half.rename(place)
+        made.rename(home.artifacts / manifest.id)
     except OSError:
         # Someone else built the same meanwhile: the same inputs, so theirs is as good.
         if found := artifacts.find(home, manifest.id):
@@ -144,8 +152,7 @@ def _probe(
     plan: BuildPlan, files: Path, converted: Converted, log: Path, progress: ProgressCallback, threads: int
 ) -> tuple[Probe, ...]:
     """The default probe; a model that knows the answer here must know it on the device."""
-    runs_here = plan.recipe.target in (Target.CPU, Target.METAL, Target.GPU, Target.NPU)
-    if not runs_here:
+    if not plan.runs_here:
         return (Probe(prompt=PROBE_PROMPT),)
     progress(Progress("asking the artifact"))
     job = SpeakJob(
@@ -196,13 +203,30 @@ def _manifest(
     )
 
 
+@contextmanager
+def _half_made(home: Home, name: str) -> Iterator[Path]:
+    """A folder to build in, locked as long as somebody does; what a killed build has left is removed first."""
+    home.artifacts.mkdir(parents=True, exist_ok=True)
+    with FileLock(home.root / "build.lock"):  # else a folder could be swept before it is locked
+        _sweep(home)
+        folder = Path(tempfile.mkdtemp(prefix=f"{artifacts.HALF_MADE}{name}-", dir=home.artifacts))
+        mine = FileLock(folder / "lock")
+        mine.acquire()
+    try:
+        yield folder
+    finally:
+        mine.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sweep(home: Home) -> None:
-    """Remove what builds left behind that were killed before they could."""
-    for path in home.artifacts.glob(f"{artifacts.HALF_MADE}*"):
-        pid = path.name.removeprefix(artifacts.HALF_MADE).partition("-")[0]
-        mine = pid == str(os.getpid())
-        if path not in _in_use if mine else not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
+    for folder in home.artifacts.glob(f"{artifacts.HALF_MADE}*"):
+        try:
+            with FileLock(folder / "lock", timeout=0):
+                pass
+        except Timeout:
+            continue  # of a build that runs, here, in another container, or on another host of a shared disk
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def cores() -> int:
@@ -228,14 +252,3 @@ def choose_recipes(
     asked = " ".join(part for part in (toolchain, precision, target) if part)
     listed = ", ".join(f"{one.toolchain} {one.precision} {one.target}" for one in profile.recipes)
     raise ProfileError(f"profile {profile.name} has no recipe for {asked}; it has {listed}")
-
-
-def choose_recipe(
-    profile: DeviceProfile, toolchain: str | None = None, precision: str | None = None, target: str | None = None
-) -> Recipe:
-    """The first of ``choose_recipes``.
-
-    Raises:
-        ProfileError: none matches; lists what the profile has.
-    """
-    return choose_recipes(profile, toolchain, precision, target)[0]

@@ -45,7 +45,7 @@ def main() -> int:
         reason = "the disk is full" if full else f"{type(error).__name__}: {error}"
         _send(events, error=reason, kind="unexpected")
     else:
-        _send(events, result=result, peak_memory_bytes=_peak_memory_bytes())
+        _send(events, result=result)
         _leave(0)
     _leave(1)
     return 1
@@ -88,17 +88,6 @@ def _die_with_the_parent() -> None:
     while sys.stdin.read(1):
         pass
     os._exit(3)
-
-
-def _peak_memory_bytes() -> int:
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        import psutil
-
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.errors import BuildError, FleetError
 from fleet.home import Home
 from fleet.toolchains import artifacts, process
-from fleet.toolchains.build import build, cores, plan_build
+from fleet.toolchains.build import BuildPlan, build, cores, plan_build
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.progress import ProgressCallback
-from fleet.toolchains.registry import driver_of
 
 #: Left to everything else on the machine.
 _RESERVE_BYTES = 512 * 1024 * 1024
@@ -52,74 +51,98 @@ def build_all(
     removes what is half made, and is passed on.
     """
     budget = memory_bytes if memory_bytes is not None else psutil.virtual_memory().available - _RESERVE_BYTES
-    return _Queue(model, requests, home, max(1, jobs), budget, progress).run()
+    return _Queue(model, requests, home, budget, progress).run(max(1, jobs))
 
 
 class _Queue:
     def __init__(
-        self, model: Checkpoint, requests: Sequence[Request], home: Home, jobs: int, budget: int,
+        self, model: Checkpoint, requests: Sequence[Request], home: Home, budget: int,
         progress: Callable[[int], ProgressCallback],
     ) -> None:  # fmt: skip
         self._model, self._requests, self._home = model, requests, home
-        self._jobs, self._budget, self._progress = jobs, budget, progress
-        self._threads = max(1, cores() // jobs)
+        self._budget, self._progress = budget, progress
         self._outcomes: dict[int, Outcome] = {}
         self._lock = threading.Lock()
 
-    def run(self) -> tuple[Outcome, ...]:
-        waiting = {i: self._need(i) for i in range(len(self._requests))}
-        waiting = {i: need for i, need in waiting.items() if i not in self._outcomes}
+    def run(self, jobs: int) -> tuple[Outcome, ...]:
+        waiting = self._to_build()
+        threads = max(1, cores() // max(1, min(jobs, len(waiting))))
         running: dict[Future[None], int] = {}
-        with ThreadPoolExecutor(self._jobs) as pool:
+        with process.stoppable() as stop, ThreadPoolExecutor(jobs) as pool:
             try:
                 while waiting or running:
-                    for i in self._startable(waiting, sum(running.values()), self._jobs - len(running)):
-                        running[pool.submit(self._build, i)] = waiting.pop(i)
+                    for wanted_by in self._startable(waiting, sum(running.values()), jobs - len(running)):
+                        running[pool.submit(self._build, wanted_by, threads)] = waiting.pop(wanted_by)
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         running.pop(future)
                         future.result()
             except BaseException:
-                process.stop_all()
+                stop()
                 raise
         return tuple(self._outcomes[i] for i in range(len(self._requests)))
 
-    def _need(self, i: int) -> int:
-        """Bytes of memory; the outcome is noted at once where nothing is to be built."""
-        request = self._requests[i]
+    def _to_build(self) -> dict[tuple[int, ...], int]:
+        """The requests that one build is for, and its memory; of all others the outcome is noted.
+
+        Profiles share recipes, and so requests an artifact.
+        """
+        plans: dict[str, tuple[BuildPlan, list[int]]] = {}
+        for i, request in enumerate(self._requests):
+            try:
+                plan = plan_build(self._model, request.profile, request.recipe)
+            except FleetError as error:
+                self._note((i,), error=error)
+            else:
+                plans.setdefault(plan.id, (plan, []))[1].append(i)
+        needs = {tuple(wanted_by): self._need(plan, tuple(wanted_by)) for plan, wanted_by in plans.values()}
+        return {wanted_by: need for wanted_by, need in needs.items() if need is not None}
+
+    def _need(self, plan: BuildPlan, wanted_by: tuple[int, ...]) -> int | None:
+        """Bytes of memory; None where there is nothing to build, and the outcome is noted."""
         try:
-            plan = plan_build(self._model, request.profile, request.recipe)
             if found := artifacts.find(self._home, plan.id):
-                self._outcomes[i] = Outcome(request, found, reused=True)
-            need = driver_of(request.recipe.toolchain).peak_memory_bytes(request.recipe, self._model)
-            if need > self._budget and i not in self._outcomes:
+                self._note(wanted_by, found, reused=True)
+                return None
+            need = plan.peak_memory_bytes
+            if need > self._budget:
                 raise BuildError(
                     f"building {plan.id} takes about {need / 2**30:.1f} GiB of memory, and {self._budget / 2**30:.1f} "
                     "GiB are available; build it on a larger machine"
                 )
         except FleetError as error:
-            self._outcomes[i] = Outcome(request, error=error)
-            return 0
+            self._note(wanted_by, error=error)
+            return None
         return need
 
-    def _startable(self, waiting: dict[int, int], taken: int, slots: int) -> list[int]:
+    def _startable(self, waiting: dict[tuple[int, ...], int], taken: int, slots: int) -> list[tuple[int, ...]]:
         """Those that fit now, in order; a smaller one may overtake one that has to wait for memory."""
-        chosen: list[int] = []
-        for i, need in waiting.items():
+        chosen: list[tuple[int, ...]] = []
+        for wanted_by, need in waiting.items():
             if len(chosen) < slots and taken + need <= self._budget:
-                chosen.append(i)
+                chosen.append(wanted_by)
                 taken += need
         return chosen
 
-    def _build(self, i: int) -> None:
-        request = self._requests[i]
+    def _build(self, wanted_by: tuple[int, ...], threads: int) -> None:
+        first = wanted_by[0]
+        request = self._requests[first]
         try:
             manifest = build(
                 self._model, request.profile, request.recipe, self._home,
-                progress=self._progress(i), threads=self._threads,
+                progress=self._progress(first), threads=threads,
             )  # fmt: skip
-            outcome = Outcome(request, manifest)
         except FleetError as error:
-            outcome = Outcome(request, error=error)
+            self._note(wanted_by, error=error)
+        else:
+            self._note(wanted_by, manifest)
+
+    def _note(
+        self, wanted_by: tuple[int, ...], manifest: Manifest | None = None, *, error: FleetError | None = None,
+        reused: bool = False,
+    ) -> None:  # fmt: skip
+        """Where one build was for several requests, the first has it built and the others find it there."""
         with self._lock:
-            self._outcomes[i] = outcome
+            for i in wanted_by:
+                shared = manifest is not None and i != wanted_by[0]
+                self._outcomes[i] = Outcome(self._requests[i], manifest, error, reused or shared)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +59,7 @@ def convert(job: ConvertJob, log: Path, progress: ProgressCallback) -> Converted
         ModelError: the toolchain found the checkpoint wrong.
     """
     answer = _Child("convert", job, log, progress).run()
-    return Converted.model_validate(answer["result"] | {"peak_memory_bytes": answer["peak_memory_bytes"]})
+    return Converted.model_validate(answer["result"])
 
 
 def speak(job: SpeakJob, log: Path, progress: ProgressCallback) -> str:
@@ -89,12 +90,26 @@ _FAILED = {
 
 
 _running: set[subprocess.Popen[bytes]] = set()
+_stopped = False
+_lock = threading.Lock()
 
 
-def stop_all() -> None:
-    """End every child of this process, for example because the operator interrupted builds in other threads."""
-    for child in tuple(_running):
-        _signal_group(child, "SIGKILL")
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """Gives what ends every child, in whatever thread; from then on none begins until the block is left."""
+    global _stopped  # noqa: PLW0603 - as wide as what it stops: the children of this process
+
+    def stop() -> None:
+        global _stopped  # noqa: PLW0603 - see above
+        with _lock:
+            _stopped = True
+            for child in _running:
+                _signal_group(child, "SIGKILL")
+
+    try:
+        yield stop
+    finally:
+        _stopped = False
 
 
 @dataclass
@@ -107,13 +122,7 @@ class _Child:
 
     def run(self) -> dict[str, Any]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "fleet.toolchains.child"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": _python_path()}, start_new_session=True,
-            )  # fmt: skip
-        _running.add(child)
+        child = self._begin()
         try:
             answer = self._follow(child)
         finally:
@@ -123,6 +132,18 @@ class _Child:
             raise self._failure(answer, child.returncode)
         self.log.unlink(missing_ok=True)
         return answer
+
+    def _begin(self) -> subprocess.Popen[bytes]:
+        with _lock, self.log.open("ab") as log:
+            if _stopped:
+                raise BuildError("interrupted")
+            child = subprocess.Popen(
+                [sys.executable, "-m", "fleet.toolchains.child"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": _python_path()}, start_new_session=True,
+            )  # fmt: skip
+            _running.add(child)
+        return child
 
     def _follow(self, child: subprocess.Popen[bytes]) -> dict[str, Any]:
         """Pass progress on until the child has answered or is gone; the last event that is no progress."""

@@ -15,7 +15,7 @@ import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
-from fleet.errors import BuildError, FleetError, ProfileError, UsageError
+from fleet.errors import BuildError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.toolchains import artifacts
@@ -150,7 +150,7 @@ def test_what_a_toolchain_cannot_build_is_refused_before_it_starts(tiny_dir: Pat
         with pytest.raises(ProfileError):
             building.build(model, PROFILE, INT4.model_copy(update=changes), Home(tmp_path))
     with pytest.raises(ProfileError, match="no recipe for mlx"):
-        building.choose_recipe(PROFILE, "mlx")
+        building.choose_recipes(PROFILE, "mlx")
 
 
 def test_artifacts_are_found_by_id_digest_and_unambiguous_beginning(tiny_artifact: Built, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_artifacts_are_found_by_id_digest_and_unambiguous_beginning(tiny_artifac
             artifacts.load(home, wanted)
 
 
-def test_a_damaged_artifact_is_named(tiny_artifact: Built, tmp_path: Path) -> None:
+def test_a_damaged_artifact_is_named(tiny_artifact: Built, tiny_dir: Path, tmp_path: Path) -> None:
     home, manifest = Home(tmp_path), tiny_artifact.manifest
     folder = home.artifacts / manifest.id
     shutil.copytree(tiny_artifact.files.parent, folder)
@@ -175,14 +175,31 @@ def test_a_damaged_artifact_is_named(tiny_artifact: Built, tmp_path: Path) -> No
     model.write_bytes(data)
     with pytest.raises(BuildError, match="is not what was built"):
         artifacts.validate(home, manifest)
+    model.write_bytes(data[:-1])
+    with pytest.raises(BuildError, match="its manifest says"):
+        artifacts.find(home, manifest.id)
     model.unlink()
     with pytest.raises(BuildError, match="is missing"):
-        artifacts.validate(home, manifest)
+        artifacts.find(home, manifest.id)
     (folder / "manifest.json").write_text(json.dumps({"version": 1}))
     listing = artifacts.list_artifacts(home)
     assert listing.manifests == () and "remove its folder and build again" in listing.damaged[0]
-    with pytest.raises(FleetError):
+    with pytest.raises(BuildError):
         artifacts.find(home, manifest.id)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(BuildError, match="remove its folder"):
+        building.build(checkpoint(tiny_dir), PROFILE, INT4, home)
+
+
+def test_what_another_build_holds_is_not_swept(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with building._half_made(home, "one") as mine:
+        left = home.artifacts / f"{artifacts.HALF_MADE}left"
+        left.mkdir()
+        with building._half_made(home, "two"):
+            assert mine.is_dir()
+            assert not left.exists()
+    assert list(home.artifacts.iterdir()) == []
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
+from fleet.toolchains import process
+from fleet.toolchains.build import plan_build
 from fleet.toolchains.jobs import Request, build_all
-from fleet.toolchains.progress import ProgressCallback, silent
+from fleet.toolchains.progress import Progress, ProgressCallback, silent
 from tests.models import Built, checkpoint
 from tests.waiting import alive, wait_until
 
@@ -49,10 +51,8 @@ def test_a_build_that_cannot_fit_is_never_started(tiny_dir: Path, tmp_path: Path
 
 
 def test_builds_run_side_by_side_only_as_far_as_memory_goes(tiny_dir: Path, tmp_path: Path) -> None:
-    from fleet.toolchains.registry import driver_of
-
     model = checkpoint(tiny_dir)
-    need = driver_of(INT4.toolchain).peak_memory_bytes(INT4, model)
+    need = plan_build(model, PROFILE, INT4).peak_memory_bytes
     running: set[int] = set()
     most, lock = [0], threading.Lock()
 
@@ -105,6 +105,41 @@ def test_an_interruption_ends_every_child_and_leaves_nothing_half_made(tiny_dir:
     parent.wait(30)
     parent.stdout.close()
     wait_until(lambda: not any(alive(child) for child in children), "the children end with their parent")
+    assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+def test_profiles_that_share_a_recipe_share_a_build(tiny_dir: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+
+    def watch(i: int) -> ProgressCallback:
+        told.append(i)
+        return silent
+
+    other = PROFILE.model_copy(update={"name": "another"})
+    requests = [Request(one, INT4) for one in (PROFILE, other)]
+    built, shared = build_all(
+        checkpoint(tiny_dir), requests, Home(tmp_path), jobs=2, progress=watch, memory_bytes=LARGE
+    )
+    assert told == [0]
+    assert built.manifest == shared.manifest is not None
+    assert (built.reused, shared.reused) == (False, True)
+
+
+def test_after_an_interruption_no_child_begins(tiny_dir: Path, tmp_path: Path) -> None:
+    """A build may be between two children when the operator interrupts: its second must not begin."""
+
+    def interrupt(i: int) -> ProgressCallback:
+        def tell(step: Progress) -> None:
+            if step.phase == "asking the artifact":
+                stop()
+
+        return tell
+
+    with process.stoppable() as stop:
+        (outcome,) = build_all(
+            checkpoint(tiny_dir), [Request(PROFILE, INT4)], Home(tmp_path), progress=interrupt, memory_bytes=LARGE
+        )
+        assert outcome.error is not None and "interrupted" in str(outcome.error)
     assert list((tmp_path / "artifacts").iterdir()) == []
 
 
