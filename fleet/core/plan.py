@@ -52,8 +52,10 @@ def judge(shape: ModelShape, profile: DeviceProfile, recipe: Recipe, resolve: Re
     """One recipe, which need not be of the profile's own."""
     context = min(profile.context, shape.max_context)
     options, wrong = _resolved(recipe, resolve)
-    size = predicted_bytes(shape, recipe, options)
-    memory = memory_need(shape, recipe, size, context)
+    # Of options that are refused there is no size: that of the defaults is shown.
+    sized = recipe.model_copy(update={"options": {} if wrong else dict(options)})
+    size = predicted_bytes(shape, sized)
+    memory = memory_need(shape, sized, size, context)
     found = refusals(Case(shape, recipe, context, profile, options))
     if wrong and not found:  # a rule of ours says why better than the toolchain does
         found = (wrong,)

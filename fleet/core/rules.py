@@ -16,6 +16,7 @@ from fleet.core.plan_shape import Block, ModelShape
 
 _QUANTIZED = (Precision.INT4, Precision.INT8)
 _HALVES = (Precision.FP16, Precision.BF16)
+_MLX_GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def _openvino_npu_recipe(case: Case) -> str | None:
     wrong = []
     if not case.option("symmetric", True):
         wrong.append("symmetric must be true")
-    if float(case.option("ratio", 1.0)) != 1.0:
+    if case.option("ratio", 1.0) != 1.0:
         wrong.append("ratio must be 1.0")
     if case.option("group_size", 128) not in (-1, 128):
         wrong.append("group_size must be -1 or 128")
@@ -195,7 +196,9 @@ def _sliding_window(case: Case) -> str | None:
 def _group_fits(case: Case) -> str | None:
     if not case.is_(Toolchain.MLX) or case.recipe.precision not in _QUANTIZED:
         return None
-    group = int(case.option("group_size", 64))
+    group = case.option("group_size", 64)
+    if group not in _MLX_GROUPS:
+        return None  # the toolchain says what it can be
     wrong = sorted({matrix.columns for matrix in case.shape.linears() if matrix.columns % group})
     if not wrong:
         return None

@@ -59,7 +59,8 @@ class BuildPlan:
         if not self.runs_here:
             return converting
         shape = read_shape(self.model.path)
-        need = memory_need(shape, self.recipe, predicted_bytes(shape, self.recipe), self.context)
+        recipe = self.recipe.model_copy(update={"options": self.options})
+        need = memory_need(shape, recipe, predicted_bytes(shape, recipe), self.context)
         return max(converting, need.at_context(self.context))
 
 

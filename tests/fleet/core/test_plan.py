@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.cli.plan import resolver
 from fleet.core.phi_variants import VARIANTS, find_variant
 from fleet.core.plan import as_json, candidates, first_legal, judge
 from fleet.core.plan_memory import MIB, memory_need
@@ -89,6 +90,26 @@ def test_any_network_has_a_size_and_a_memory(
     assert size > model.parameters * 0.4
     assert need.at_context(2048) > size
     assert need.at_context(2048) > need.at_context(1024)
+
+
+@given(
+    st.sampled_from([recipe for recipe in RECIPES if recipe.precision is Precision.INT4]),
+    st.dictionaries(
+        st.sampled_from(["group_size", "block_size", "ratio", "type", "mixed", "bits_of", "tensor_types", "awq",
+                         "embedding_type", "calibration", "recover", "symmetric", "colour"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+        | st.lists(st.integers(), max_size=2)
+        | st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=3)),
+        max_size=3,
+    ),
+)  # fmt: skip
+def test_whatever_a_profile_asks_for_is_planned_or_refused(recipe: Recipe, options: dict[str, Any]) -> None:
+    model = shape("phi-4-mini")
+    asked = recipe.model_copy(update={"options": options})
+    found = judge(model, load_profile("ai-pc-cpu"), asked, resolver(model, "phi-4-mini"))
+    assert found.size_bytes > 0
+    if "colour" in options:
+        assert not found.legal
 
 
 def test_mlx_on_a_cpu_holds_scales_and_offsets_in_float32() -> None:
