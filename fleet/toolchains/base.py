@@ -96,13 +96,13 @@ class ToolchainDriver(Protocol):
 
 
 def installed_versions(driver: ToolchainDriver) -> dict[str, str]:
-    """Package to version of everything that decides the driver's output.
+    """Package to version of everything that decides the driver's output: phifleet, which drives and mends, too.
 
     Raises:
         BuildError: one is not installed; names the extra.
     """
     found, missing = {}, []
-    for package in driver.packages:
+    for package in (*driver.packages, "phifleet"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

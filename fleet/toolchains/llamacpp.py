@@ -7,7 +7,7 @@ import ctypes
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,6 +146,7 @@ def _quantize(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
             matrix = measure(whole, job.calibration, job.threads, progress)
             _give_matrix(params, matrix.values, keep)
             notes["imatrix"] = {"tensors": len(matrix.values), "tokens": matrix.tokens}
+    _check_patterns(whole, job.options.get("tensor_types", {}))
     lines: list[str] = []
     progress(Progress("quantizing", 0.0))
     with watching((_QUANTIZING,), progress), _logged(lines):
@@ -155,6 +156,19 @@ def _quantize(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
     # Rows that are no multiple of 256 cannot be K-quants; llama.cpp takes the next larger type instead.
     notes["fallback_tensors"] = sum("falling back" in line for line in lines)
     return notes
+
+
+def _check_patterns(whole: Path, patterns: Mapping[str, str]) -> None:
+    """llama.cpp searches for them in tensors' names, and says nothing of one that is nowhere."""
+    if not patterns:
+        return
+    from gguf import GGUFReader
+
+    names = [tensor.name for tensor in GGUFReader(whole).tensors]
+    if unused := [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]:
+        parts = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+        listed = f"{', '.join(unused)}; there are {', '.join(parts)}"
+        raise ProfileError(f"llamacpp: tensor_types: no tensor matches {listed}")
 
 
 def _override_types(params: Any, options: dict[str, Any], keep: list[Any]) -> None:

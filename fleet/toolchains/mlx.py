@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized
 from fleet.toolchains.mlx_weights import replace
-from fleet.toolchains.options import Option, complete
+from fleet.toolchains.options import Option, check_calibration, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
@@ -43,7 +42,8 @@ class Mlx:
 
     name: ClassVar[Toolchain] = Toolchain.MLX
     extra: ClassVar[str] = "quantize"
-    packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers")
+    #: torch is what a recovery computes with.
+    packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers", "torch")
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """Group size, and at INT4 one of mlx-lm's mixed recipes."""
@@ -54,6 +54,7 @@ class Mlx:
         options = complete(what, recipe.options, known)
         _check(what, options)
         check_recovery(what, options, model)
+        check_calibration(what, options, ("recover",))
         group = options.get("group_size", 1)
         if model.shape.hidden % group or model.shape.intermediate % group:
             raise ProfileError(f"{what}: rows of {model.shape.hidden} and {model.shape.intermediate} weights do not "
@@ -74,11 +75,15 @@ class Mlx:
         bits = _BITS.get(job.precision)
         out = job.scratch / "mlx"
         progress(Progress("quantizing" if bits else "converting"))
+        choose = _Chosen(job.options) if job.options.get("bits_of") else None
         convert(
             str(source), mlx_path=str(out), quantize=bits is not None, q_bits=bits,
             q_group_size=job.options.get("group_size"), dtype=_DTYPES.get(job.precision, "float16"),
-            quant_predicate=job.options.get("mixed") or _predicate(job.options),
+            quant_predicate=job.options.get("mixed") or choose,
         )  # fmt: skip
+        if choose and (unused := set(job.options["bits_of"]) - choose.used):
+            listed = f"{', '.join(sorted(unused))}; there are {', '.join(sorted(choose.names))}"
+            raise ProfileError(f"mlx: bits_of: no matrix is named like {listed}")
         if job.options.get("recover"):
             notes["recovered"] = replace(out, _recovered(job, source, progress))
         _keep(out, job.out)
@@ -113,21 +118,30 @@ def _check(what: str, options: dict[str, Any]) -> None:
         raise ProfileError(f"{what}: mixed goes neither with bits_of nor with recover")
 
 
+def _part(options: dict[str, Any], name: str) -> str | None:
+    return next((part for part in options["bits_of"] if part in name), None)
+
+
 def _bits(options: dict[str, Any], name: str) -> int:
-    return next((int(bits) for part, bits in options["bits_of"].items() if part in name), 4)
+    part = _part(options, name)
+    return 4 if part is None else int(options["bits_of"][part])
 
 
-def _predicate(options: dict[str, Any]) -> Callable[..., Any] | None:
-    """mlx-lm asks it for each module: False, or how to quantize."""
-    if not options.get("bits_of"):
-        return None
+class _Chosen:
+    """mlx-lm asks it for each module: False, or how to quantize. It remembers which parts of names it ``used``."""
 
-    def choose(name: str, module: Any, *_: Any) -> Any:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self.used: set[str] = set()
+        self.names: set[str] = set()
+
+    def __call__(self, name: str, module: Any, *_: Any) -> Any:
         if not hasattr(module, "to_quantized"):
             return False
-        return {"group_size": options["group_size"], "bits": _bits(options, name)}
-
-    return choose
+        self.names.add(name.rpartition(".")[2])
+        if part := _part(self._options, name):
+            self.used.add(part)
+        return {"group_size": self._options["group_size"], "bits": _bits(self._options, name)}
 
 
 def _recovered(job: ConvertJob, source: Path, progress: ProgressCallback) -> dict[str, Quantized]:

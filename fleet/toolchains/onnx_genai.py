@@ -15,7 +15,7 @@ from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized
 from fleet.toolchains.onnx_graph import OnnxGraph
 from fleet.toolchains.onnx_window import attend_within_window
-from fleet.toolchains.options import Option, complete
+from fleet.toolchains.options import Option, check_calibration, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
@@ -70,6 +70,7 @@ class OnnxGenai:
             known = known | {"accuracy_level": (4 if recipe.target is Target.CPU else 0, (0, 1, 2, 3, 4))}
         options = complete(what, recipe.options, known)
         check_recovery(what, options, model)
+        check_calibration(what, options, ("recover",))
         if options.get("recover") and (options["mixed"] or options["algorithm"] == "k_quant"):
             raise ProfileError(f"{what}: recover goes with algorithm default or rtn, and not with mixed")
         if options.get("algorithm") == "default" and not options["symmetric"]:

@@ -14,7 +14,7 @@ from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.openvino_weights import Constants
-from fleet.toolchains.options import Option, complete
+from fleet.toolchains.options import Option, check_calibration, complete
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.source import mirror
@@ -106,10 +106,12 @@ class OpenVino:
 
 
 def _check_int4(what: str, options: dict[str, Any], target: Target) -> None:
-    if not 0 <= options["ratio"] <= 1:
-        raise ProfileError(f"{what}: ratio is a share from 0 to 1, not {options['ratio']}")
+    if not 0 < options["ratio"] <= 1:  # NNCF takes 0 for not given
+        raise ProfileError(f"{what}: ratio is a share, more than 0 and at most 1, not {options['ratio']}; or take int8")
     if wanting := [name for name in _NEEDS_TEXT if options[name] and not options["calibration"]]:
         raise ProfileError(f"{what}: {', '.join(wanting)} needs a calibration: 'bundled', or a text file")
+    if options["ratio"] == 1:  # else the text tells which layers are sensitive
+        check_calibration(what, options, (*_NEEDS_TEXT, "awq", "recover"))
     if options["recover"] and (undone := [name for name in _OF_NNCF if options[name]]):
         raise ProfileError(f"{what}: recover does not go with {', '.join(undone)}")
     if options["gptq"] and options["lora_correction"]:
@@ -152,13 +154,29 @@ def _compress(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
         Watch(re.compile(r"Applying GPTQ .*?(\d+)%"), "GPTQ", 100),
         Watch(re.compile(r"Applying Weight Compression .*?(\d+)%"), "compressing", 100),
     )
+    skipped = _Skipped()
+    logging.getLogger("nncf").addHandler(skipped)
     with watching(watches, progress):
         compressed = nncf.compress_weights(model, **arguments)
+    if skipped.lines:
+        raise BuildError(f"NNCF left out what the recipe asks for: {skipped.lines[0]}")
     notes: dict[str, Any] = {"weights": _count_types(compressed)}
     if job.options.get("recover"):
         notes["recovered"] = _recover(job, compressed, progress)
     openvino.save_model(compressed, job.out / MODEL, compress_to_fp16=False)
     return notes
+
+
+class _Skipped(logging.Handler):
+    """NNCF goes on without an algorithm that finds nothing to do, and says so in its log only."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "will be skipped" in record.getMessage():
+            self.lines.append(record.getMessage())
 
 
 def _recover(job: ConvertJob, compressed: Any, progress: ProgressCallback) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fleet.errors import ProfileError
@@ -27,6 +27,16 @@ def complete(what: str, given: Mapping[str, Any], known: Mapping[str, Option]) -
             raise ProfileError(f"{what}: option {name} cannot be {value!r}; it can be {listed}")
         options[name] = value
     return options
+
+
+def check_calibration(what: str, options: Mapping[str, Any], users: Sequence[str]) -> None:
+    """Whether something reads the calibration text that is named; ``users`` are the options that do.
+
+    Raises:
+        ProfileError: nothing does, and the manifest would say calibrated of what is not.
+    """
+    if options.get("calibration") and not any(options[name] for name in users):
+        raise ProfileError(f"{what}: nothing uses the calibration; leave it out, or set {' or '.join(users)}")
 
 
 def _is(value: Any, allowed: Any) -> bool:

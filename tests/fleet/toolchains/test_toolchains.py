@@ -9,7 +9,7 @@ import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
-from fleet.errors import BuildError
+from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.toolchains.build import build
@@ -53,7 +53,11 @@ RECIPES: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], dict[str,
     "gguf bf16": (T.LLAMACPP, P.BF16, D.CPU, {}, {}),
     "gguf fp32": (T.LLAMACPP, P.FP32, D.CPU, {}, {}),
     "openvino int4": (T.OPENVINO, P.INT4, D.CPU, {}, {}),
-    "openvino awq, scale estimation": (T.OPENVINO, P.INT4, D.CPU, {"awq": True, "scale_estimation": True, **TEXT}, {}),
+    "openvino awq": (T.OPENVINO, P.INT4, D.CPU, {"awq": True, **TEXT}, {}),
+    "openvino scale estimation": (T.OPENVINO, P.INT4, D.CPU, {"scale_estimation": True, **TEXT}, {}),
+    "openvino gptq": (T.OPENVINO, P.INT4, D.CPU, {"gptq": True, **TEXT}, {}),
+    "openvino lora": (T.OPENVINO, P.INT4, D.CPU, {"lora_correction": True, **TEXT}, {}),
+    "openvino half of it": (T.OPENVINO, P.INT4, D.CPU, {"ratio": 0.5, **TEXT}, {}),
     "openvino recovered": (T.OPENVINO, P.INT4, D.CPU, {"recover": True, **TEXT}, {"recovered": 8}),
     "openvino recovered in whole rows": (
         T.OPENVINO,
@@ -100,7 +104,34 @@ def test_it_builds_loads_and_generates(tiny_dir: Path, name: str) -> None:
         assert manifest.recipe[key] == value
     if manifest.toolchain is T.OPENVINO and manifest.precision is P.INT4:
         small = "i4" if manifest.recipe["symmetric"] else "u4"
-        assert manifest.recipe["weights"][small] > 70_000
+        assert manifest.recipe["weights"][small] > (70_000 if manifest.recipe["ratio"] == 1 else 20_000)
+
+
+@pytest.mark.toolchain
+def test_no_option_is_ignored(tiny_dir: Path) -> None:
+    """What an option changes is bytes: an artifact for each recipe, and no two with the same weights."""
+    made: dict[frozenset[str], str] = {}
+    for name in RECIPES:
+        files = _built(tiny_dir, name).manifest.files
+        weights = frozenset(file.sha256 for file in files if file.path.endswith((".gguf", ".data", ".bin", "tensors")))
+        assert weights, [file.path for file in files]
+        assert weights not in made, f"{name} is the same as {made[weights]}"
+        made[weights] = name
+
+
+UNUSED = {
+    "mlx": (T.MLX, P.INT4, D.METAL, {"bits_of": {"lm_hed": 5}}, r"like lm_hed; there are .*embed_tokens"),
+    "llama.cpp": (T.LLAMACPP, P.INT4, D.CPU, {"tensor_types": {"ffn_dwn": "Q8_0"}}, "ffn_dwn; there are .*ffn_down"),
+}
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("toolchain", UNUSED)
+def test_a_name_that_no_tensor_has_is_told(tiny_dir: Path, tmp_path: Path, toolchain: str) -> None:
+    name, precision, target, options, message = UNUSED[toolchain]
+    recipe = Recipe(toolchain=name, precision=precision, target=target, options=options)
+    with pytest.raises(ProfileError, match=message):
+        build(checkpoint(tiny_dir), load_profile("iot-x86"), recipe, Home(tmp_path))
 
 
 @pytest.mark.toolchain
