@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from fleet.core.phi_variants import VARIANTS, find_variant
-from fleet.core.plan_shape import ModelShape, Vocabulary, shape_of
+from fleet.core.plan_shape import ModelFile, ModelShape, Vocabulary, shape_of
 from fleet.errors import ModelError
+from fleet.toolchains.checkpoint import local_path, read_json
+from fleet.toolchains.safetensors_scan import read_tensors
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+class _Words(ModelFile):
+    """BPE maps tokens to ids, Unigram lists them with scores; older files have a merge as text, newer as a pair."""
+
+    vocab: dict[str, int] | list[Annotated[tuple[str, float], Field(strict=False)]] | None = None
+    merges: list[str | list[str]] | None = None
+
+
+class _Tokenizer(ModelFile):
+    model: _Words | None = None
 
 
 def read_shape(model: str | Path) -> ModelShape:
@@ -20,7 +34,7 @@ def read_shape(model: str | Path) -> ModelShape:
     Raises:
         ModelError: neither, or no Phi.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.is_dir():
         return _from_folder(path)
     if variant := find_variant(str(model)):
@@ -30,26 +44,14 @@ def read_shape(model: str | Path) -> ModelShape:
 
 
 def _from_folder(path: Path) -> ModelShape:
-    config = _json(path / "config.json")
-    if not isinstance(config, dict):
-        raise ModelError(f"{path / 'config.json'}: must hold a JSON object")
-    shape = shape_of(config, name=path.resolve().name, vocabulary=_vocabulary(path))
+    file = path / "config.json"
+    config = read_json(file, needed=True)
+    shape = shape_of(config, name=path.resolve().name, origin=str(file), vocabulary=_vocabulary(path))
     return replace(shape, tied=_tied(path, shape.tied))
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}; pass a checkpoint's folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: is no JSON: {error}") from None
 
 
 def _tied(path: Path, claimed: bool) -> bool:
     """By the weights that are there, if any are: config.json may be silent."""
-    from fleet.toolchains.safetensors_scan import read_tensors
-
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         return claimed
@@ -60,14 +62,13 @@ def _vocabulary(path: Path) -> Vocabulary | None:
     file = path / "tokenizer.json"
     if not file.is_file():
         return None
-    document = _json(file)
-    model = document.get("model") or {} if isinstance(document, dict) else {}
-    words, merges = model.get("vocab") or {}, model.get("merges") or []
-    names = words if isinstance(words, dict) else [word[0] for word in words]
-    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    model = _Tokenizer.parse(read_json(file), str(file)).model or _Words()
+    words = model.vocab or {}
+    names = words if isinstance(words, dict) else [word for word, _ in words]
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.merges or []]
     files = [path / name for name in _TOKENIZER_FILES]
     return Vocabulary(
-        text_bytes=sum(len(str(name).encode()) for name in names),
+        text_bytes=sum(len(name.encode()) for name in names),
         merges=len(pairs),
         merge_bytes=sum(len(pair.encode()) for pair in pairs),
         file_bytes=sum(one.stat().st_size for one in files if one.is_file()),

@@ -64,7 +64,10 @@ class FleetSettings(BaseSettings):
     @field_validator("home", "broker_ca", "broker_cert", "broker_key")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        return path.expanduser().absolute() if path else path
+        try:
+            return path.expanduser().absolute() if path else path
+        except RuntimeError:
+            raise ValueError(f"{path} begins with nobody's home; pass the full path") from None
 
     @field_validator("broker")
     @classmethod

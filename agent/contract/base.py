@@ -54,8 +54,10 @@ def explain(error: ValidationError) -> str:
     parts = []
     for problem in error.errors(include_url=False)[:5]:
         where = ".".join(str(step) for step in problem["loc"]) or "the message"
-        found = repr(problem.get("input"))
-        parts.append(f"{where}: {problem['msg']} (found {found[:80]})")
+        if problem["type"] == "missing":  # its input is all that stands around it
+            parts.append(f"{where}: is missing")
+        else:
+            parts.append(f"{where}: {problem['msg']} (found {problem['input']!r:.80})")
     return "; ".join(parts)
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, Self
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from agent.contract.base import explain
 from fleet.errors import ModelError
+
+#: The limits are far above any network there is: beyond them stands a mistake, over which the planner would count long.
+Size = Annotated[int, Field(gt=0, le=2**24)]
+Count = Annotated[int, Field(gt=0, le=4096)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Block(StrEnum):
@@ -29,6 +37,81 @@ _BLOCKS = {
 }
 #: Their text part alone is exported.
 MULTIMODAL = ("Phi3VForCausalLM", "Phi4MMForCausalLM", "Phi4MultimodalForCausalLM")
+
+
+class ModelFile(BaseModel):
+    """Base of what is read of a checkpoint's JSON: strict, and blind to the fields that nobody here needs."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], origin: str) -> Self:
+        """The fields in ``values``; ``origin`` is the file's name, for messages.
+
+        Raises:
+            ModelError: a field is missing or wrong; names file and field, and what stood there.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ModelError(f"{origin}: {explain(error)}; correct the file, or fetch it again") from None
+
+
+class Rope(ModelFile):
+    """``rope_scaling`` on the hub, ``rope_parameters`` in transformers 5; the factors are the toolchains' matter."""
+
+    type: str | None = None
+    rope_type: str | None = None
+    original_max_position_embeddings: Size | None = None
+    partial_rotary_factor: Share | None = None
+
+
+class NetworkConfig(ModelFile):
+    """The sizes in a config.json. The order matters: a check sees the fields above its own."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Count
+    head_dim: Size | None = None
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    vocab_size: Size
+    max_position_embeddings: Size
+    original_max_position_embeddings: Size | None = None
+    sliding_window: Size | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    partial_rotary_factor: Share | None = None
+    num_local_experts: Annotated[int, Field(ge=0, le=4096)] | None = None
+    tie_word_embeddings: bool | None = None
+    torch_dtype: str | None = None
+    dtype: str | None = None
+
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _heads_share_the_hidden_state(cls, heads: int, info: ValidationInfo) -> int:
+        hidden = info.data.get("hidden_size", 0)
+        if hidden % heads and not info.data.get("head_dim"):
+            raise ValueError(f"must divide hidden_size, {hidden}, where there is no head_dim")
+        return heads
+
+    @field_validator("num_key_value_heads")
+    @classmethod
+    def _heads_share_keys(cls, kv_heads: int | None, info: ValidationInfo) -> int | None:
+        heads = info.data.get("num_attention_heads", 0)
+        if kv_heads and heads % kv_heads:
+            raise ValueError(f"must divide num_attention_heads, {heads}")
+        return kv_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """As many as attention heads where config.json is silent."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Elements of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,44 +235,46 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_size
 
 
-def shape_of(config: Mapping[str, Any], *, name: str, vocabulary: Vocabulary | None = None) -> ModelShape:
-    """The shape in a config.json, of the hub's spelling or of transformers 5's.
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first that config.json names, or a few words on what is there instead."""
+    match config.get("architectures"):
+        case [str(first), *_]:
+            return first
+        case None | []:
+            return f"unnamed, model_type {config.get('model_type')!r:.80}"
+        case found:
+            return f"garbled: architectures is {found!r:.80}, where a list of names should be"
+
+
+def shape_of(
+    config: Mapping[str, Any], *, name: str, origin: str = "config.json", vocabulary: Vocabulary | None = None
+) -> ModelShape:
+    """The shape in a config.json, of the hub's spelling or of transformers 5's; ``origin`` is the file, for messages.
 
     Raises:
-        ModelError: the architecture is no Phi that has a planner, or a size is missing.
+        ModelError: the architecture is no Phi that has a planner, or a size is missing or wrong.
     """
-    architecture = str((config.get("architectures") or [f"model_type {config.get('model_type')!r}"])[0])
+    architecture = architecture_of(config)
     if architecture not in _BLOCKS:
-        raise ModelError(f"{name}: its architecture is {architecture}; phifleet plans {', '.join(_BLOCKS)}")
-    try:
-        return _shape(config, name, architecture, vocabulary)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"{name}: config.json lacks or garbles a size of the network: {error}") from None
-
-
-def _shape(config: Mapping[str, Any], name: str, architecture: str, vocabulary: Vocabulary | None) -> ModelShape:
-    hidden, heads, size = int(config["hidden_size"]), int(config["num_attention_heads"]), int(config["vocab_size"])
-    longest = int(config["max_position_embeddings"])
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    longrope = str(rope.get("type") or rope.get("rope_type") or "") in ("longrope", "su")
-    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    partial = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor")
-    block = _BLOCKS[architecture]
-    dtype = str(config.get("torch_dtype") or config.get("dtype") or "float32")
+        raise ModelError(f"{origin}: its architecture is {architecture}; phifleet plans {', '.join(_BLOCKS)}")
+    network = NetworkConfig.parse(config, origin)
+    longest, block = network.max_position_embeddings, _BLOCKS[architecture]
+    rope = network.rope_scaling or network.rope_parameters or Rope()
+    longrope = (rope.type or rope.rope_type) in ("longrope", "su")
+    original = rope.original_max_position_embeddings or network.original_max_position_embeddings
+    partial = network.partial_rotary_factor or rope.partial_rotary_factor
+    dtype = network.torch_dtype or network.dtype or "float32"
     return ModelShape(
-        name=name, architecture=architecture, block=block, layers=int(config["num_hidden_layers"]), hidden=hidden,
-        intermediate=int(config["intermediate_size"]), heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_size=int(config.get("head_dim") or hidden // heads), vocabulary_size=size,
-        tied=bool(config.get("tie_word_embeddings", False)), max_context=longest,
-        original_context=int(original) if longrope and original else longest, longrope=longrope,
-        partial_rotary=float(partial or (0.5 if block is Block.PHI2 else 1.0)),
-        sliding_window=_window(config, longest), experts=int(config.get("num_local_experts") or 0),
-        stored_bytes=4 if dtype == "float32" else 2, vocabulary=vocabulary or Vocabulary.guess(size),
+        name=name, architecture=architecture, block=block, layers=network.num_hidden_layers, hidden=network.hidden_size,
+        intermediate=network.intermediate_size, heads=network.num_attention_heads, kv_heads=network.kv_heads,
+        head_size=network.head_size, vocabulary_size=network.vocab_size, tied=bool(network.tie_word_embeddings),
+        max_context=longest, original_context=original if longrope and original else longest, longrope=longrope,
+        partial_rotary=partial or (0.5 if block is Block.PHI2 else 1.0),
+        sliding_window=_window(network.sliding_window, longest), experts=network.num_local_experts or 0,
+        stored_bytes=4 if dtype == "float32" else 2, vocabulary=vocabulary or Vocabulary.guess(network.vocab_size),
     )  # fmt: skip
 
 
-def _window(config: Mapping[str, Any], longest: int) -> int | None:
+def _window(window: int | None, longest: int) -> int | None:
     """A window as long as the context is none; the 128k models carry 262144."""
-    window = config.get("sliding_window")
-    return int(window) if window and int(window) < longest else None
+    return window if window and window < longest else None

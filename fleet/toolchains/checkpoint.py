@@ -7,10 +7,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from agent.contract.base import canonical_json, sha256_hex
+from pydantic import Field, ValidationError
+
+from agent.contract.base import canonical_json, explain, sha256_hex
 from agent.contract.manifest import Chat, ModelFacts
+from fleet.core.plan_shape import ModelFile, NetworkConfig, architecture_of
 from fleet.errors import ModelError
 from fleet.toolchains.progress import Progress, ProgressCallback, silent
 from fleet.toolchains.safetensors_scan import Tensor, first_not_finite, read_tensors
@@ -33,6 +36,51 @@ _PHI_2_TEMPLATE = (
 )
 _TURN_ENDS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+_AnyFile = TypeVar("_AnyFile", bound=ModelFile)
+_TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Index(ModelFile):
+    """model.safetensors.index.json: which shard has a tensor. Shards lie beside it, where every toolchain looks."""
+
+    weight_map: Annotated[
+        dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}\.safetensors$")]], Field(min_length=1)
+    ]
+
+
+class _Token(ModelFile):
+    content: str
+
+
+class _AddedToken(_Token):
+    id: _TokenId
+
+
+class _Tokenizer(ModelFile):
+    """tokenizer.json, but for its words."""
+
+    added_tokens: list[_AddedToken] | None = None
+
+
+class _NamedTemplate(ModelFile):
+    name: str
+    template: str
+
+
+class _TokenizerConfig(ModelFile):
+    """tokenizer_config.json; of it, chat_template.json has the template alone."""
+
+    chat_template: str | list[_NamedTemplate] | None = None
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    added_tokens_decoder: dict[Annotated[_TokenId, Field(strict=False)], str | _Token] | None = None
+
+
+class _Generation(ModelFile):
+    """generation_config.json."""
+
+    eos_token_id: int | list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +131,27 @@ def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback =
     if not path.is_dir():
         what = "is a file, not a checkpoint's folder" if path.exists() else "does not exist"
         raise ModelError(f"{path} {what}; pass a folder with config.json and *.safetensors, or a hub id")
-    config = _read_json(path / "config.json", needed=True)
+    config = read_json(path / "config.json", needed=True)
     architecture = _check_architecture(path, config)
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise ModelError(f"{path}: has no tokenizer ({', '.join(_TOKENIZERS)}); fetch the whole checkpoint")
+    network = NetworkConfig.parse(config, str(path / "config.json"))
     shards = {shard: read_tensors(shard) for shard in _shards(path)}
     _check_numbers(shards, progress)
     tensors = [tensor for found in shards.values() for tensor in found]
+    parameters = sum(tensor.count for tensor in tensors)
+    if not parameters:
+        raise ModelError(f"{path}: its *.safetensors hold no weights; fetch the whole checkpoint")
     facts = ModelFacts(
         name=slug(name or _own_name(config) or path.resolve().name),
         architecture=architecture,
-        parameters=sum(tensor.count for tensor in tensors),
+        parameters=parameters,
         source_digest=_source_digest(path, list(shards), progress),
         license=_license(path),
-        max_context=int(config.get("max_position_embeddings", 2048)),
+        max_context=network.max_position_embeddings,
     )
     stored = sum(tensor.end - tensor.begin for tensor in tensors)
-    return Checkpoint(path, config, facts, _shape(path, config, tensors), _chat(path, architecture), stored)
+    return Checkpoint(path, config, facts, _shape(network, tensors), _chat(path, architecture), stored)
 
 
 def resolve_model(model: str | Path, *, progress: ProgressCallback = silent) -> Checkpoint:
@@ -108,11 +160,25 @@ def resolve_model(model: str | Path, *, progress: ProgressCallback = silent) -> 
     Raises:
         ModelError: as ``inspect``; or the id cannot be had.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.exists() or not isinstance(model, str) or not _HUB_ID.match(model) or model.startswith("."):
         return inspect(path, progress=progress)
     progress(Progress(f"downloading {model}"))
     return inspect(_download(model), name=model.rpartition("/")[2], progress=progress)
+
+
+def local_path(model: str | Path) -> Path:
+    """``model`` as a path, with ``~`` and ``~user`` resolved.
+
+    Raises:
+        ModelError: nobody here has that name.
+    """
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:
+        raise ModelError(
+            f"{model}: {Path(model).parts[0]} is nobody's home here; pass the folder's full path"
+        ) from None
 
 
 def slug(name: str) -> str:
@@ -143,25 +209,40 @@ def _download(hub_id: str) -> Path:
         ) from None
 
 
-def _read_json(path: Path, *, needed: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, needed: bool = False) -> dict[str, Any]:
+    """The object in ``path``; an empty one where there is no such file and it is not ``needed``.
+
+    Raises:
+        ModelError: absent, unreadable, or no JSON object.
+    """
     if not path.is_file():
         if needed:
             raise ModelError(f"{path} does not exist; a checkpoint's folder holds {path.name} and *.safetensors")
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object")
+        raise ModelError(f"{path}: must hold a JSON object; fetch it again")
     return value
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read as UTF-8 text: {error}; fetch it again") from None
+
+
+def _read(model: type[_AnyFile], path: Path) -> _AnyFile:
+    return model.parse(read_json(path), str(path))
+
+
 def _check_architecture(path: Path, config: dict[str, Any]) -> str:
-    architectures = config.get("architectures") or []
-    found = str(architectures[0]) if architectures else f"unnamed, model_type {config.get('model_type')!r}"
+    found = architecture_of(config)
     if found not in PHI_ARCHITECTURES:
-        raise ModelError(f"{path}: is no Phi: its architecture is {found}; phifleet quantizes "
+        raise ModelError(f"{path / 'config.json'}: is no Phi: its architecture is {found}; phifleet quantizes "
                          f"{', '.join(PHI_ARCHITECTURES[:3])} and their kin")  # fmt: skip
     return found
 
@@ -173,11 +254,10 @@ def _own_name(config: dict[str, Any]) -> str:
 def _shards(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set((_read_json(index).get("weight_map") or {}).values()))
+        names = sorted(set(_read(_Index, index).weight_map.values()))
         absent = [name for name in names if not (path / name).is_file()]
-        if absent or not names:
-            listed = ", ".join(absent) or "no files at all"
-            raise ModelError(f"{index}: names {listed}, absent from the folder; fetch the whole checkpoint")
+        if absent:
+            raise ModelError(f"{index}: names {', '.join(absent)}, absent from the folder; fetch the whole checkpoint")
         return [path / name for name in names]
     found = sorted(path.glob("*.safetensors"))
     if not found:
@@ -210,56 +290,59 @@ def _license(path: Path) -> str:
     return match[1] if match else "unknown"
 
 
-def _shape(path: Path, config: dict[str, Any], tensors: list[Tensor]) -> Shape:
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        return Shape(
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_size=int(config.get("head_dim") or hidden // heads),
-            vocabulary=int(config["vocab_size"]),
-            tied_embeddings=not any(tensor.name.startswith("lm_head") for tensor in tensors),
-            experts=int(config.get("num_local_experts") or 0),
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"{path / 'config.json'}: lacks or garbles a size of the network: {error}") from None
+def _shape(network: NetworkConfig, tensors: list[Tensor]) -> Shape:
+    return Shape(
+        layers=network.num_hidden_layers,
+        hidden=network.hidden_size,
+        intermediate=network.intermediate_size,
+        heads=network.num_attention_heads,
+        kv_heads=network.kv_heads,
+        head_size=network.head_size,
+        vocabulary=network.vocab_size,
+        tied_embeddings=not any(tensor.name.startswith("lm_head") for tensor in tensors),
+        experts=network.num_local_experts or 0,
+    )
 
 
 def _chat(path: Path, architecture: str) -> Chat:
-    config = _read_json(path / "tokenizer_config.json")
-    template = _template(path, config)
+    config = _read(_TokenizerConfig, path / "tokenizer_config.json")
+    file, template = _template(path, config)
     if not template and architecture == "PhiForCausalLM":
         template = _PHI_2_TEMPLATE
     if not template:
         raise ModelError(f"{path}: its tokenizer has no chat template; add chat_template.jinja, "
                          "or chat_template in tokenizer_config.json")  # fmt: skip
     special = _special_tokens(path, config)
-    eos = _token(config.get("eos_token"))
-    ids = _read_json(path / "generation_config.json").get("eos_token_id")
+    eos = _text(config.eos_token)
+    ids = _read(_Generation, path / "generation_config.json").eos_token_id
     ends = [special[i] for i in (ids if isinstance(ids, list) else [ids]) if i in special]
     ends += [token for token in _TURN_ENDS if token in special.values() and token in template]
     stop = tuple(dict.fromkeys(token for token in [eos, *ends] if token))
-    return Chat(template=template, bos_token=_token(config.get("bos_token")), eos_token=eos, stop=stop)
+    try:
+        return Chat(template=template, bos_token=_text(config.bos_token), eos_token=eos, stop=stop)
+    except ValidationError as error:
+        raise ModelError(f"{file}: the chat cannot be delivered: {explain(error)}; shorten it") from None
 
 
-def _template(path: Path, config: dict[str, Any]) -> str:
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    found = config.get("chat_template") or _read_json(path / "chat_template.json").get("chat_template") or ""
+def _template(path: Path, config: _TokenizerConfig) -> tuple[Path, str]:
+    """The file that has the chat template, and the template, empty where there is none."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file, _read_text(file)
+    file = path / "tokenizer_config.json"
+    if not (found := config.chat_template):
+        file = path / "chat_template.json"
+        found = _read(_TokenizerConfig, file).chat_template or ""
     if isinstance(found, list):
-        found = next((one["template"] for one in found if one.get("name") == "default"), "")
-    return str(found)
+        found = next((one.template for one in found if one.name == "default"), "")
+    return file, found
 
 
-def _token(value: Any) -> str:
-    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+def _text(token: str | _Token | None) -> str:
+    return token.content if isinstance(token, _Token) else token or ""
 
 
-def _special_tokens(path: Path, config: dict[str, Any]) -> dict[int, str]:
-    found = {int(i): _token(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
-    for token in _read_json(path / "tokenizer.json").get("added_tokens") or []:
-        found[int(token["id"])] = str(token["content"])
-    return found
+def _special_tokens(path: Path, config: _TokenizerConfig) -> dict[int, str]:
+    found = {i: _text(token) for i, token in (config.added_tokens_decoder or {}).items()}
+    added = _read(_Tokenizer, path / "tokenizer.json").added_tokens or []
+    return found | {token.id: token.content for token in added}
