@@ -22,6 +22,26 @@ class DeviceClass(StrEnum):
     SERVER = "server"
 
 
+class Architecture(StrEnum):
+    """Of the processor, as Linux names it; devices that say ``arm64`` or ``AMD64`` mean the same."""
+
+    X86_64 = "x86_64"
+    AARCH64 = "aarch64"
+    ARMV7L = "armv7l"
+    ANY = "any"
+
+
+class System(StrEnum):
+    """The operating system."""
+
+    LINUX = "linux"
+    WINDOWS = "windows"
+    MACOS = "macos"
+    ANDROID = "android"
+    IOS = "ios"
+    ANY = "any"
+
+
 class _Strict(BaseModel):
     """Profiles are written by people: an unknown field is a typing mistake, and is named."""
 
@@ -75,8 +95,8 @@ class DeviceProfile(_Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     description: str
     device_class: DeviceClass
-    arch: Annotated[str, Field(description="x86_64, aarch64, armv7l or any")]
-    system: Annotated[str, Field(description="linux, windows, macos, android, ios or any")] = "any"
+    arch: Architecture
+    system: System = System.ANY
     accelerators: Annotated[tuple[Target, ...], Field(description="beside the CPU")] = ()
     memory_bytes: Annotated[int, Field(gt=0, description="bytes that the model may take, KV cache included")]
     disk_bytes: Annotated[int, Field(gt=0, description="bytes that artifacts may take, two kept at once")]

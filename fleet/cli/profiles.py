@@ -9,7 +9,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from agent.contract.profile import DeviceProfile
+from agent.contract.profile import DeviceProfile, Recipe
+from fleet.cli.plan import resolver
+from fleet.core.phi_variants import VARIANTS
+from fleet.core.plan import BUDGET_RULES, OPTIONS_RULE, describe, judge
+from fleet.core.rules import Refusal
+from fleet.errors import ProfileError
 from fleet.profiles_loader import list_profiles, load_profile, profile_paths, read_profile
 
 
@@ -54,9 +59,30 @@ def show_command(name: str, as_json: bool) -> None:
 @profiles.command("check")
 @click.argument("file", type=click.Path(path_type=Path))
 def check_command(file: Path) -> None:
-    """Say whether FILE is a profile, and if not which field is wrong and what is allowed."""
+    """Say whether FILE is a profile, and if not which field is wrong and what is allowed.
+
+    Names each recipe, too, that none of the published Phis can have, whatever memory and disk there are.
+    """
     profile = read_profile(file)
+    refused = [(recipe, _refusal(profile, recipe)) for recipe in profile.recipes]
+    for recipe, why in refused:
+        if why is not None and why.rule == OPTIONS_RULE:
+            raise ProfileError(f"{file}: recipe {describe(recipe)}: {why.reason}")
     click.echo(f"{file}: profile {profile.name} is valid: {recipe_names(profile)}")
+    for recipe, why in refused:
+        if why is not None:
+            click.echo(f"no Phi can have {describe(recipe)}: {why.reason} ({why.source})")
+
+
+def _refusal(profile: DeviceProfile, recipe: Recipe) -> Refusal | None:
+    """Why every published Phi is refused this recipe, for another reason than its size; None where one is not.
+
+    Where an option is wrong, that.
+    """
+    judged = [judge(one.shape, profile, recipe, resolver(one.shape, one.name)) for one in VARIANTS]
+    found = [next((why for why in one.refusals if why.rule not in BUDGET_RULES), None) for one in judged]
+    wrong = next((why for why in found if why and why.rule == OPTIONS_RULE), None)
+    return wrong or (found[0] if all(found) else None)
 
 
 def recipe_names(profile: DeviceProfile) -> str:

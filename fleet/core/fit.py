@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from agent.contract.manifest import RUNTIME_OF, Manifest, Target
 from agent.contract.messages import Facts
-from agent.contract.profile import DeviceProfile
+from agent.contract.profile import Architecture, DeviceProfile
 
 MIB = 1024 * 1024
 
@@ -65,7 +65,7 @@ def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str
 
 def _fact_misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts) -> Iterator[str]:
     machine = _ARCHITECTURES.get(facts.machine.lower(), facts.machine.lower())
-    if profile.arch not in ("any", machine):
+    if profile.arch not in (Architecture.ANY, machine):
         yield f"the device is {facts.machine}, and profile {profile.name} is for {profile.arch}"
     need = manifest.memory.at_context(manifest.context)
     if need > facts.memory_total_bytes:

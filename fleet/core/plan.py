@@ -14,6 +14,9 @@ from fleet.core.plan_size import predicted_bytes
 from fleet.core.rules import Case, Refusal, refusals
 from fleet.errors import ProfileError
 
+#: Of the refusals that are found here; all others are in ``rules``.
+OPTIONS_RULE = "toolchain-options"
+BUDGET_RULES = ("memory-budget", "disk-budget")
 #: Completes a recipe's options as its toolchain would; raises ProfileError where the toolchain has no such option.
 Resolve = Callable[[Recipe], Mapping[str, Any]]
 
@@ -113,7 +116,7 @@ def _resolved(recipe: Recipe, resolve: Resolve | None) -> tuple[Mapping[str, Any
     try:
         return resolve(recipe), None
     except ProfileError as error:
-        return recipe.options, Refusal("toolchain-options", str(error), "the toolchain's own list of options")
+        return recipe.options, Refusal(OPTIONS_RULE, str(error), "the toolchain's own list of options")
 
 
 def _over_budget(profile: DeviceProfile, size: int, memory: MemoryNeed, context: int) -> tuple[Refusal, ...]:
@@ -121,7 +124,7 @@ def _over_budget(profile: DeviceProfile, size: int, memory: MemoryNeed, context:
     peak = memory.at_context(context)
     if peak > profile.memory_bytes:
         found.append(Refusal(
-            "memory-budget",
+            BUDGET_RULES[0],
             f"takes {peak / MIB:.0f} MiB at {context} tokens (weights {memory.weights_bytes / MIB:.0f}, KV cache "
             f"{memory.kv_bytes_per_token * context / MIB:.0f}, runtime {memory.overhead_bytes / MIB:.0f}), the profile "
             f"allows {profile.memory_bytes / MIB:.0f} MiB",
@@ -129,7 +132,7 @@ def _over_budget(profile: DeviceProfile, size: int, memory: MemoryNeed, context:
         ))  # fmt: skip
     if 2 * size > profile.disk_bytes:
         found.append(Refusal(
-            "disk-budget",
+            BUDGET_RULES[1],
             f"takes {size / MIB:.0f} MiB and two artifacts are kept; the profile allows "
             f"{profile.disk_bytes / MIB:.0f} MiB",
             "the profile's disk_bytes",

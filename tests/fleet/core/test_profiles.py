@@ -6,11 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.manifest import Precision
 from agent.contract.profile import DeviceClass, DeviceProfile
+from fleet.cli.profiles import check_command
 from fleet.core.phi_variants import find_variant
 from fleet.core.plan import candidates
 from fleet.core.profiles import parse_profile
@@ -22,6 +24,8 @@ BY_NAME = pytest.mark.parametrize("profile", ALL, ids=lambda profile: profile.na
 TEXT = profile_paths()["iot-x86"].read_text(encoding="utf-8")
 
 WRONG = [
+    ('arch = "x86_64"', 'arch = "arm64"', ["arch", "'aarch64'", "'any'"]),
+    ("system = ", 'system = "beos" #', ["system", "'linux'", "'any'"]),
     ('device_class = "iot"', 'device_class = "iott"', ["device_class", "'iot'", "'mobile'", "'server'"]),
     ("memory_bytes =", "memory_byte =", ["memory_bytes is missing", "memory_byte is unknown", "did you mean"]),
     ('toolchain = "llamacpp"', 'toolchain = "llama"', ["recipes.1.toolchain", "'llamacpp'", "'mlx'"]),
@@ -116,3 +120,24 @@ def test_any_value_in_any_place_is_read_or_refused(at: int, value: str) -> None:
         parse_profile("\n".join(changed), "any.toml")
     except ProfileError as error:
         assert "any.toml" in str(error)
+
+
+def _check(file: Path) -> Result:
+    return CliRunner().invoke(check_command, [str(file)], catch_exceptions=False)
+
+
+@BY_NAME
+def test_what_comes_with_phifleet_passes_its_own_check(profile: DeviceProfile) -> None:
+    checked = _check(profile_paths()[profile.name])
+    assert f"profile {profile.name} is valid" in checked.output
+    assert ("no Phi can have" in checked.output) == (profile.name == "copilot-pc-qnn")
+
+
+def test_the_check_knows_the_toolchains_options_and_what_no_phi_can_have(tmp_path: Path) -> None:
+    file = tmp_path / "box.toml"
+    file.write_text(TEXT + '\n[[recipes]]\ntoolchain = "llamacpp"\nprecision = "int4"\ntarget = "cpu"\n'
+                    'options = { kind = "Q4_0" }\n')  # fmt: skip
+    with pytest.raises(ProfileError, match=r"box.toml: recipe llamacpp int4 cpu \(kind=Q4_0\): .*no option kind"):
+        _check(file)
+    file.write_text(TEXT + '\n[[recipes]]\ntoolchain = "onnx_genai"\nprecision = "fp16"\ntarget = "cpu"\n')
+    assert "no Phi can have onnx_genai fp16 cpu: " in _check(file).output
