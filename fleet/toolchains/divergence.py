@@ -83,12 +83,12 @@ def summarise(losses: Sequence[Losses], evaluation: str) -> Quality:
     """Means over all tokens, each with its standard error.
 
     Raises:
-        BuildError: nothing was scored.
+        BuildError: nothing was scored, or one sequence alone, of which no standard error can be told.
     """
     import numpy as np
 
-    if not sum(len(one.same) for one in losses):
-        raise BuildError("no token was scored; the evaluation text is too short")
+    if len(losses) < 2 or not sum(len(one.same) for one in losses):
+        raise BuildError("too few tokens were scored; the evaluation text is too short")
     divergence = [one.divergence for one in losses]
     kl, kl_se = _mean(divergence)
     surprise, surprise_se = _mean([one.surprise for one in losses])
@@ -114,9 +114,6 @@ def _mean(sequences: Sequence[Floats]) -> tuple[float, float]:
     totals = np.array([values.sum() for values in sequences])
     mean = totals.sum() / lengths.sum()
     count = len(sequences)
-    if count < 2:
-        values = sequences[0]
-        return float(mean), float(values.std() / np.sqrt(len(values)))
     residuals = totals - mean * lengths
     error = np.sqrt(count / (count - 1) * (residuals**2).sum()) / lengths.sum()
     return float(mean), float(error)
@@ -125,8 +122,6 @@ def _mean(sequences: Sequence[Floats]) -> tuple[float, float]:
 def _bootstrap(sequences: Sequence[Floats], statistic: Callable[[Floats], float]) -> float:
     import numpy as np
 
-    if len(sequences) < 2:
-        return 0.0
     draw = np.random.default_rng(0)
     found = []
     for _ in range(_RESAMPLES):

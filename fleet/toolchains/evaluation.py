@@ -17,8 +17,10 @@ CONTINUATION_TOKENS = 96
 PIECE_TOKENS = 512
 #: Of an operator's text: enough for a standard error of a few percent, in less than a minute of a small model.
 MAX_PIECES = 12
-#: Under this a percentile means nothing.
-MIN_TEXT_TOKENS = 64
+#: A standard error is of pieces, for tokens of one are not independent: a short text is cut into smaller ones.
+MIN_PIECES = 4
+#: Under this a percentile means nothing, and a piece is no context.
+MIN_TEXT_TOKENS = 256
 _MAX_TEXT_BYTES = 64 * 1024 * 1024
 
 
@@ -66,13 +68,14 @@ def from_text(path: Path) -> Evaluation:
         raise UsageError(f"evaluation text {path}: not UTF-8 at byte {error.start}; pass plain text in UTF-8") from None
     if not text.strip():
         raise UsageError(f"evaluation text {path}: is empty; pass some pages of plain text")
-    return Evaluation(f"text-{path.name}", sha256_hex(data), text=text)
+    digest = sha256_hex(canonical_json([PIECE_TOKENS, MAX_PIECES, MIN_PIECES, sha256_hex(data)]))
+    return Evaluation(f"text-{path.name}", digest, text=text)
 
 
 def pieces(tokens: Sequence[int]) -> list[tuple[list[int], int]]:
     """Cut a text's tokens: ``(ids, start)``, where the tokens from ``start`` on are scored.
 
-    At most ``MAX_PIECES``, spread evenly over the text; a text shorter than one piece is one piece.
+    At least ``MIN_PIECES`` and at most ``MAX_PIECES``, all of one length, spread evenly over the text.
 
     Raises:
         UsageError: fewer than ``MIN_TEXT_TOKENS`` tokens.
@@ -81,9 +84,8 @@ def pieces(tokens: Sequence[int]) -> list[tuple[list[int], int]]:
         raise UsageError(
             f"the evaluation text has {len(tokens)} tokens; at least {MIN_TEXT_TOKENS} are needed, 6000 are better"
         )
-    whole = [list(tokens[at : at + PIECE_TOKENS]) for at in range(0, len(tokens), PIECE_TOKENS)]
-    if len(whole) > 1 and len(whole[-1]) < PIECE_TOKENS:
-        whole.pop()
+    size = min(PIECE_TOKENS, len(tokens) // MIN_PIECES)
+    whole = [list(tokens[at : at + size]) for at in range(0, len(tokens) - size + 1, size)]
     count = min(MAX_PIECES, len(whole))
     chosen = [whole[i * len(whole) // count] for i in range(count)]
     return [(ids, len(ids) // 2) for ids in chosen]

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from agent.contract.manifest import Target, Toolchain
+from fleet.errors import UsageError
 from fleet.toolchains import divergence, reference
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.scorers import Opened, Scorer, Timing, open_scorer
@@ -56,6 +57,12 @@ def _measure(job: MeasureJob, progress: ProgressCallback) -> dict[str, Any]:
     # NumPy's matrix products: a second thread wins little, and loses ten times where others hold the cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     scored = reference.read(job.against)
+    longest = max(len(one.ids) for one in scored)
+    if longest > job.context:
+        raise UsageError(
+            f"the artifact is for a context of {job.context} tokens, and the loss is measured on up to {longest} at "
+            "once: give the profile a longer context, or build with --no-measure"
+        )
     progress(Progress("loading the artifact"))
     opened = Opened((job.folder / job.entry).resolve(), job.target, job.context, job.threads)
     scorer = open_scorer(job.toolchain, opened)

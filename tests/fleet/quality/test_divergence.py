@@ -93,7 +93,7 @@ def test_the_summary_is_over_tokens_and_reproducible() -> None:
     assert summarise(made, "text:abc") == found
 
 
-def test_one_sequence_has_a_standard_error_too_and_none_is_an_error() -> None:
-    assert summarise([losses(1)], "x").kl_divergence_se > 0
-    with pytest.raises(BuildError, match="no token"):
-        summarise([losses(1, 0)], "x")
+@pytest.mark.parametrize("made", [[], [losses(1, 0), losses(2, 0)], [losses(1)]])
+def test_what_no_standard_error_can_be_told_of_is_an_error(made: list[Losses]) -> None:
+    with pytest.raises(BuildError, match="too few tokens"):
+        summarise(made, "x")
