@@ -75,14 +75,12 @@ def check_command(file: Path) -> None:
 
 
 def _refusal(profile: DeviceProfile, recipe: Recipe) -> Refusal | None:
-    """Why every published Phi is refused this recipe, for another reason than its size; None where one is not.
-
-    Where an option is wrong, that.
-    """
+    """Why every published Phi is refused this recipe, for another reason than its size; None where one is not."""
     judged = [judge(one.shape, profile, recipe, resolver(one.shape, one.name)) for one in VARIANTS]
-    found = [next((why for why in one.refusals if why.rule not in BUDGET_RULES), None) for one in judged]
-    wrong = next((why for why in found if why and why.rule == OPTIONS_RULE), None)
-    return wrong or (found[0] if all(found) else None)
+    reasons = [next((why for why in one.refusals if why.rule not in BUDGET_RULES), None) for one in judged]
+    if not all(reasons):
+        return None
+    return next((why for why in reasons if why and why.rule == OPTIONS_RULE), reasons[0])
 
 
 def recipe_names(profile: DeviceProfile) -> str:
