@@ -21,11 +21,15 @@ _PLACES = [(_NEAR, 0), (-_NEAR, 0), *((_NEAR + abs(up), up) for up in (9, -9, 18
 
 
 def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
-    """Write ``file`` as PNG and as SVG, whatever its suffix; returns both paths. The same data give the same bytes.
+    """Write ``file`` as PNG and as SVG, with or without a suffix of these; returns both paths.
+
+    The same data give the same bytes. All are artifacts of one model.
 
     Raises:
-        UsageError: matplotlib is missing, nothing was measured, or the folder cannot be written.
+        UsageError: matplotlib is missing, nothing was measured, or the file cannot be written.
     """
+    if not file.name or file.is_dir():
+        raise UsageError(f"plot {file}: is a folder; name a file in it")
     measured = [one for one in manifests if one.quality is not None]
     if not measured:
         raise UsageError("none of these artifacts has a measured loss; build them with their quality measured")
@@ -34,7 +38,7 @@ def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise UsageError("drawing needs matplotlib: install phifleet[quantize]") from None
-    mpl.rcParams["svg.hashsalt"] = "phifleet"
+    mpl.rcParams |= {"svg.hashsalt": "phifleet", "svg.fonttype": "none"}  # the same names each time, and text as text
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for toolchain, marker in _MARKERS.items():
@@ -52,11 +56,12 @@ def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
     )
     axes.margins(x=0.12, y=0.12)
     axes.set(xlabel="size, MB", ylabel="loss: mean KL divergence to FP32, nats per token", yscale="log")
-    axes.set_title(", ".join(sorted({one.model.name for one in measured})))
+    axes.set_title(measured[0].model.name)
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     _name_points(figure, axes, measured)
-    return tuple(_write(figure, file.with_suffix(f".{kind}"), kind) for kind in ("png", "svg"))
+    stem = file.stem if file.suffix.lower() in (".png", ".svg") else file.name
+    return tuple(_write(figure, file.with_name(f"{stem}.{kind}"), kind) for kind in ("png", "svg"))
 
 
 def _points(measured: Sequence[Manifest]) -> list[tuple[Manifest, str]]:

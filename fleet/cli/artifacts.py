@@ -72,17 +72,19 @@ def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
 
 @artifacts.command("compare")
 @click.argument("wanted", nargs=-1)
+@click.option("--model", help="Those of this model only: its name, or the beginning of its source digest.")
 @click.option("--profile", help="Judge them by a profile's limits, and name the best.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw loss over size into FILE.png and FILE.svg.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
 @click.pass_obj
 def compare_command(
-    obj: HasHome, wanted: tuple[str, ...], profile: str | None, plot: Path | None, as_json: bool
+    obj: HasHome, wanted: tuple[str, ...], model: str | None, profile: str | None, plot: Path | None, as_json: bool
 ) -> None:
     """Compare artifacts (all, or those named) by loss and size; * marks the frontier."""
     chosen = [load(obj.home, one) for one in wanted] or list(list_artifacts(obj.home).manifests)
     if not chosen:
         raise UsageError(f"{obj.home.root} holds no artifacts; `phifleet build` makes one, --home names another folder")
+    chosen = _of_one_model(chosen, model)
     limits = load_profile(profile) if profile else None
     edge = {one.id for one in frontier(chosen)}
     choice = choose(chosen, limits) if limits else None
@@ -105,6 +107,20 @@ def compare_command(
 
         for path in draw(ordered, plot):
             click.echo(f"wrote {path}", err=True)
+
+
+def _of_one_model(chosen: list[Manifest], model: str | None) -> list[Manifest]:
+    """A loss is against a model's own FP32: across models there is nothing to compare."""
+    there = {one.model.source_digest: f"{one.model.name} ({one.model.source_digest[:12]})" for one in chosen}
+    listed = ", ".join(sorted(there.values()))
+    if model is not None:
+        chosen = [one for one in chosen if model == one.model.name or one.model.source_digest.startswith(model)]
+    models = {one.model.source_digest for one in chosen}
+    if not models:
+        raise UsageError(f"no artifact is of model {model}; there are those of {listed}")
+    if len(models) > 1:
+        raise UsageError(f"these artifacts are of several models, name one with --model: {listed}")
+    return chosen
 
 
 def row(manifest: Manifest) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.cli.artifacts import table, wide_console
 from fleet.core.frontier import choose
 from fleet.core.plan import first_legal, judge
-from fleet.errors import FleetError, ProfileError
+from fleet.errors import FleetError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.model_facts import read_shape
 from fleet.profiles_loader import load_profile
@@ -97,6 +97,8 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
     there is not built again, so an interrupted run goes on where it was.
     """
     loaded = [load_profile(name) for name in profiles]
+    if best and not measure:
+        raise UsageError("--best chooses by the measured loss: leave --no-measure out")
     text = evaluation.from_text(eval_text) if eval_text else evaluation.bundled()
     chosen = [choose_recipes(profile, toolchain, precision, target) for profile in loaded]
     with bars() as lines:
@@ -107,15 +109,16 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
             for recipe in _legal(checkpoint, profile, recipes, everything=everything or best)
         ]
         outcomes = build_all(checkpoint, requests, obj.home, jobs=jobs, progress=lambda i: lines(_title(requests[i])))
-        if measure or best:
-            outcomes = tuple(_measured(one, checkpoint, obj.home, eval_text, text.label, lines) for one in outcomes)
+        if measure:
+            measured = _Measured(checkpoint, obj.home, eval_text, text.label, lines)
+            outcomes = tuple(measured.with_quality(one) for one in outcomes)
     for outcome in outcomes:
         if outcome.manifest is not None:
             click.echo((_as_json if as_json else _as_text)(outcome.manifest, outcome.reused))
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
     if best:
-        for profile in loaded:
-            _name_the_best(profile, outcomes)
-    _fail([outcome.error for outcome in outcomes if outcome.error is not None])
+        errors += [error for profile in loaded if (error := _name_the_best(profile, outcomes))]
+    _fail(errors)
 
 
 def _legal(checkpoint: Checkpoint, profile: DeviceProfile, recipes: list[Recipe], *, everything: bool) -> list[Recipe]:
@@ -133,31 +136,46 @@ def _legal(checkpoint: Checkpoint, profile: DeviceProfile, recipes: list[Recipe]
     return [one.recipe for one in judged if one.legal] if everything else [first.recipe]
 
 
-def _measured(
-    outcome: Outcome, checkpoint: Checkpoint, home: Home, text: Path | None, label: str,
-    lines: Callable[[str], work.ProgressCallback],
-) -> Outcome:  # fmt: skip
-    """With loss and speed in the manifest, also on disk; measured again only on another text than ``label``'s."""
-    manifest = outcome.manifest
-    if manifest is None:
-        return outcome
-    if manifest.quality is not None and manifest.quality.evaluation == label:
-        return outcome
-    try:
-        quality, speed = measure_artifact(
-            checkpoint.path, home.artifacts / manifest.id, manifest, eval_text=text, cache=home.root / "cache",
-            progress=lines(f"measuring {_title(outcome.request)}"),
-        )  # fmt: skip
-    except FleetError as error:
-        return replace(outcome, error=error)
-    manifest = manifest.model_copy(update={"quality": quality, "speed": speed})
-    save_manifest(home, manifest)
-    return replace(outcome, manifest=manifest)
+@dataclass
+class _Measured:
+    """Measures each artifact once, and those again that were measured on another text than ``label``'s."""
+
+    checkpoint: Checkpoint
+    home: Home
+    text: Path | None
+    label: str
+    lines: Callable[[str], work.ProgressCallback]
+    done: dict[str, Manifest | FleetError] = field(default_factory=dict)
+
+    def with_quality(self, outcome: Outcome) -> Outcome:
+        """With loss and speed in the manifest, also on disk; or with the reason why they could not be had."""
+        manifest = outcome.manifest
+        if manifest is None or (manifest.quality is not None and manifest.quality.evaluation == self.label):
+            return outcome
+        if manifest.id not in self.done:
+            self.done[manifest.id] = self._measure(manifest, f"measuring {_title(outcome.request)}")
+        found = self.done[manifest.id]
+        return replace(outcome, error=found) if isinstance(found, FleetError) else replace(outcome, manifest=found)
+
+    def _measure(self, manifest: Manifest, title: str) -> Manifest | FleetError:
+        try:
+            quality, speed = measure_artifact(
+                self.checkpoint.path, self.home.artifacts / manifest.id, manifest, eval_text=self.text,
+                cache=self.home.root / "cache", progress=self.lines(title),
+            )  # fmt: skip
+        except FleetError as error:
+            return error
+        manifest = manifest.model_copy(update={"quality": quality, "speed": speed})
+        save_manifest(self.home, manifest)
+        return manifest
 
 
-def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> None:
+def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> ProfileError | None:
+    """Shows the profile's artifacts and the best of them; the error where none is good enough."""
     made = [one.manifest for one in outcomes if one.manifest is not None and one.request.profile is profile]
     choice = choose(made, profile)
+    if not made:
+        return ProfileError(f"no artifact was built for profile {profile.name}")
     wide_console(stderr=True).print(table(
         [one.manifest for one in choice.judged], edge={one.manifest.id for one in choice.judged if one.on_frontier},
         best=choice.best.id if choice.best else None,
@@ -166,18 +184,20 @@ def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> None:
         for miss in judged.misses:
             click.echo(f"{judged.manifest.id}: {miss}", err=True)
     if choice.best is None:
-        raise ProfileError(
+        return ProfileError(
             f"no artifact keeps every limit of profile {profile.name}; the lines above say which it misses"
         )
     click.echo(f"best for {profile.name}: {choice.best.id}", err=True)
+    return None
 
 
 def _fail(errors: Sequence[FleetError]) -> None:
     """The first is raised, and so sets the exit code; the others are told here."""
-    for error in errors[1:]:
+    told = list(dict.fromkeys(errors))  # several requests may have one build, and its error
+    for error in told[1:]:
         click.echo(f"error: {error}", err=True)
-    if errors:
-        raise errors[0]
+    if told:
+        raise told[0]
 
 
 def _title(request: Request) -> str:

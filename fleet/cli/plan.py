@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from agent.contract.base import sha256_hex
 from agent.contract.manifest import Chat, ModelFacts
 from agent.contract.profile import Recipe
 from fleet.cli.artifacts import wide_console
-from fleet.core.plan import Candidate, as_json, candidates, describe, first_legal
+from fleet.core.plan import Candidate, Resolve, as_json, candidates, describe, first_legal
 from fleet.core.plan_memory import FORMULA
 from fleet.core.plan_shape import ModelShape
 from fleet.model_facts import read_shape
@@ -50,7 +51,7 @@ def plan(model: str, profiles: tuple[str, ...], as_json_: bool) -> None:
         first_legal(found)
 
 
-def resolver(shape: ModelShape, model: str) -> Any:
+def resolver(shape: ModelShape, model: str) -> Resolve:
     """Completes options as each toolchain's driver does, without reading the weights."""
     checkpoint = Checkpoint(
         path=Path(model), config={},
@@ -81,7 +82,7 @@ def _table(planned: list[tuple[Candidate, ...]]) -> Table:
             if not one.legal:
                 verdict = f"[red]refused: {', '.join(why.rule for why in one.refusals)}[/]"
             table.add_row(
-                one.profile, describe(one.recipe), f"{one.size_bytes / 1e6:.0f} MB",
+                one.profile, escape(describe(one.recipe)), f"{one.size_bytes / 1e6:.0f} MB",
                 f"{one.peak_memory_bytes / 2**20:.0f} MiB", str(one.context), verdict,
             )  # fmt: skip
     return table
@@ -89,8 +90,8 @@ def _table(planned: list[tuple[Candidate, ...]]) -> Table:
 
 def _reasons(planned: list[tuple[Candidate, ...]]) -> Iterator[str]:
     for one in (candidate for found in planned for candidate in found):
-        where = f"{one.profile}, {describe(one.recipe)}"
+        where = escape(f"{one.profile}, {describe(one.recipe)}")
         for why in one.refusals:
-            yield f"[red]{why.rule}[/]: {where}: {why.reason} [dim]({why.source})[/]"
+            yield f"[red]{why.rule}[/]: {where}: {escape(why.reason)} [dim]({escape(why.source)})[/]"
         for note in one.notes:
             yield f"note: {where}: {note}"

@@ -28,15 +28,12 @@ class Choice:
 
 
 def frontier(manifests: Sequence[Manifest]) -> tuple[Manifest, ...]:
-    """Those measured that no other of the same model beats in both size and loss, sorted by size."""
-    measured = [one for one in manifests if one.quality is not None]
-    measured.sort(key=lambda one: (one.model.source_digest, one.size, _loss(one)))
+    """Of artifacts of one model: those measured that no other beats in both size and loss, sorted by size."""
     found: list[Manifest] = []
-    for one in measured:
-        same_model = found and found[-1].model.source_digest == one.model.source_digest
-        if not same_model or _loss(one) < _loss(found[-1]):
+    for one in sorted(manifests, key=lambda one: (one.size, _loss(one))):
+        if one.quality is not None and (not found or _loss(one) < _loss(found[-1])):
             found.append(one)
-    return tuple(sorted(found, key=lambda one: one.size))
+    return tuple(found)
 
 
 def choose(manifests: Sequence[Manifest], profile: DeviceProfile) -> Choice:

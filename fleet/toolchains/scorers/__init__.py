@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from agent.contract.manifest import Target, Toolchain
 from fleet.errors import BuildError
+from fleet.toolchains.registry import driver_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,5 +65,6 @@ def open_scorer(toolchain: Toolchain, opened: Opened) -> Scorer:
         module = import_module(f"{__name__}.{_MODULES[toolchain]}")
         scorer: Scorer = module.load(opened)
     except ModuleNotFoundError as error:
-        raise BuildError(f"measuring needs the runtime of {toolchain}: {error.name} is not installed") from None
+        extra = driver_of(toolchain).extra
+        raise BuildError(f"measuring {toolchain} needs {error.name}: install phifleet[{extra}]") from None
     return scorer

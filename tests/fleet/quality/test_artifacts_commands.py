@@ -106,9 +106,9 @@ def test_they_are_compared_and_drawn(home: Home, tmp_path: Path) -> None:
     assert "the recipes of profile iot-x86 are" in rows["for-a-mac"]["misses"][0]
     assert plot.read_bytes().startswith(b"\x89PNG")
     svg = plot.with_suffix(".svg")
-    assert ET.parse(svg).getroot().tag.endswith("svg")
-    for drawn in ("llamacpp", "mlx", "openvino"):
-        assert drawn in svg.read_text(encoding="utf-8") or "<use" in svg.read_text(encoding="utf-8")
+    drawn = [text.text for text in ET.parse(svg).getroot().iter("{http://www.w3.org/2000/svg}text")]
+    assert {"llamacpp", "openvino", "onnx_genai", "mlx", "frontier", "size, MB"} <= set(drawn)
+    assert drawn.count("int4") == 4, "a label for each point"
     before = (plot.read_bytes(), svg.read_bytes())
     call(home, "compare", "--plot", str(tmp_path / "loss"))
     assert (plot.read_bytes(), svg.read_bytes()) == before
@@ -122,6 +122,25 @@ def test_a_plot_that_cannot_be_is_refused(home: Home, tmp_path: Path) -> None:
     found = call(home, "compare", "--plot", str(tmp_path / "absent" / "x.png"))
     assert isinstance(found.exception, UsageError)
     assert "cannot be written" in str(found.exception)
+
+
+def test_the_name_of_a_plot_is_kept_and_a_folder_is_none(home: Home, tmp_path: Path) -> None:
+    add(home, "small", 10, 0.4)
+    call(home, "compare", "--plot", str(tmp_path / "loss-1.5"))
+    assert (tmp_path / "loss-1.5.png").is_file() and (tmp_path / "loss-1.5.svg").is_file()
+    assert "is a folder" in str(call(home, "compare", "--plot", str(tmp_path)).exception)
+
+
+def test_artifacts_of_two_models_are_not_compared(home: Home) -> None:
+    add(home, "small", 10, 0.4)
+    other = add(home, "other", 5, 0.01)
+    facts = other.model.model_copy(update={"name": "phi-other", "source_digest": "ab" * 32})
+    save_manifest(home, other.model_copy(update={"model": facts}))
+    refused = str(call(home, "compare").exception)
+    assert "name one with --model" in refused and "phi-other (abababababab)" in refused
+    for named in ("phi-other", "abab"):
+        assert [row["id"] for row in json.loads(call(home, "compare", "--json", "--model", named).stdout)] == ["other"]
+    assert "no artifact is of model phi-9" in str(call(home, "compare", "--model", "phi-9").exception)
 
 
 def test_profiles_are_listed_shown_and_checked(tmp_path: Path) -> None:

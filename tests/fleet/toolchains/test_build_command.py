@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from fleet.cli.build import build, describe_sample, sample_model
-from fleet.errors import ModelError, ProfileError, UsageError
+from fleet.errors import BuildError, ModelError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.toolchains.artifacts import find
 from fleet.toolchains.sample_model import SampleReport
@@ -49,11 +49,27 @@ def test_the_loss_goes_into_the_manifest_and_names_the_best(home: Home, tiny_dir
     assert manifest is not None and manifest.quality is not None and manifest.speed is not None
     assert manifest.digest == tiny_artifact.manifest.digest, "measuring changes no file"
     assert "KL divergence" in answer.stdout
+    assert f"best for iot-x86: {manifest.id}\n" in answer.stderr
     # No terminal: a line for each phase, so that a log tells where a build of an hour stands.
     assert answer.stderr.count("measuring iot-x86 onnx_genai int4 cpu: measuring the loss\n") == 2
 
 
+@pytest.mark.toolchain
+def test_best_tells_every_failed_build_and_every_profile_without_one(
+    home: Home, tiny_dir: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (model / "tokenizer.json").write_text('{"version": "1.0"}')
+    arguments = ["--model", str(model), "--profile", "iot-x86", "--profile", "raspberry-pi-5", "--best"]
+    answer = CliRunner().invoke(build, [*arguments, "--toolchain", "llamacpp"], obj=Context(home))
+    assert isinstance(answer.exception, BuildError)
+    assert answer.stderr.count("error: llamacpp did not convert") == 1, "one is raised, the other told"
+    for profile in ("iot-x86", "raspberry-pi-5"):
+        assert f"error: no artifact was built for profile {profile}" in answer.stderr
+
+
 @pytest.mark.parametrize(("arguments", "error", "message"), [
+    (["--profile", "iot-x86", "--best", "--no-measure"], UsageError, "leave --no-measure out"),
     (["--profile", "no-such"], ProfileError, "no profile is named 'no-such'"),
     (["--profile", "iot-x86", "--toolchain", "mlx"], ProfileError, "has no recipe for mlx"),
     (["--profile", "iot-x86", "--model", "/nowhere"], ModelError, "does not exist"),
