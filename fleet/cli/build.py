@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import click
 from rich.console import Console
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
-from fleet.cli.artifacts import table, wide_console
+from fleet.cli.artifacts import HasHome, table, wide_console
 from fleet.core.frontier import choose
 from fleet.core.plan import first_legal, judge
 from fleet.errors import FleetError, ProfileError, UsageError
@@ -32,15 +31,6 @@ from fleet.toolchains.jobs import Outcome, Request, build_all
 from fleet.toolchains.quality import measure as measure_artifact
 from fleet.toolchains.registry import driver_of
 from fleet.toolchains.sample_model import SampleReport, make_sample
-
-
-class HasHome(Protocol):
-    """What these commands need of click's context object."""
-
-    @property
-    def home(self) -> Home:
-        """The controller's folders."""
-        ...
 
 
 @click.command("sample-model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -111,7 +110,7 @@ def build(
         return found
     try:
         with _half_made(home, plan.id) as half:
-            return _build_into(half, plan, home, progress, threads or cores())
+            return _build_into(half, plan, home, progress, threads or process.cores())
     except OSError as error:
         full = "the disk is full; " if error.errno == errno.ENOSPC else ""
         raise BuildError(f"{full}cannot write the artifact in {home.artifacts}: {error.strerror or error}") from None
@@ -228,11 +227,6 @@ def _sweep(home: Home) -> None:
         except Timeout:
             continue  # of a build that runs, here, in another container, or on another host of a shared disk
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_recipes(

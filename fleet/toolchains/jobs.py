@@ -14,7 +14,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.errors import BuildError, FleetError
 from fleet.home import Home
 from fleet.toolchains import artifacts, process
-from fleet.toolchains.build import BuildPlan, build, cores, plan_build
+from fleet.toolchains.build import BuildPlan, build, plan_build
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.progress import ProgressCallback
 
@@ -66,7 +66,7 @@ class _Queue:
 
     def run(self, jobs: int) -> tuple[Outcome, ...]:
         waiting = self._to_build()
-        threads = max(1, cores() // max(1, min(jobs, len(waiting))))
+        threads = max(1, process.cores() // max(1, min(jobs, len(waiting))))
         running: dict[Future[None], int] = {}
         with process.stoppable() as stop, ThreadPoolExecutor(jobs) as pool:
             try:

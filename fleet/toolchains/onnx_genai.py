@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core.rules import BUILDS
 from fleet.errors import ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
@@ -22,13 +23,6 @@ from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
-#: What the builder can make, by execution provider; FP16 on CPU is not supported by the runtime (its issue 1098).
-_BUILDS = {
-    Target.CPU: (Precision.INT4, Precision.INT8, Precision.FP32),
-    Target.CUDA: (Precision.INT4, Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32),
-    Target.DML: (Precision.INT4, Precision.FP16),
-    Target.WEBGPU: (Precision.INT4, Precision.FP16),
-}
 _COMMON: dict[str, Option] = {"block_size": (32, (16, 32, 64, 128, 256)), "symmetric": (True, (True, False))}
 _QUANTIZED: dict[Precision, dict[str, Option]] = {
     Precision.INT4: _COMMON | {
@@ -61,7 +55,7 @@ class OnnxGenai:
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """Options of the builder for quantized precisions; none otherwise."""
-        if recipe.precision not in _BUILDS.get(recipe.target, ()):
+        if recipe.precision not in BUILDS[Toolchain.ONNX_GENAI].get(recipe.target, ()):
             raise ProfileError(f"onnx_genai does not build {recipe.precision} for {recipe.target}")
         what = f"onnx_genai {recipe.precision} for {recipe.target}"
         known = _QUANTIZED.get(recipe.precision, {})

@@ -219,6 +219,11 @@ def _next(events: queue.SimpleQueue[bytes | None], child: subprocess.Popen[bytes
                 return None
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def tail(log: Path) -> str:
     """The last lines of a log, without the frames of progress bars."""
     try:

@@ -6,7 +6,6 @@ a process of its own, as builds do.
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,7 +39,7 @@ def measure(
         UsageError: the evaluation text is empty, binary or too short.
     """
     chosen = evaluation.from_text(eval_text) if eval_text else evaluation.bundled()
-    threads = threads or _cores()
+    threads = threads or process.cores()
     against = prepare(
         checkpoint_dir, manifest.model.source_digest, manifest.chat, chosen, cache, progress=progress, threads=threads
     )
@@ -76,7 +75,7 @@ def prepare(
     cache.mkdir(parents=True, exist_ok=True)
     job = ReferenceJob(
         source=checkpoint_dir.resolve(), prompts=tuple(render(chat, prompt) for prompt in chosen.prompts),
-        text=chosen.text, out=path, threads=threads or _cores(),
+        text=chosen.text, out=path, threads=threads or process.cores(),
     )  # fmt: skip
     process.run("reference", job, cache / f"reference-{key[:32]}.log", progress)
     _forget_old(cache)
@@ -93,7 +92,7 @@ def machine() -> str:
                 break
     except OSError:
         pass
-    return f"{name}, {_cores()} cores, {platform.system()} {platform.machine()}"
+    return f"{name}, {process.cores()} cores, {platform.system()} {platform.machine()}"
 
 
 def _check_memory(checkpoint_dir: Path) -> None:
@@ -119,7 +118,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         raise BuildError(f"measuring quality needs {package}: install phifleet[quantize]") from None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
