@@ -198,7 +198,13 @@ def _openvino_int4(shape: ModelShape, matrices: list[Matrix], edges: list[Matrix
     int4 = sum(_openvino_grouped(one, options) for one in quantized)
     int8 = sum(_openvino_int8(one, {}) for one in quantized)
     rest = 0 if everything else sum(_openvino_int8(one, {}) for one in edges)
-    return int(ratio * int4 + (1 - ratio) * int8) + rest
+    adapters = sum(map(_openvino_adapters, quantized)) if options.get("lora_correction") else 0
+    return int(ratio * int4 + (1 - ratio) * int8) + rest + adapters
+
+
+def _openvino_adapters(matrix: Matrix) -> int:
+    """NNCF's of rank 8, in INT8, and what they take in the graph."""
+    return (8 * (matrix.rows + matrix.columns) + 9_000) * matrix.count
 
 
 def _openvino_int8(matrix: Matrix, options: Mapping[str, Any]) -> int:

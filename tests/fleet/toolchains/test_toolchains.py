@@ -9,8 +9,10 @@ import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core.plan_size import predicted_bytes
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
+from fleet.model_facts import read_shape
 from fleet.profiles_loader import load_profile
 from fleet.toolchains.build import build
 from fleet.toolchains.onnx_graph import OnnxGraph
@@ -102,6 +104,8 @@ def test_it_builds_loads_and_generates(tiny_dir: Path, name: str) -> None:
     manifest = _built(tiny_dir, name).manifest
     for key, value in RECIPES[name][4].items():
         assert manifest.recipe[key] == value
+    recipe = Recipe(toolchain=manifest.toolchain, precision=manifest.precision, target=manifest.target)
+    assert manifest.size == pytest.approx(predicted_bytes(read_shape(tiny_dir), recipe, manifest.recipe), rel=0.05)
     if manifest.toolchain is T.OPENVINO and manifest.precision is P.INT4:
         small = "i4" if manifest.recipe["symmetric"] else "u4"
         assert manifest.recipe["weights"][small] > (70_000 if manifest.recipe["ratio"] == 1 else 20_000)
@@ -142,7 +146,7 @@ def test_built_again_it_is_the_same_bytes(
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # torch sums as on a processor without wide vectors
     toolchain, precision, target, options, _ = RECIPES[name]
     recipe = Recipe(toolchain=toolchain, precision=precision, target=target, options=options)
-    again = build(checkpoint(tiny_dir), load_profile("iot-x86"), recipe, Home(tmp_path))
+    again = build(checkpoint(tiny_dir), load_profile("iot-x86"), recipe, Home(tmp_path), threads=1)
     first = _built(tiny_dir, name).manifest
     assert (again.id, again.digest) == (first.id, first.digest)
 
