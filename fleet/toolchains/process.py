@@ -29,7 +29,7 @@ _RAISED = (BuildError, ModelError, ProfileError, UsageError)
 _KINDS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in _RAISED}
 _NO_SPACE_BYTES = 4 * 1024 * 1024
 #: No hub, no bars, no telemetry, and the same order of everything in every run.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -140,7 +140,7 @@ class _Child:
             child = subprocess.Popen(
                 [sys.executable, "-m", "fleet.toolchains.child"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": _python_path()}, start_new_session=True,
+                env=os.environ | ENVIRONMENT | {"PYTHONPATH": _python_path()}, start_new_session=True,
             )  # fmt: skip
             _running.add(child)
         return child

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def recover(
     torch.set_num_threads(threads)
     with torch.inference_mode():
         model, ids = _load(source, texts)
-        return _Walk(model, ids, wanted, threads, progress).run()
+        return _Walk(model, ids, wanted, progress).run()
 
 
 def _load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
@@ -95,10 +96,10 @@ def _load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
 class _Walk:
     """Two streams of hidden states go through the layers: as they were, and as they are after quantization."""
 
-    def __init__(self, model: Any, ids: Tensor, wanted: Wanted, threads: int, progress: ProgressCallback) -> None:
+    def __init__(self, model: Any, ids: Tensor, wanted: Wanted, progress: ProgressCallback) -> None:
         import torch
 
-        self._model, self._wanted, self._threads, self._progress = model, wanted, threads, progress
+        self._model, self._wanted, self._progress = model, wanted, progress
         body = model.model
         self._layers = body.layers
         self._whole = list(body.embed_tokens(ids).split(4))
@@ -133,7 +134,8 @@ class _Walk:
             # As an embedding every column counts alike.
             gram.diagonal().add_(_AS_EMBEDDING * gram.diagonal().mean())
         self._progress(Progress("recovering the last layer"))
-        result = self._quantize(head.weight, gram, self._wanted.output)
+        with _one_thread():
+            result = quantize(head.weight, gram, self._wanted.output, damp=_DAMP)
         self.found["lm_head.weight"] = result
         head.weight.data.copy_(result.dequantized())
 
@@ -152,22 +154,13 @@ class _Walk:
             if grid is None:
                 continue
             gram, cross = self._grams(layer, module, before.pop(name))
-            target = _corrected(module.weight, gram, cross)
-            result = self._quantize(target, gram, grid)
+            with _one_thread():
+                target = _corrected(module.weight, gram, cross)
+                result = quantize(target, gram, grid, damp=_DAMP)
             self.found[f"{prefix}.{name}.weight"] = result
             module.weight.data.copy_(result.dequantized())
         self._whole = after
         self._rounded = [self._through(layer, part) for part in self._rounded]
-
-    def _quantize(self, weights: Tensor, gram: Tensor, grid: Grid) -> Quantized:
-        """Many small steps: handing each to several threads takes longer than doing it."""
-        import torch
-
-        torch.set_num_threads(1)
-        try:
-            return quantize(weights, gram, grid, damp=_DAMP)
-        finally:
-            torch.set_num_threads(self._threads)
 
     def _grams(self, layer: Any, module: Any, before: list[Tensor]) -> tuple[Tensor, Tensor]:
         """``X^T X`` of the inputs as they are now, and ``(X_before - X)^T X``."""
@@ -215,6 +208,22 @@ class _Walk:
         finally:
             hook.remove()
         return taken[0]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK's solvers sum in an order that depends on the number of threads, whatever MKL is told.
+
+    Nothing is lost by it: handing out many small steps takes longer than doing them.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _corrected(weights: Tensor, gram: Tensor, cross: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleet.toolchains import process
 from fleet.toolchains.gptq import Grid, Quantized, fit_scales, quantize
 from fleet.toolchains.mlx_weights import packed, replace
 from fleet.toolchains.onnx_graph import _packed
@@ -86,3 +90,34 @@ def test_two_values_a_byte_and_rows_padded_to_bytes(columns: int, seed: int) -> 
     assert found.shape == (4, (columns + 1) // 2)
     unpacked = np.stack([found & 15, found >> 4], axis=2).reshape(4, -1)[:, :columns]
     assert (unpacked == values).all()
+
+
+THREADS = """
+import hashlib, torch
+from transformers import Phi3Config, Phi3ForCausalLM
+from fleet.toolchains import recovery
+from fleet.toolchains import process
+from fleet.toolchains.gptq import Grid
+config = Phi3Config(hidden_size=576, intermediate_size=576, num_hidden_layers=2, num_attention_heads=9,
+                    num_key_value_heads=3, vocab_size=512, pad_token_id=0)
+wanted = recovery.Wanted(lambda name: Grid(4, 32, "symmetric"))
+for threads in (1, 2, 3):
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        model, ids = Phi3ForCausalLM(config).eval(), torch.randint(0, 512, (8, 128))
+        found = recovery._Walk(model, ids, wanted, lambda step: None).run()
+    print(hashlib.sha256(b"".join(one.q.numpy().tobytes() for one in found.values())).hexdigest())
+"""
+
+
+def test_recovered_weights_do_not_depend_on_the_number_of_threads() -> None:
+    """LAPACK shares matrices of this size out, and its sums came out in another order for each number of threads."""
+    told = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        env=os.environ | process.ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert len(told) == 3 and len(set(told)) == 1
