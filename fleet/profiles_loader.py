@@ -50,7 +50,7 @@ def read_profile(path: Path) -> DeviceProfile:
         ProfileError: the file cannot be read, or is no profile.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ProfileError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:

@@ -53,8 +53,10 @@ def explain(error: ValidationError) -> str:
     """One line naming each wrong field, what was wrong, and what stood there."""
     parts = []
     for problem in error.errors(include_url=False)[:5]:
-        where = ".".join(str(step) for step in problem["loc"]) or "the message"
-        if problem["type"] == "missing":  # its input is all that stands around it
+        where = ".".join(str(step) for step in problem["loc"])
+        if not where:  # of several fields together
+            parts.append(problem["msg"].removeprefix("Value error, "))
+        elif problem["type"] == "missing":  # its input is all that stands around it
             parts.append(f"{where}: is missing")
         else:
             parts.append(f"{where}: {problem['msg']} (found {problem['input']!r:.80})")

@@ -46,7 +46,7 @@ def list_command(obj: HasHome, as_json: bool) -> None:
         click.echo(json.dumps([row(manifest) for manifest in listing.manifests]))
     elif listing.manifests:
         wide_console().print(table(listing.manifests))
-    else:
+    elif not listing.damaged:
         click.echo("no artifacts yet; `phifleet build` makes one")
 
 
@@ -81,10 +81,16 @@ def compare_command(
     obj: HasHome, wanted: tuple[str, ...], model: str | None, profile: str | None, plot: Path | None, as_json: bool
 ) -> None:
     """Compare artifacts (all, or those named) by loss and size; * marks the frontier."""
-    chosen = [load(obj.home, one) for one in wanted] or list(list_artifacts(obj.home).manifests)
+    listing = list_artifacts(obj.home)
+    for problem in listing.damaged:
+        click.echo(f"warning: {problem}", err=True)
+    chosen = [load(obj.home, one) for one in wanted] or list(listing.manifests)
+    if not chosen and listing.damaged:
+        raise UsageError(f"{obj.home.root} holds no artifact that can be read; see above")
     if not chosen:
         raise UsageError(f"{obj.home.root} holds no artifacts; `phifleet build` makes one, --home names another folder")
     chosen = _of_one_model(chosen, model)
+    _check_texts(chosen)
     limits = load_profile(profile) if profile else None
     edge = {one.id for one in frontier(chosen)}
     choice = choose(chosen, limits) if limits else None
@@ -101,8 +107,10 @@ def compare_command(
         for one in ordered:
             for miss in misses.get(one.id, ()):
                 click.echo(f"{one.id}: {miss}")
-    _warn_of_different_texts(ordered)
     if plot:
+        for one in ordered:
+            if one.quality is None:
+                click.echo(f"not drawn, for it was not measured: {one.id}", err=True)
         from fleet.plot import draw
 
         for path in draw(ordered, plot):
@@ -175,7 +183,14 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _warn_of_different_texts(manifests: list[Manifest]) -> None:
-    texts = sorted({one.quality.evaluation for one in manifests if one.quality})
+def _check_texts(manifests: list[Manifest]) -> None:
+    texts: dict[str, list[str]] = {}
+    for one in manifests:
+        if one.quality:
+            texts.setdefault(one.quality.evaluation, []).append(one.id)
     if len(texts) > 1:
-        click.echo(f"warning: they were scored on different texts, and do not compare: {', '.join(texts)}", err=True)
+        lines = "\n".join(f"  {text}: {', '.join(ids)}" for text, ids in sorted(texts.items()))
+        raise UsageError(
+            "these artifacts were scored on different texts, and do not compare; name those of one text, or build them "
+            f"again with the same --eval-text:\n{lines}"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import click
 from rich.console import Console
@@ -17,7 +18,7 @@ from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
 from fleet.cli.artifacts import HasHome, table, wide_console
 from fleet.core.frontier import choose
-from fleet.core.plan import first_legal, judge
+from fleet.core.plan import describe, first_legal, judge
 from fleet.errors import FleetError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.model_facts import read_shape
@@ -31,6 +32,10 @@ from fleet.toolchains.jobs import Outcome, Request, build_all
 from fleet.toolchains.quality import measure as measure_artifact
 from fleet.toolchains.registry import driver_of
 from fleet.toolchains.sample_model import SampleReport, make_sample
+
+_Result = TypeVar("_Result")
+#: Where there is no terminal, a long phase is told again.
+_TELL_EVERY_S = 60.0
 
 
 @click.command("sample-model")
@@ -92,7 +97,7 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
     text = evaluation.from_text(eval_text) if eval_text else evaluation.bundled()
     chosen = [choose_recipes(profile, toolchain, precision, target) for profile in loaded]
     with bars() as lines:
-        checkpoint = resolve_model(model, progress=lines("checkpoint"))
+        checkpoint = _told(lines("checkpoint"), lambda progress: resolve_model(model, progress=progress))
         requests = [
             Request(profile, recipe)
             for profile, recipes in zip(loaded, chosen, strict=True)
@@ -149,15 +154,26 @@ class _Measured:
 
     def _measure(self, manifest: Manifest, title: str) -> Manifest | FleetError:
         try:
-            quality, speed = measure_artifact(
+            quality, speed = _told(self.lines(title), lambda progress: measure_artifact(
                 self.checkpoint.path, self.home.artifacts / manifest.id, manifest, eval_text=self.text,
-                cache=self.home.root / "cache", progress=self.lines(title),
-            )  # fmt: skip
+                cache=self.home.root / "cache", progress=progress,
+            ))  # fmt: skip
         except FleetError as error:
             return error
         manifest = manifest.model_copy(update={"quality": quality, "speed": speed})
         save_manifest(self.home, manifest)
         return manifest
+
+
+def _told(progress: work.ProgressCallback, do: Callable[[work.ProgressCallback], _Result]) -> _Result:
+    """Does it, and tells how it ended."""
+    try:
+        result = do(progress)
+    except BaseException:
+        progress(work.Progress(work.FAILED))
+        raise
+    progress(work.Progress(work.DONE))
+    return result
 
 
 def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> ProfileError | None:
@@ -177,8 +193,13 @@ def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> Profi
         return ProfileError(
             f"no artifact keeps every limit of profile {profile.name}; the lines above say which it misses"
         )
-    click.echo(f"best for {profile.name}: {choice.best.id}", err=True)
+    click.echo(f"best for {profile.name}: {choice.best.id} ({_options(choice.best)})", err=True)
     return None
+
+
+def _options(manifest: Manifest) -> str:
+    """Of the profile's recipe, what tells it from the others of its toolchain."""
+    return ", ".join(f"{name}={value}" for name, value in manifest.recipe.items() if not isinstance(value, dict))
 
 
 def _fail(errors: Sequence[FleetError]) -> None:
@@ -191,8 +212,7 @@ def _fail(errors: Sequence[FleetError]) -> None:
 
 
 def _title(request: Request) -> str:
-    recipe = request.recipe
-    return f"{request.profile.name} {recipe.toolchain} {recipe.precision} {recipe.target}"
+    return f"{request.profile.name} {describe(request.recipe)}"
 
 
 def _as_text(manifest: Manifest, there: bool) -> str:
@@ -223,7 +243,7 @@ def bar(title: str) -> Iterator[work.ProgressCallback]:
 def bars() -> Iterator[Callable[[str], work.ProgressCallback]]:
     """Progress bars on standard error: each call with a title adds a line, and returns what moves it.
 
-    Where standard error is no terminal: a line with the time for each phase that begins.
+    Where standard error is no terminal: a line with the time for each phase that begins, and every minute of one.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -241,9 +261,14 @@ def bars() -> Iterator[Callable[[str], work.ProgressCallback]]:
             task = shown.add_task("", total=None, title=title)
 
             def tell(step: work.Progress) -> None:
-                total = None if step.fraction is None else 1.0
                 text = f"{step.phase} {step.detail}".rstrip()
-                shown.update(task, description=text, total=total, completed=step.fraction or 0)
+                if step.phase in (work.DONE, work.FAILED):
+                    shown.update(task, description=text, total=1.0, completed=float(step.phase == work.DONE))
+                    shown.stop_task(task)
+                    return
+                # Never the whole: rich would take the phase's end for the job's, and stop its clock.
+                total = None if step.fraction is None else 1.0
+                shown.update(task, description=text, total=total, completed=min(step.fraction or 0, 0.999))
 
             return tell
 
@@ -251,12 +276,15 @@ def bars() -> Iterator[Callable[[str], work.ProgressCallback]]:
 
 
 def _phases(title: str) -> work.ProgressCallback:
-    begun = ""
+    begun, told = "", 0.0
 
     def tell(step: work.Progress) -> None:
-        nonlocal begun
-        if step.phase != begun:
-            begun = step.phase
-            click.echo(f"{time.strftime('%H:%M:%S')} {title}: {step.phase} {step.detail}".rstrip(), err=True)
+        nonlocal begun, told
+        if step.phase == begun and time.monotonic() - told < _TELL_EVERY_S:
+            return
+        share = f"{step.fraction:.0%}" if step.phase == begun and step.fraction is not None else ""
+        begun, told = step.phase, time.monotonic()
+        text = f"{step.phase} {step.detail} {share}".rstrip()
+        click.echo(f"{time.strftime('%H:%M:%S')} {title}: {text}", err=True)
 
     return tell

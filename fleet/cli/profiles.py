@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from agent.contract.profile import DeviceProfile, Recipe
+from fleet.cli.artifacts import wide_console
 from fleet.cli.plan import resolver
 from fleet.core.phi_variants import VARIANTS
 from fleet.core.plan import BUDGET_RULES, OPTIONS_RULE, describe, judge
@@ -41,7 +41,7 @@ def list_command(as_json: bool) -> None:
             str(profile.context),
             recipe_names(profile),
         )
-    Console().print(table)
+    wide_console().print(table)
 
 
 @profiles.command("show")
@@ -84,5 +84,6 @@ def _refusal(profile: DeviceProfile, recipe: Recipe) -> Refusal | None:
 
 
 def recipe_names(profile: DeviceProfile) -> str:
-    """The profile's recipes in a line, such as ``llamacpp int4 cpu, mlx int8 metal``."""
-    return ", ".join(f"{recipe.toolchain} {recipe.precision} {recipe.target}" for recipe in profile.recipes)
+    """The profile's recipes in a line, each once, such as ``llamacpp int4 cpu, mlx int8 metal``."""
+    names = [f"{recipe.toolchain} {recipe.precision} {recipe.target}" for recipe in profile.recipes]
+    return ", ".join(dict.fromkeys(names))

@@ -133,8 +133,8 @@ def _over_budget(profile: DeviceProfile, size: int, memory: MemoryNeed, context:
     if 2 * size > profile.disk_bytes:
         found.append(Refusal(
             BUDGET_RULES[1],
-            f"takes {size / MIB:.0f} MiB and two artifacts are kept; the profile allows "
-            f"{profile.disk_bytes / MIB:.0f} MiB",
+            f"takes {2 * size / MIB:.0f} MiB, twice {size / MIB:.0f} for an update keeps two artifacts; the profile "
+            f"allows {profile.disk_bytes / MIB:.0f} MiB",
             "the profile's disk_bytes",
         ))  # fmt: skip
     return tuple(found)

@@ -16,7 +16,7 @@ from fleet.home import Home
 from fleet.toolchains import artifacts, process
 from fleet.toolchains.build import BuildPlan, build, plan_build
 from fleet.toolchains.checkpoint import Checkpoint
-from fleet.toolchains.progress import ProgressCallback
+from fleet.toolchains.progress import DONE, FAILED, Progress, ProgressCallback
 
 #: Left to everything else on the machine.
 _RESERVE_BYTES = 512 * 1024 * 1024
@@ -126,15 +126,17 @@ class _Queue:
 
     def _build(self, wanted_by: tuple[int, ...], threads: int) -> None:
         first = wanted_by[0]
-        request = self._requests[first]
+        request, progress = self._requests[first], self._progress(first)
         try:
             manifest = build(
                 self._model, request.profile, request.recipe, self._home,
-                progress=self._progress(first), threads=threads,
+                progress=progress, threads=threads,
             )  # fmt: skip
         except FleetError as error:
+            progress(Progress(FAILED))
             self._note(wanted_by, error=error)
         else:
+            progress(Progress(DONE))
             self._note(wanted_by, manifest)
 
     def _note(

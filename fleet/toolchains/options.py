@@ -41,5 +41,5 @@ def check_calibration(what: str, options: Mapping[str, Any], users: Sequence[str
 
 def _is(value: Any, allowed: Any) -> bool:
     if isinstance(allowed, type):
-        return isinstance(value, allowed) and not (isinstance(value, bool) and allowed is not bool)
+        return isinstance(value, allowed) and value != "" and not (isinstance(value, bool) and allowed is not bool)
     return type(value) is type(allowed) and value == allowed

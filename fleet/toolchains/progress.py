@@ -15,6 +15,10 @@ class Progress:
     detail: str = ""
 
 
+#: Phases after which nothing more is told.
+DONE = "done"
+FAILED = "failed"
+
 ProgressCallback = Callable[[Progress], None]
 
 

@@ -73,7 +73,7 @@ def recover(
     """
     import torch
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     with torch.inference_mode():
         model, ids = _load(source, texts)
         return _Walk(model, ids, wanted, progress).run()
@@ -208,6 +208,14 @@ class _Walk:
         finally:
             hook.remove()
         return taken[0]
+
+
+def use_threads(threads: int) -> None:
+    """A power of two: work then divides into whole vectors. What is left over is computed one by one, and rounds
+    otherwise, so that 3 threads give other bytes than 1, 2 and 4, which give the same."""
+    import torch
+
+    torch.set_num_threads(1 << (threads.bit_length() - 1))
 
 
 @contextmanager

@@ -131,6 +131,24 @@ def test_the_name_of_a_plot_is_kept_and_a_folder_is_none(home: Home, tmp_path: P
     assert "is a folder" in str(call(home, "compare", "--plot", str(tmp_path)).exception)
 
 
+def test_artifacts_scored_on_two_texts_are_not_compared(home: Home) -> None:
+    add(home, "small", 10, 0.4)
+    mine = add(home, "mine", 5, 0.01)
+    assert mine.quality is not None
+    quality = mine.quality.model_copy(update={"evaluation": "text-mine:1"})
+    save_manifest(home, mine.model_copy(update={"quality": quality}))
+    refused = str(call(home, "compare").exception)
+    assert "different texts" in refused and "text-mine:1: mine" in refused
+    assert call(home, "compare", "mine").exit_code == 0
+
+
+def test_what_cannot_be_read_is_not_called_nothing(home: Home) -> None:
+    (home.artifacts / "broken").mkdir(parents=True)
+    listed = call(home, "list")
+    assert "broken" in listed.stderr and "no artifacts yet" not in listed.output
+    assert "no artifact that can be read" in str(call(home, "compare").exception)
+
+
 def test_artifacts_of_two_models_are_not_compared(home: Home) -> None:
     add(home, "small", 10, 0.4)
     other = add(home, "other", 5, 0.01)
