@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from agent.contract.base import canonical_json, explain, sha256_hex
 from agent.contract.manifest import Chat, ModelFacts
+from fleet.core.phi_variants import find_variant
 from fleet.core.plan_shape import ModelFile, NetworkConfig, architecture_of
 from fleet.errors import ModelError
 from fleet.toolchains.progress import Progress, ProgressCallback, silent
@@ -161,6 +162,8 @@ def resolve_model(model: str | Path, *, progress: ProgressCallback = silent) -> 
         ModelError: as ``inspect``; or the id cannot be had.
     """
     path = local_path(model)
+    if not path.exists() and (variant := find_variant(str(model))) and str(model) not in variant.hub_ids:
+        raise ModelError(f"{model} is no folder here; on the hub it is {' or '.join(variant.hub_ids)}")
     if path.exists() or not isinstance(model, str) or not _HUB_ID.match(model) or model.startswith("."):
         return inspect(path, progress=progress)
     progress(Progress(f"downloading {model}"))

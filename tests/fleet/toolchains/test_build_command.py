@@ -76,6 +76,7 @@ def test_best_tells_every_failed_build_and_every_profile_without_one(
     (["--profile", "no-such"], ProfileError, "no profile is named 'no-such'"),
     (["--profile", "iot-x86", "--toolchain", "mlx"], ProfileError, "has no recipe for mlx"),
     (["--profile", "iot-x86", "--model", "/nowhere"], ModelError, "does not exist"),
+    (["--profile", "iot-x86", "--model", "phi-4-mini"], ModelError, "on the hub it is microsoft/Phi-4-mini-instruct"),
     (["--profile", "iot-x86", "--eval-text", "/nowhere"], UsageError, "cannot be read"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(
