@@ -14,7 +14,7 @@ DEV_EXTRAS := quantize,sample,llamacpp,dev
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering"
 	@echo "make test    all tests"
-	@echo "make test-variants  every Phi in every toolchain at every precision, seven minutes"
+	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
 	@echo "make check   format, lint, types, import rules, generated docs"
 	@echo "make bench   the figures of the README, as ratios against a peer in the same run"
 	@echo "make docs    write the generated docs again"
@@ -54,7 +54,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev debian
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Every Phi's network in every toolchain's own runtime at every precision; `make test` has FP32 of each.
+# Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each.
 test-variants: export PHIFLEET_VARIANTS ?= all
 test-variants: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m variants tests/fleet/quality/test_variants.py

@@ -1,6 +1,6 @@
 """What works, what builds and what is refused: variant x toolchain x precision x target, from the linter's own rules.
 
-``docs/support-matrix.md`` is generated from it; the tests of the variants go through the cells that say "works".
+``docs/support-matrix.md`` is generated from it; the tests of the variants build what it says works or builds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from fleet.core.phi_variants import VARIANTS, Variant
 from fleet.core.plan_memory import RUNTIMES
 from fleet.core.rules import BUILDS, RULES, Case, refusals
 
-#: Targets whose artifacts run where the tests run, Linux on a CPU. A GGUF is the same file for every target, and MLX
-#: runs there too, without Metal; so both are tested by the files that a device would get.
-RUN_HERE = {
-    Toolchain.ONNX_GENAI: (Target.CPU,),
-    Toolchain.OPENVINO: (Target.CPU,),
-    Toolchain.LLAMACPP: (Target.CPU,),
-    Toolchain.MLX: (Target.CPU,),
+#: Where the tests run: Linux on a CPU. MLX runs there too, without Metal.
+RUN_HERE = Target.CPU
+#: Targets whose files are those for the CPU byte for byte: the toolchain does not ask which device it is for. Tests
+#: build one recipe for both and compare, so that what they find of all files for the CPU holds for these.
+SAME_FILES = {
+    Toolchain.OPENVINO: (Target.GPU,),
+    Toolchain.LLAMACPP: (Target.CUDA, Target.METAL),
+    Toolchain.MLX: (Target.METAL,),
 }
 #: Beside what the toolchains build: what people ask for.
 _ASKED = {Toolchain.ONNX_GENAI: (Target.QNN,)}
@@ -48,6 +49,11 @@ class Cell:
     rule: str = ""
     why: str = ""
 
+    @property
+    def built_for(self) -> Target:
+        """The target whose files the tests build for this cell."""
+        return RUN_HERE if self.target in SAME_FILES.get(self.toolchain, ()) else self.target
+
 
 def cells() -> Iterator[Cell]:
     """Every cell, variant by variant."""
@@ -67,8 +73,7 @@ def cell(variant: Variant, toolchain: Toolchain, precision: Precision, target: T
     for context in sorted(lengths - {0}, reverse=True):
         found = refusals(Case(shape, recipe, context))
         if not found:
-            here = target in RUN_HERE[toolchain]
-            status = Status.WORKS if here else Status.BUILDS
+            status = Status.WORKS if target is RUN_HERE else Status.BUILDS
             return Cell(variant, toolchain, precision, target, status, context, rule=first)
         first = first or found[0].rule
     why = refusals(Case(shape, recipe, min(lengths - {0})))[0]
@@ -77,7 +82,8 @@ def cell(variant: Variant, toolchain: Toolchain, precision: Precision, target: T
 
 def markdown() -> str:
     """docs/support-matrix.md, without the notice at its head."""
-    return "\n".join([_INTRODUCTION, *_matrix(), _DEVICES, *_rules(), *_memory()])
+    same = ", ".join(f"`{toolchain}` {' and '.join(targets)}" for toolchain, targets in SAME_FILES.items())
+    return "\n".join([_INTRODUCTION.format(same=same), *_matrix(), _DEVICES, *_rules(), *_memory()])
 
 
 _INTRODUCTION = """\
@@ -85,7 +91,13 @@ _INTRODUCTION = """\
 
 - **works**: tests build it from a small random checkpoint with the variant's own configuration, load it in the
   toolchain's own runtime, and compare its logits with those of transformers, at FP32 for short and for long prompts.
-- builds: the toolchain makes it here; it was not run, for want of the device.
+- builds: tests build it from the same checkpoint; it was not run on the device, for want of one. Of `onnx_genai` they
+  look at the bits of the weights and the provider named, and compare what ONNX Runtime computes of it on a CPU with
+  transformers, at FP16 for long prompts too; BF16 has no kernels there, so that its graph and types alone are checked.
+  Of `openvino` npu they compare what OpenVINO computes on a CPU. The files of
+  {same}
+  are those of the cpu row byte for byte. This is tested on one recipe for each of these targets; for the others, what
+  is tested is the cpu row.
 - refused: the planner says no. The rules are below; `phifleet plan` gives the reason for each case.
 
 A length in tokens is the longest context that it holds for; without one it holds for the model's own. Networks were

@@ -55,6 +55,8 @@ def _run(request: dict[str, Any], tell: Any) -> dict[str, Any]:
     if request["kind"] in ("reference", "measure"):
         from fleet.toolchains import quality_job
 
+        if request["kind"] == "measure" and request["job"]["toolchain"] == Toolchain.MLX:
+            _hide_torch()  # a device's agent has none, and its memory would be taken for the artifact's
         return quality_job.run(request["kind"], request["job"], tell)
     from fleet.toolchains.registry import driver_of
 

@@ -54,7 +54,7 @@ def test_a_wrong_size_is_refused_with_file_field_and_what_was_found(field: str, 
 @pytest.mark.parametrize("field", [name for name, one in NetworkConfig.model_fields.items() if one.is_required()])
 def test_a_size_that_is_missing_is_named(field: str) -> None:
     config = {name: value for name, value in CONFIG.items() if name != field}
-    with pytest.raises(ModelError, match=rf"{field}: Field required"):
+    with pytest.raises(ModelError, match=rf"{field}: is missing"):
         shape_of(config, name="x")
 
 

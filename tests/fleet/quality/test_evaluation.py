@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.errors import UsageError
-from fleet.toolchains.evaluation import MAX_PIECES, MIN_TEXT_TOKENS, PIECE_TOKENS, bundled, from_text, pieces
+from fleet.toolchains.evaluation import (
+    MAX_PIECES,
+    MIN_PIECES,
+    MIN_TEXT_TOKENS,
+    PIECE_TOKENS,
+    bundled,
+    from_text,
+    pieces,
+)
 
 
 def test_the_bundled_prompts_are_of_four_kinds_and_their_digest_is_known() -> None:
@@ -15,14 +24,16 @@ def test_the_bundled_prompts_are_of_four_kinds_and_their_digest_is_known() -> No
     assert len(found.prompts) == len(set(found.prompts)) >= 32
     assert any("Python" in prompt for prompt in found.prompts)
     assert any("三" in prompt for prompt in found.prompts)
-    # Manifests name it: a changed prompt is another evaluation, with another version.
-    assert found.label == "phifleet-eval-1:" + found.digest[:16]
-    assert found.digest == bundled().digest
+    # Manifests name it: a changed prompt is another evaluation, with another version and so another label.
+    assert found.digest == "baafe7bc86d0eceb605009943683b2ca9cfdec8d9793fb0cfb8ff6dcb32b21fe"
+    assert found.label == "phifleet-eval-1:baafe7bc86d0eceb"
 
 
 def test_what_is_scored_is_not_what_calibrations_see() -> None:
     folder = Path(__file__).resolve().parents[3] / "fleet" / "data" / "calibration"
-    seen = "".join(path.read_text(encoding="utf-8") for path in folder.iterdir()) if folder.is_dir() else ""
+    lines = [line for path in folder.iterdir() for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) >= 64
+    seen = "\n".join(text for line in lines for text in json.loads(line).values())
     assert not [prompt for prompt in bundled().prompts if prompt in seen]
 
 
@@ -61,8 +72,8 @@ def test_a_text_is_known_by_name_and_bytes(tmp_path: Path) -> None:
 @given(st.integers(MIN_TEXT_TOKENS, 40_000))
 def test_pieces_are_whole_disjoint_and_few(count: int) -> None:
     found = pieces(range(count))
-    assert 1 <= len(found) <= MAX_PIECES
-    assert all(len(ids) == PIECE_TOKENS for ids, _ in found) or (len(found) == 1 and count < PIECE_TOKENS)
+    assert MIN_PIECES <= len(found) <= MAX_PIECES
+    assert {len(ids) for ids, _ in found} == {min(PIECE_TOKENS, count // MIN_PIECES)}
     assert all(start == len(ids) // 2 for ids, start in found)
     firsts = [ids[0] for ids, _ in found]
     assert sorted(set(firsts)) == firsts

@@ -15,7 +15,7 @@ from fleet.core.plan_memory import memory_need
 from fleet.errors import BuildError, UsageError
 from fleet.model_facts import read_shape
 from fleet.toolchains import quality, reference
-from fleet.toolchains.evaluation import Evaluation
+from fleet.toolchains.evaluation import Evaluation, from_text
 from fleet.toolchains.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes, timings
 from fleet.toolchains.scorers import Timing
 from tests.models import Built, built, checkpoint
@@ -35,6 +35,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "pumps.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def made_reference(tiny_dir: Path, cache: Path, text: Path) -> Path:
+    """The reference of the tiny checkpoint on the text; made by the first test that wants it."""
+    facts, chat = checkpoint(tiny_dir).facts, checkpoint(tiny_dir).chat
+    return quality.prepare(tiny_dir, facts.source_digest, chat, from_text(text), cache, threads=2)
 
 
 def test_an_artifact_is_measured_on_a_text_and_the_reference_is_made_once(
@@ -85,14 +92,11 @@ def test_the_bundled_set_is_continued_by_the_model_and_always_the_same(tiny_dir:
     assert logits_of(first[0].hidden).shape == (len(first[0].ids) - first[0].start, 49152)
 
 
-def test_the_reference_is_transformers_own(tiny_dir: Path, cache: Path, text: Path) -> None:
+def test_the_reference_is_transformers_own(tiny_dir: Path, made_reference: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    files = sorted(cache.glob("reference-*.npz"))
-    if not files:
-        pytest.skip("made by the first test of this file")
-    scored = reference.read(files[0])[0]
+    scored = reference.read(made_reference)[0]
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
     with torch.inference_mode():
         own = model(torch.tensor([scored.ids])).logits[0, scored.start - 1 : -1].numpy()
@@ -102,9 +106,17 @@ def test_the_reference_is_transformers_own(tiny_dir: Path, cache: Path, text: Pa
 def test_too_short_a_text_is_refused_by_the_child(tiny_dir: Path, tiny_artifact: Built, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("Three short words.", encoding="utf-8")
-    with pytest.raises(UsageError, match="at least 64 are needed"):
+    with pytest.raises(UsageError, match="at least 256 are needed"):
         quality.measure(tiny_dir, tiny_artifact.files, tiny_artifact.manifest, eval_text=path, cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.npz"))
+
+
+def test_a_context_shorter_than_the_evaluation_is_told(
+    tiny_dir: Path, tiny_artifact: Built, cache: Path, text: Path
+) -> None:
+    short = tiny_artifact.manifest.model_copy(update={"context": 64})
+    with pytest.raises(UsageError, match=r"context of 64 tokens.*longer context, or build with --no-measure"):
+        quality.measure(tiny_dir, tiny_artifact.files, short, eval_text=text, cache=cache)
 
 
 def test_an_artifact_that_does_not_load_says_so_with_its_log(
@@ -120,12 +132,11 @@ def test_an_artifact_that_does_not_load_says_so_with_its_log(
 
 
 def test_a_damaged_reference_is_named(
-    tiny_dir: Path, tiny_artifact: Built, cache: Path, text: Path, tmp_path: Path
+    tiny_dir: Path, tiny_artifact: Built, made_reference: Path, text: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "cache"
-    shutil.copytree(cache, other)
-    for path in other.glob("*.npz"):
-        path.write_bytes(path.read_bytes()[:1000])
+    other.mkdir()
+    (other / made_reference.name).write_bytes(made_reference.read_bytes()[:1000])
     with pytest.raises(BuildError, match=r"no reference of an evaluation.*remove it"):
         quality.measure(tiny_dir, tiny_artifact.files, tiny_artifact.manifest, eval_text=text, cache=other)
 
@@ -170,10 +181,37 @@ def test_the_sample_is_measured_and_the_plan_knew_its_memory(
     assert found.tokens > 2000
     assert 0.2 < found.kl_divergence < 0.7
     assert found.kl_divergence_se < 0.1 * found.kl_divergence
-    shape = read_shape(sample_dir)
+    assert speed.peak_memory_bytes == pytest.approx(planned_memory(sample_dir, manifest), rel=0.35)
+
+
+def planned_memory(folder: Path, manifest: Manifest) -> int:
+    """Of a measurement, bytes. llama.cpp has a KV cache for the whole context, the others for what they are given."""
+    tokens = PROMPT_TOKENS + ANSWER_TOKENS + 1
     recipe = Recipe(toolchain=manifest.toolchain, precision=manifest.precision, target=manifest.target)
-    need = memory_need(shape, recipe, manifest.size, PROMPT_TOKENS + ANSWER_TOKENS + 1)
-    assert speed.peak_memory_bytes == pytest.approx(need.at_context(PROMPT_TOKENS + ANSWER_TOKENS + 1), rel=0.35)
+    need = memory_need(read_shape(folder), recipe, manifest.size, tokens)
+    return need.at_context(manifest.context if manifest.toolchain is Toolchain.LLAMACPP else tokens)
+
+
+@pytest.mark.toolchain
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("toolchain", [Toolchain.OPENVINO, Toolchain.LLAMACPP])
+def test_the_plan_knew_the_memory_of_the_others(
+    sample_dir: Path, cache: Path, tmp_path: Path, toolchain: Toolchain
+) -> None:
+    artifact = built(sample_dir, toolchain)
+    few = tmp_path / "few.txt"  # memory is looked at before the text is scored
+    few.write_text(TEXT[:2000], encoding="utf-8")
+    _, speed = quality.measure(sample_dir, artifact.files, artifact.manifest, eval_text=few, cache=cache)
+    assert speed.peak_memory_bytes == pytest.approx(planned_memory(sample_dir, artifact.manifest), rel=0.35)
+
+
+@pytest.mark.toolchain
+def test_the_plan_knew_the_memory_of_mlx(tiny_dir: Path, cache: Path, text: Path) -> None:
+    """On the tiny model, since MLX is slow on a CPU: the runtime alone, with no tokenizer and no PyTorch in it."""
+    artifact = built(tiny_dir, Toolchain.MLX)
+    _, speed = quality.measure(tiny_dir, artifact.files, artifact.manifest, eval_text=text, cache=cache)
+    planned = planned_memory(tiny_dir, artifact.manifest)
+    assert 0.4 * planned < speed.peak_memory_bytes < planned
 
 
 @pytest.mark.toolchain

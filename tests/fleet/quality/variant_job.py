@@ -1,8 +1,8 @@
 """One toolchain over some cells, in a process of its own: ``python -m tests.fleet.quality.variant_job`` with
-``TOOLCHAIN RESULT VARIANT:PRECISION...``. The toolchain is imported once; each cell is an entry in the result.
+``TOOLCHAIN RESULT VARIANT:PRECISION:TARGET...``. The toolchain is imported once; each cell is an entry in the result.
 
-What is measured: at FP32 the largest difference of logits to transformers', for a short prompt and at the end of a long
-one; at lower precisions the mean KL divergence over the short one.
+What is measured on this machine's CPU: the mean KL divergence to transformers over a short prompt; and where the
+weights are as good as the model's own the largest difference of logits, for that prompt and at the end of a long one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 from agent.contract.manifest import Precision, Toolchain
 from agent.contract.profile import Recipe
-from fleet.core.phi_variants import VARIANTS, Variant
-from fleet.core.support import RUN_HERE, Cell, Status, cell
+from fleet.core.phi_variants import Variant
+from fleet.core.support import Cell, Status, cells
 from fleet.model_facts import read_shape
-from fleet.toolchains.base import ConvertJob
+from fleet.toolchains.base import Converted, ConvertJob
 from fleet.toolchains.checkpoint import Checkpoint, inspect
 from fleet.toolchains.divergence import compare
 from fleet.toolchains.registry import driver_of
 from fleet.toolchains.scorers import Opened, open_scorer
-from tests.fleet.quality import variants
+from tests.fleet.quality import variant_files, variants
 
 #: MLX multiplies slowly on a CPU: its long prompt is shorter, and past no switch, where the plan refuses it anyway.
 MLX_LONG = 700
@@ -66,13 +66,23 @@ def long_length(one: Cell) -> int:
     return max(length for length in _lengths(one.variant) if length <= limit)
 
 
+def is_close(one: Cell) -> bool:
+    """Whether logits are compared one by one: at FP32, and at FP16 of ONNX for GPUs, whose graphs are their own."""
+    return one.precision is Precision.FP32 or (one.toolchain, one.precision) == (Toolchain.ONNX_GENAI, Precision.FP16)
+
+
 def measure(one: Cell, folder: Path) -> dict[str, Any]:
     model = inspect(variants.checkpoint(one.variant))
     # What the artifact is allocated for decides LongRoPE's factors: at most what the cell holds for.
     context = min(one.context, 8192, model.facts.max_context)
-    entry, size = _convert(one, model, context, folder)
-    found: dict[str, Any] = {"bytes": size[0], "predicted": size[1]}
-    scorer = open_scorer(one.toolchain, Opened(folder / "out" / entry, one.target, context, 2))
+    converted, size = _convert(one, model, context, folder)
+    found: dict[str, Any] = {"bytes": size[0], "predicted": size[1], "notes": converted.notes}
+    path = folder / "out" / converted.entry
+    if one.toolchain is Toolchain.ONNX_GENAI:
+        found |= variant_files.look(path)
+        if not variant_files.has_kernels(path):
+            return found
+    scorer = open_scorer(one.toolchain, Opened(path, one.target, context, 2))
     if one.toolchain is Toolchain.OPENVINO:
         scorer.prepare_logits()
     logits, ids = reference(one.variant), variants.tokens()
@@ -80,7 +90,7 @@ def measure(one: Cell, folder: Path) -> dict[str, Any]:
     expected = logits[str(variants.SHORT)]
     losses = compare(expected, short, ids[1 : variants.SHORT])
     found |= {"divergence": float(losses.divergence.mean()), "short": _difference(short, expected)}
-    if one.precision is Precision.FP32:
+    if is_close(one):
         length = long_length(one)
         found["long"] = _difference(scorer.logits(ids[:length], length - variants.LAST), logits[str(length)])
     return found
@@ -91,7 +101,7 @@ def _difference(found: Any, expected: Any) -> float:
     return float(abs(found[:, :width] - expected[:, :width]).max())
 
 
-def _convert(one: Cell, model: Checkpoint, context: int, folder: Path) -> tuple[str, tuple[int, int]]:
+def _convert(one: Cell, model: Checkpoint, context: int, folder: Path) -> tuple[Converted, tuple[int, int]]:
     from fleet.core.plan_size import predicted_bytes
 
     driver = driver_of(one.toolchain)
@@ -106,25 +116,27 @@ def _convert(one: Cell, model: Checkpoint, context: int, folder: Path) -> tuple[
     )  # fmt: skip
     converted = driver.convert(job, lambda _: None)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return converted.entry, (size, predicted_bytes(read_shape(model.path), recipe, options))
+    return converted, (size, predicted_bytes(read_shape(model.path), recipe, options))
 
 
-def working(toolchain: Toolchain) -> list[Cell]:
-    """The cells that the support matrix says work, on this machine."""
-    target = RUN_HERE[toolchain][0]
-    every = (cell(variant, toolchain, precision, target) for variant in VARIANTS for precision in Precision)
-    return [one for one in every if one.status is Status.WORKS]
+def built(toolchain: Toolchain) -> list[Cell]:
+    """The cells that are not refused and have files of their own."""
+    every = (one for one in cells() if one.toolchain is toolchain and one.status is not Status.REFUSED)
+    return [one for one in every if one.built_for is one.target]
+
+
+def name_of(one: Cell) -> str:
+    return f"{one.variant.name}:{one.precision}:{one.target}"
 
 
 def main(toolchain: Toolchain, result: Path, names: list[str]) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    by_name = {name_of(one): one for one in built(toolchain)}
     found: dict[str, Any] = {}
     for name in names:
-        variant, precision = name.split(":")
-        one = next(one for one in working(toolchain) if (one.variant.name, one.precision) == (variant, precision))
         with tempfile.TemporaryDirectory(dir=result.parent) as folder:
             try:
-                found[name] = measure(one, Path(folder))
+                found[name] = measure(by_name[name], Path(folder))
             except Exception as error:
                 traceback.print_exc()
                 found[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
