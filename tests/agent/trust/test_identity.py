@@ -136,8 +136,8 @@ def without(name: str) -> Callable[[bytes], bytes]:
         (edit(root=[]), "root: Input should be a valid string"),
         (edit(private_key=None), "certificate and private_key go together"),
         (edit(certificate="x"), "certificate: .*is not PEM"),
-        (without("root"), "root: is missing"),
-        (without("issued_at"), "issued_at: is missing"),
+        (without("root"), "root: Field required"),
+        (without("issued_at"), "issued_at: Field required"),
     ],
 )
 def test_damaged_bundles(bundle: Bundle, tmp_path: Path, damage: Callable[[bytes], bytes], says: str) -> None:
