@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from agent.contract import topics
 from agent.contract.manifest import MAX_CHUNK_BYTES
@@ -17,6 +17,7 @@ from agent.core.ports import Message
 from fleet.delivery import metadata
 from fleet.delivery.metadata import MetadataServer, segment_of
 from tests.simulators.link import MemoryBroker, MemoryLink
+from tests.waiting import until
 
 BIG = bytes(range(256)) * 1500
 
@@ -41,10 +42,14 @@ class Scene:
     files: Files
     answers: list[Message]
 
-    async def ask(self, payload: bytes, response_topic: str | None = topics.metadata("pi-1")) -> list[Message]:
+    async def send(self, payload: bytes, response_topic: str | None = topics.metadata("pi-1")) -> None:
         self.answers.clear()
         await self.device.publish(topics.METADATA_WANT, payload, response_topic=response_topic, correlation=b"c")
-        await asyncio.sleep(0.05)
+
+    async def ask(self, payload: bytes) -> list[Message]:
+        """All that is answered, at least one."""
+        await self.send(payload)
+        await until(lambda: self.answers, "there is an answer")
         return self.answers
 
 
@@ -102,14 +107,20 @@ async def test_segments(scene: Scene) -> None:
 )
 async def test_what_is_ignored(scene: Scene, payload: bytes, response_topic: str | None) -> None:
     before = len(scene.broker.published)
-    assert await scene.ask(payload, response_topic) == []
+    await scene.send(payload, response_topic)
+    await until(lambda: scene.server.ignored)
+    assert scene.answers == []
     assert len(scene.broker.published) == before + 1
     assert (scene.server.answered, scene.server.ignored) == (0, 1)
     assert len(await scene.ask(want("timestamp.json"))) == 1
 
 
 async def test_a_fault_costs_one_answer(scene: Scene) -> None:
-    assert await scene.ask(want("broken.json")) == []
+    with capture_logs() as logs:
+        await scene.send(want("broken.json"))
+        await until(lambda: logs)
+    assert logs[0]["event"] == "metadata_answer_failed"
+    assert scene.answers == []
     assert len(await scene.ask(want("timestamp.json"))) == 1
 
 
@@ -119,9 +130,9 @@ async def test_a_herd_is_answered_as_far_as_there_is_room(scene: Scene, monkeypa
         await scene.device.publish(
             topics.METADATA_WANT, want("timestamp.json"), response_topic=topics.metadata("pi-1"), correlation=b"c"
         )
-    await asyncio.sleep(0.3)
-    assert scene.server.answered + scene.server.ignored == 200
-    assert scene.server.answered == len(scene.answers) >= 50
+    await until(lambda: scene.server.answered + scene.server.ignored == 200)
+    await until(lambda: len(scene.answers) == scene.server.answered)
+    assert scene.server.answered >= 50
 
 
 async def test_two_controllers_share_the_load(scene: Scene) -> None:
@@ -130,6 +141,7 @@ async def test_two_controllers_share_the_load(scene: Scene) -> None:
         await second.start()
         for _ in range(6):
             assert len(await scene.ask(want("timestamp.json"))) == 1
+        await until(lambda: scene.server.answered + second.answered == 6)
         assert (scene.server.answered, second.answered) == (3, 3)
         await second.stop()
 
