@@ -18,7 +18,7 @@ from fleet.profiles_loader import load_profile
 from fleet.toolchains import process
 from fleet.toolchains.build import plan_build
 from fleet.toolchains.jobs import Request, build_all
-from fleet.toolchains.progress import Progress, ProgressCallback, silent
+from fleet.toolchains.progress import DONE, Progress, ProgressCallback, silent
 from tests.models import Built, checkpoint
 from tests.waiting import alive, wait_until
 
@@ -57,11 +57,11 @@ def test_builds_run_side_by_side_only_as_far_as_memory_goes(tiny_dir: Path, tmp_
     most, lock = [0], threading.Lock()
 
     def watch(i: int) -> ProgressCallback:
-        def tell(step: object) -> None:
+        def tell(step: Progress) -> None:
             with lock:
                 running.add(i)
                 most[0] = max(most[0], len(running))
-            if getattr(step, "phase", "") == "cutting into chunks":
+            if step.phase == DONE:
                 with lock:
                     running.discard(i)
 
