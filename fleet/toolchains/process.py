@@ -90,26 +90,25 @@ _FAILED = {
 
 
 _running: set[subprocess.Popen[bytes]] = set()
-_stopped = False
+_stopped = threading.Event()
+#: Of both: no child begins, or leaves the set, while all are being stopped.
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
     """Gives what ends every child, in whatever thread; from then on none begins until the block is left."""
-    global _stopped  # noqa: PLW0603 - as wide as what it stops: the children of this process
 
     def stop() -> None:
-        global _stopped  # noqa: PLW0603 - see above
         with _lock:
-            _stopped = True
+            _stopped.set()
             for child in _running:
                 _signal_group(child, "SIGKILL")
 
     try:
         yield stop
     finally:
-        _stopped = False
+        _stopped.clear()
 
 
 @dataclass
@@ -126,7 +125,8 @@ class _Child:
         try:
             answer = self._follow(child)
         finally:
-            _running.discard(child)
+            with _lock:
+                _running.discard(child)
             _stop(child)
         if "result" not in answer:
             raise self._failure(answer, child.returncode)
@@ -135,7 +135,7 @@ class _Child:
 
     def _begin(self) -> subprocess.Popen[bytes]:
         with _lock, self.log.open("ab") as log:
-            if _stopped:
+            if _stopped.is_set():
                 raise BuildError("interrupted")
             child = subprocess.Popen(
                 [sys.executable, "-m", "fleet.toolchains.child"],
