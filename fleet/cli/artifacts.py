@@ -15,7 +15,7 @@ from fleet.core.frontier import choose, frontier
 from fleet.errors import UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.toolchains.artifacts import list_artifacts, load
+from fleet.toolchains.artifacts import Listing, list_artifacts, load
 
 _WIDTH = 170
 
@@ -39,9 +39,7 @@ def artifacts() -> None:
 @click.pass_obj
 def list_command(obj: HasHome, as_json: bool) -> None:
     """List the artifacts with their loss, and their speed on the machine that built them."""
-    listing = list_artifacts(obj.home)
-    for problem in listing.damaged:
-        click.echo(f"warning: {problem}", err=True)
+    listing = _listed(obj.home)
     if as_json:
         click.echo(json.dumps([row(manifest) for manifest in listing.manifests]))
     elif listing.manifests:
@@ -81,9 +79,7 @@ def compare_command(
     obj: HasHome, wanted: tuple[str, ...], model: str | None, profile: str | None, plot: Path | None, as_json: bool
 ) -> None:
     """Compare artifacts (all, or those named) by loss and size; * marks the frontier."""
-    listing = list_artifacts(obj.home)
-    for problem in listing.damaged:
-        click.echo(f"warning: {problem}", err=True)
+    listing = _listed(obj.home)
     chosen = [load(obj.home, one) for one in wanted] or list(listing.manifests)
     if not chosen and listing.damaged:
         raise UsageError(f"{obj.home.root} holds no artifact that can be read; see above")
@@ -115,6 +111,14 @@ def compare_command(
 
         for path in draw(ordered, plot):
             click.echo(f"wrote {path}", err=True)
+
+
+def _listed(home: Home) -> Listing:
+    """Every artifact; what cannot be read is told."""
+    listing = list_artifacts(home)
+    for problem in listing.damaged:
+        click.echo(f"warning: {problem}", err=True)
+    return listing
 
 
 def _of_one_model(chosen: list[Manifest], model: str | None) -> list[Manifest]:

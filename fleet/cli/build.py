@@ -179,9 +179,9 @@ def _told(progress: work.ProgressCallback, do: Callable[[work.ProgressCallback],
 def _name_the_best(profile: DeviceProfile, outcomes: Sequence[Outcome]) -> ProfileError | None:
     """Shows the profile's artifacts and the best of them; the error where none is good enough."""
     made = [one.manifest for one in outcomes if one.manifest is not None and one.request.profile is profile]
-    choice = choose(made, profile)
     if not made:
         return ProfileError(f"no artifact was built for profile {profile.name}")
+    choice = choose(made, profile)
     wide_console(stderr=True).print(table(
         [one.manifest for one in choice.judged], edge={one.manifest.id for one in choice.judged if one.on_frontier},
         best=choice.best.id if choice.best else None,

@@ -12,7 +12,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.cli.artifacts import wide_console
 from fleet.cli.plan import resolver
 from fleet.core.phi_variants import VARIANTS
-from fleet.core.plan import BUDGET_RULES, OPTIONS_RULE, describe, judge
+from fleet.core.plan import DISK_RULE, MEMORY_RULE, OPTIONS_RULE, describe, judge
 from fleet.core.rules import Refusal
 from fleet.errors import ProfileError
 from fleet.profiles_loader import list_profiles, load_profile, profile_paths, read_profile
@@ -77,7 +77,7 @@ def check_command(file: Path) -> None:
 def _refusal(profile: DeviceProfile, recipe: Recipe) -> Refusal | None:
     """Why every published Phi is refused this recipe, for another reason than its size; None where one is not."""
     judged = [judge(one.shape, profile, recipe, resolver(one.shape, one.name)) for one in VARIANTS]
-    reasons = [next((why for why in one.refusals if why.rule not in BUDGET_RULES), None) for one in judged]
+    reasons = [next((why for why in one.refusals if why.rule not in (MEMORY_RULE, DISK_RULE)), None) for one in judged]
     if not all(reasons):
         return None
     return next((why for why in reasons if why and why.rule == OPTIONS_RULE), reasons[0])

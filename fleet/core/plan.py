@@ -16,7 +16,8 @@ from fleet.errors import ProfileError
 
 #: Of the refusals that are found here; all others are in ``rules``.
 OPTIONS_RULE = "toolchain-options"
-BUDGET_RULES = ("memory-budget", "disk-budget")
+MEMORY_RULE = "memory-budget"
+DISK_RULE = "disk-budget"
 #: Completes a recipe's options as its toolchain would; raises ProfileError where the toolchain has no such option.
 Resolve = Callable[[Recipe], Mapping[str, Any]]
 
@@ -124,7 +125,7 @@ def _over_budget(profile: DeviceProfile, size: int, memory: MemoryNeed, context:
     peak = memory.at_context(context)
     if peak > profile.memory_bytes:
         found.append(Refusal(
-            BUDGET_RULES[0],
+            MEMORY_RULE,
             f"takes {peak / MIB:.0f} MiB at {context} tokens (weights {memory.weights_bytes / MIB:.0f}, KV cache "
             f"{memory.kv_bytes_per_token * context / MIB:.0f}, runtime {memory.overhead_bytes / MIB:.0f}), the profile "
             f"allows {profile.memory_bytes / MIB:.0f} MiB",
@@ -132,7 +133,7 @@ def _over_budget(profile: DeviceProfile, size: int, memory: MemoryNeed, context:
         ))  # fmt: skip
     if 2 * size > profile.disk_bytes:
         found.append(Refusal(
-            BUDGET_RULES[1],
+            DISK_RULE,
             f"takes {2 * size / MIB:.0f} MiB, twice {size / MIB:.0f} for an update keeps two artifacts; the profile "
             f"allows {profile.disk_bytes / MIB:.0f} MiB",
             "the profile's disk_bytes",

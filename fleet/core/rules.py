@@ -16,7 +16,8 @@ from fleet.core.plan_shape import Block, ModelShape
 
 _QUANTIZED = (Precision.INT4, Precision.INT8)
 _HALVES = (Precision.FP16, Precision.BF16)
-_MLX_GROUPS = (32, 64, 128)
+#: Weights that share a scale, as MLX's kernels have them.
+MLX_GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,7 @@ def _group_fits(case: Case) -> str | None:
     if not case.is_(Toolchain.MLX) or case.recipe.precision not in _QUANTIZED:
         return None
     group = case.option("group_size", 64)
-    if group not in _MLX_GROUPS:
+    if group not in MLX_GROUPS:
         return None  # the toolchain says what it can be
     wrong = sorted({matrix.columns for matrix in case.shape.linears() if matrix.columns % group})
     if not wrong:

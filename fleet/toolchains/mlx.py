@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
 from fleet.core.plan_memory import kv_element_bytes
+from fleet.core.rules import MLX_GROUPS
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from fleet.toolchains.source import mirror
 
 #: Bits of a weight by the share of the layers that mlx-lm thinks sensitive; ``v_proj`` matches all of ``qkv_proj``.
 MIXED = (None, "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
-_GROUPS: Option = (64, (32, 64, 128))
+_GROUPS: Option = (64, MLX_GROUPS)
 _INT4_OPTIONS: dict[str, Option] = {
     "group_size": _GROUPS,
     "mixed": (None, MIXED),

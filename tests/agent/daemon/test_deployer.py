@@ -22,6 +22,7 @@ from agent.daemon.works import Parts, Works
 from agent.errors import ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
 from tests.contract.test_contract import MANIFEST
 from tests.simulators.device import MemoryJournal, SimClock, SimHost, SimStore, SimTransfer, SimTrust
+from tests.waiting import until
 
 AT = datetime(2026, 11, 23, tzinfo=UTC)
 
@@ -84,9 +85,7 @@ class Device:
         self.states.append(deployment.state)
 
     async def until(self, wanted: Callable[[core.Deployment], bool]) -> core.Deployment:
-        async with asyncio.timeout(10):
-            while not wanted(self.deployer.deployment):
-                await asyncio.sleep(0.01)
+        await until(lambda: wanted(self.deployer.deployment), patience_s=10)
         return self.deployer.deployment
 
     async def settled(self, sequence: int) -> core.Deployment:
