@@ -49,8 +49,8 @@ class WireModel(BaseModel):
             raise MalformedMessageError(f"{cls.__name__}: {explain(error)}") from None
 
 
-def explain(error: ValidationError) -> str:
-    """One line naming each wrong field, what was wrong, and what stood there."""
+def explain(error: ValidationError, *, quote: bool = True) -> str:
+    """One line naming each wrong field, what was wrong and, unless it may be secret, what stood there (``quote``)."""
     parts = []
     for problem in error.errors(include_url=False)[:5]:
         where = ".".join(str(step) for step in problem["loc"])
@@ -59,7 +59,8 @@ def explain(error: ValidationError) -> str:
         elif problem["type"] == "missing":  # its input is all that stands around it
             parts.append(f"{where}: is missing")
         else:
-            parts.append(f"{where}: {problem['msg']} (found {problem['input']!r:.80})")
+            found = f" (found {problem['input']!r:.80})" if quote else ""
+            parts.append(f"{where}: {problem['msg']}{found}")
     return "; ".join(parts)
 
 

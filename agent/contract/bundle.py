@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from agent.contract.base import DeviceId, MalformedMessageError, Timestamp, WireModel
+from agent.contract.base import DeviceId, MalformedMessageError, Timestamp, WireModel, explain
 
 BUNDLE_VERSION = 1
 
@@ -79,8 +79,5 @@ class Bundle(WireModel):
         try:
             return cls.model_validate_json(payload)
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(str(step) for step in problem['loc']) or 'the file'}: {problem['msg']}"
-                for problem in error.errors(include_url=False, include_input=False)[:5]
-            ]
-        raise MalformedMessageError("; ".join(problems))
+            problems = explain(error, quote=False)
+        raise MalformedMessageError(problems)

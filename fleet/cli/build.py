@@ -21,7 +21,6 @@ from fleet.core.frontier import choose
 from fleet.core.plan import describe, first_legal, judge
 from fleet.errors import FleetError, ProfileError, UsageError
 from fleet.home import Home
-from fleet.model_facts import read_shape
 from fleet.profiles_loader import load_profile
 from fleet.toolchains import evaluation
 from fleet.toolchains import progress as work
@@ -122,9 +121,8 @@ def _legal(checkpoint: Checkpoint, profile: DeviceProfile, recipes: list[Recipe]
     Raises:
         ProfileError: it allows none; says why.
     """
-    shape = read_shape(checkpoint.path)
     judged = tuple(
-        judge(shape, profile, recipe, lambda one: driver_of(one.toolchain).resolve(one, checkpoint))
+        judge(checkpoint.shape, profile, recipe, lambda one: driver_of(one.toolchain).resolve(one, checkpoint))
         for recipe in recipes
     )
     first = first_legal(judged)

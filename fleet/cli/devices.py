@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from agent.contract.base import DeviceId
+from agent.contract.base import DeviceId, explain
 from agent.contract.bundle import Bundle
 from agent.contract.profile import DeviceProfile
 from fleet.cli.context import Context, actor
@@ -122,8 +122,7 @@ def make_bundle(context: Context, repository: Repository, device_id: str, profil
     try:
         return Bundle(**values)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
-        raise UsageError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in problems)) from None
+        raise UsageError(explain(error, quote=False)) from None
 
 
 def _repository(context: Context) -> Repository:

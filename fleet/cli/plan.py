@@ -18,9 +18,9 @@ from fleet.cli.artifacts import wide_console
 from fleet.core.plan import Candidate, Resolve, as_json, candidates, describe, first_legal
 from fleet.core.plan_memory import FORMULA
 from fleet.core.plan_shape import ModelShape
-from fleet.model_facts import read_shape
 from fleet.profiles_loader import load_profile
-from fleet.toolchains.checkpoint import Checkpoint, Shape
+from fleet.toolchains.checkpoint import Checkpoint
+from fleet.toolchains.checkpoint_shape import read_shape
 from fleet.toolchains.registry import driver_of
 
 
@@ -59,12 +59,7 @@ def resolver(shape: ModelShape, model: str) -> Resolve:
             name=shape.name, architecture=shape.architecture, parameters=shape.parameters,
             source_digest=sha256_hex(b""), max_context=shape.max_context,
         ),
-        shape=Shape(
-            layers=shape.layers, hidden=shape.hidden, intermediate=shape.intermediate, heads=shape.heads,
-            kv_heads=shape.kv_heads, head_size=shape.head_size, vocabulary=shape.vocabulary_size,
-            tied_embeddings=shape.tied, experts=shape.experts,
-        ),
-        chat=Chat(template=""), weights_bytes=shape.stored_bytes * shape.parameters,
+        shape=shape, chat=Chat(template=""), weights_bytes=shape.stored_bytes * shape.parameters,
     )  # fmt: skip
 
     def resolve(recipe: Recipe) -> Mapping[str, Any]:

@@ -256,7 +256,8 @@ def shape_of(
     """
     architecture = architecture_of(config)
     if architecture not in _BLOCKS:
-        raise ModelError(f"{origin}: its architecture is {architecture}; phifleet plans {', '.join(_BLOCKS)}")
+        raise ModelError(f"{origin}: is no Phi that phifleet knows: its architecture is {architecture}; "
+                         f"it knows {', '.join(_BLOCKS)}")  # fmt: skip
     network = NetworkConfig.parse(config, origin)
     longest, block = network.max_position_embeddings, _BLOCKS[architecture]
     rope = network.rope_scaling or network.rope_parameters or Rope()

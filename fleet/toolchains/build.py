@@ -21,7 +21,6 @@ from fleet.core.plan_size import predicted_bytes
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
-from fleet.model_facts import read_shape
 from fleet.toolchains import artifacts, calibration, durable, process
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob, installed_versions
 from fleet.toolchains.chat import render
@@ -57,7 +56,7 @@ class BuildPlan:
         converting = driver_of(self.recipe.toolchain).peak_memory_bytes(self.recipe, self.model)
         if not self.runs_here:
             return converting
-        shape = read_shape(self.model.path)
+        shape = self.model.shape
         recipe = self.recipe.model_copy(update={"options": self.options})
         need = memory_need(shape, recipe, predicted_bytes(shape, recipe), self.context)
         return max(converting, need.at_context(self.context))
@@ -180,7 +179,7 @@ def _manifest(
     plan: BuildPlan, files: tuple[ArtifactFile, ...], converted: Converted, probes: tuple[Probe, ...]
 ) -> Manifest:
     size = sum(file.size for file in files)
-    need = memory_need(read_shape(plan.model.path), plan.recipe, size, plan.context)
+    need = memory_need(plan.model.shape, plan.recipe, size, plan.context)
     return Manifest(
         id=plan.id,
         digest=artifact_digest(plan.id, files),

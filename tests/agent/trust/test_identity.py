@@ -124,10 +124,10 @@ def without(name: str) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda data: data[: len(data) // 2], "the file: Invalid JSON"),
-        (lambda data: b"", "the file: Invalid JSON"),
-        (lambda data: b"\xff\xfe", "the file: Invalid JSON"),
-        (lambda data: b"[]", "the file: Input should be an object"),
+        (lambda data: data[: len(data) // 2], "damaged: Invalid JSON"),
+        (lambda data: b"", "damaged: Invalid JSON"),
+        (lambda data: b"\xff\xfe", "damaged: Invalid JSON"),
+        (lambda data: b"[]", "damaged: Input should be an object"),
         (edit(version=2), "version: .*this agent reads version 1"),
         (edit(device="../x"), "device: String should match"),
         (edit(broker="http://x"), "broker: .*must be mqtt://host:port"),
@@ -136,8 +136,8 @@ def without(name: str) -> Callable[[bytes], bytes]:
         (edit(root=[]), "root: Input should be a valid string"),
         (edit(private_key=None), "certificate and private_key go together"),
         (edit(certificate="x"), "certificate: .*is not PEM"),
-        (without("root"), "root: Field required"),
-        (without("issued_at"), "issued_at: Field required"),
+        (without("root"), "root: is missing"),
+        (without("issued_at"), "issued_at: is missing"),
     ],
 )
 def test_damaged_bundles(bundle: Bundle, tmp_path: Path, damage: Callable[[bytes], bytes], says: str) -> None:

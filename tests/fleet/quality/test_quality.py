@@ -13,8 +13,8 @@ from agent.contract.manifest import Manifest, Precision, Toolchain
 from agent.contract.profile import Recipe
 from fleet.core.plan_memory import memory_need
 from fleet.errors import BuildError, UsageError
-from fleet.model_facts import read_shape
 from fleet.toolchains import quality, reference
+from fleet.toolchains.checkpoint_shape import read_shape
 from fleet.toolchains.evaluation import Evaluation, from_text
 from fleet.toolchains.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes, timings
 from fleet.toolchains.scorers import Timing

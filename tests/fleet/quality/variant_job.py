@@ -19,9 +19,9 @@ from agent.contract.manifest import Precision, Toolchain
 from agent.contract.profile import Recipe
 from fleet.core.phi_variants import Variant
 from fleet.core.support import Cell, Status, cells
-from fleet.model_facts import read_shape
 from fleet.toolchains.base import Converted, ConvertJob
 from fleet.toolchains.checkpoint import Checkpoint, inspect
+from fleet.toolchains.checkpoint_shape import read_shape
 from fleet.toolchains.divergence import compare
 from fleet.toolchains.registry import driver_of
 from fleet.toolchains.scorers import Opened, open_scorer

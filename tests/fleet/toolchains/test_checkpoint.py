@@ -64,7 +64,7 @@ BAD = {
     "no config": (_remove("config.json"), r"config\.json does not exist"),
     "garbled config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
     "another architecture": (lambda folder: _config(folder, architectures=["LlamaForCausalLM"]),
-                             "is no Phi: its architecture is LlamaForCausalLM"),
+                             "is no Phi that phifleet knows: its architecture is LlamaForCausalLM"),
     "no architecture": (lambda folder: _config(folder, architectures=None), "unnamed, model_type 'phi3'"),
     "a size is missing": (lambda folder: _config(folder, hidden_size=None),
                           r"config\.json: hidden_size: .* \(found None\); correct the file"),

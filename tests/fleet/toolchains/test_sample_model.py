@@ -19,7 +19,7 @@ def test_the_sample_is_a_speaking_phi_3_and_checks_itself(tmp_path: Path) -> Non
     found = inspect(tmp_path / "sample")
     assert (found.facts.architecture, found.facts.max_context) == ("Phi3ForCausalLM", 8192)
     assert found.facts.parameters == report.parameters == 134_515_008
-    assert found.shape.tied_embeddings and found.shape.kv_elements_per_token == 2 * 30 * 3 * 64
+    assert found.shape.tied and found.shape.kv_elements_per_token == 2 * 30 * 3 * 64
     assert found.chat.stop == ("<|im_end|>",)
 
 

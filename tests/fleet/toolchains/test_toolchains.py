@@ -12,9 +12,9 @@ from agent.contract.profile import Recipe
 from fleet.core.plan_size import predicted_bytes
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
-from fleet.model_facts import read_shape
 from fleet.profiles_loader import load_profile
 from fleet.toolchains.build import build
+from fleet.toolchains.checkpoint_shape import read_shape
 from fleet.toolchains.onnx_graph import OnnxGraph
 from tests.models import Built, built, checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +12,8 @@ from pydantic import Field
 from fleet.core.phi_variants import VARIANTS, find_variant
 from fleet.core.plan_shape import ModelFile, ModelShape, Vocabulary, shape_of
 from fleet.errors import ModelError
-from fleet.toolchains.checkpoint import local_path, read_json
-from fleet.toolchains.safetensors_scan import read_tensors
+from fleet.toolchains.checkpoint_files import local_path, read_as, read_json
+from fleet.toolchains.safetensors_scan import Tensor, read_tensors
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -43,26 +44,30 @@ def read_shape(model: str | Path) -> ModelShape:
     raise ModelError(f"{model} is neither a checkpoint's folder nor a Phi known by name ({known}, or their hub ids)")
 
 
+def completed(shape: ModelShape, path: Path, tensors: Iterable[Tensor]) -> ModelShape:
+    """``shape`` with what config.json does not tell: the tokenizer's size, and whether the output matrix is tied.
+
+    Raises:
+        ModelError: a file of the tokenizer is garbled.
+    """
+    names = [tensor.name for tensor in tensors]
+    tied = not any(name.startswith("lm_head") for name in names) if names else shape.tied
+    return replace(shape, tied=tied, vocabulary=_vocabulary(path) or shape.vocabulary)
+
+
 def _from_folder(path: Path) -> ModelShape:
     file = path / "config.json"
-    config = read_json(file, needed=True)
-    shape = shape_of(config, name=path.resolve().name, origin=str(file), vocabulary=_vocabulary(path))
-    return replace(shape, tied=_tied(path, shape.tied))
-
-
-def _tied(path: Path, claimed: bool) -> bool:
-    """By the weights that are there, if any are: config.json may be silent."""
-    shards = sorted(path.glob("*.safetensors"))
-    if not shards:
-        return claimed
-    return not any(tensor.name.startswith("lm_head") for shard in shards for tensor in read_tensors(shard))
+    shape = shape_of(read_json(file, needed=True), name=path.resolve().name, origin=str(file))
+    return completed(
+        shape, path, (tensor for shard in sorted(path.glob("*.safetensors")) for tensor in read_tensors(shard))
+    )
 
 
 def _vocabulary(path: Path) -> Vocabulary | None:
     file = path / "tokenizer.json"
     if not file.is_file():
         return None
-    model = _Tokenizer.parse(read_json(file), str(file)).model or _Words()
+    model = read_as(_Tokenizer, file).model or _Words()
     words = model.vocab or {}
     names = words if isinstance(words, dict) else [word for word, _ in words]
     pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.merges or []]
