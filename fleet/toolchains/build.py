@@ -56,10 +56,17 @@ class BuildPlan:
         converting = driver_of(self.recipe.toolchain).peak_memory_bytes(self.recipe, self.model)
         if not self.runs_here:
             return converting
-        shape = self.model.shape
-        recipe = self.recipe.model_copy(update={"options": self.options})
-        need = memory_need(shape, recipe, predicted_bytes(shape, recipe), self.context)
+        need = memory_need(self.model.shape, self._resolved, self.size_bytes, self.context)
         return max(converting, need.at_context(self.context))
+
+    @property
+    def size_bytes(self) -> int:
+        """Predicted, of the artifact."""
+        return predicted_bytes(self.model.shape, self._resolved)
+
+    @property
+    def _resolved(self) -> Recipe:
+        return self.recipe.model_copy(update={"options": self.options})
 
 
 def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> BuildPlan:
@@ -99,7 +106,7 @@ def build(
     """Build an artifact, or return the one that is there already.
 
     Raises:
-        BuildError: a toolchain is missing, failed, or was killed; nothing half-made is left.
+        BuildError: a toolchain is missing, failed, or was killed, or the disk has no room; nothing half-made is left.
         ModelError: the toolchain found the checkpoint wrong.
         ProfileError: the toolchain cannot build this recipe.
     """
@@ -109,10 +116,21 @@ def build(
         return found
     try:
         with _half_made(home, plan.id) as half:
+            _check_room(plan, home)
             return _build_into(half, plan, home, progress, threads or process.cores())
     except OSError as error:
         full = "the disk is full; " if error.errno == errno.ENOSPC else ""
         raise BuildError(f"{full}cannot write the artifact in {home.artifacts}: {error.strerror or error}") from None
+
+
+def _check_room(plan: BuildPlan, home: Home) -> None:
+    """The least that it takes: what a toolchain writes on the way comes on top."""
+    free = shutil.disk_usage(home.artifacts).free
+    if plan.size_bytes > free:
+        raise BuildError(
+            f"the artifact will take {plan.size_bytes / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free in "
+            f"{home.artifacts}; make room there, or name another folder with --home"
+        )
 
 
 def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallback, threads: int) -> Manifest:

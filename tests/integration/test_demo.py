@@ -51,7 +51,7 @@ def test_interrupted_it_leaves_neither_processes_nor_files(tmp_path: Path, numbe
     with subprocess.Popen(COMMAND, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as demo:
         me = psutil.Process(demo.pid)
         begun = (lambda: me.children(recursive=True)) if converting else (lambda: list(tmp_path.iterdir()))
-        wait_until(begun, "it is at work", 120)
+        wait_until(lambda: begun() or demo.poll() is not None, "it is at work", 120)
         time.sleep(0.5)
         children = me.children(recursive=True)
         demo.send_signal(number)

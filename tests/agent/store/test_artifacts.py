@@ -4,8 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,8 @@ from agent.errors import StoreError
 from agent.store.artifacts import ArtifactStore
 from agent.store.files import free_bytes
 from agent.store.partial import Partial
+from tests.disk import MIB, small_disk
 from tests.simulators.artifacts import make_artifact, noise
-
-MIB = 1 << 20
 
 
 def never() -> bool:
@@ -267,18 +265,6 @@ def test_too_small_a_disk_is_told_with_the_figures_before_anything_is_written(
     assert "are free" in text
     assert list((tmp_path / "device" / "partial").iterdir()) == []
     assert store.collect([]) == 0
-
-
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    if os.name != "posix" or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_full_disk(tmp_path: Path, source: Path, manifest: Manifest) -> None:

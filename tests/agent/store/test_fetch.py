@@ -19,13 +19,13 @@ from agent.errors import StoreError, TransferError
 from agent.link import MqttLink
 from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher
+from tests.disk import MIB, small_disk
 from tests.simulators.artifacts import make_artifact, noise
 from tests.simulators.broker import Broker, free_port, mosquitto
 from tests.simulators.proxy import proxy
 from tests.simulators.transfer import Worker, fetch, linked, only, serving, settings, worker
 from tests.waiting import until
 
-MIB = 1 << 20
 WINDOW = 1 * MIB
 
 
@@ -348,8 +348,6 @@ async def test_too_small_a_disk_is_told_before_anything_is_asked_for(
 async def test_disk_that_fails_in_the_middle_ends_the_transfer(
     embedded_broker: Broker, source: Path, home: Path, tmp_path: Path
 ) -> None:
-    from tests.agent.store.test_artifacts import small_disk
-
     manifest = artifact(source, 6)
     with (
         small_disk(tmp_path / "disk", 10 * MIB) as disk,

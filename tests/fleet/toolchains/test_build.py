@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +21,7 @@ from fleet.toolchains import artifacts
 from fleet.toolchains import build as building
 from fleet.toolchains.checkpoint import inspect
 from fleet.toolchains.progress import Progress
+from tests.disk import MIB, small_disk
 from tests.models import Built, checkpoint
 from tests.waiting import alive, wait_until
 
@@ -202,30 +202,30 @@ def test_what_another_build_holds_is_not_swept(tmp_path: Path) -> None:
     assert list(home.artifacts.iterdir()) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def test_a_disk_that_fills_up_on_the_way_is_named_and_left_as_it_was(tiny_dir: Path, tmp_path: Path) -> None:
+    recipe = INT4.model_copy(update={"toolchain": Toolchain.LLAMACPP})
+    # The artifact would fit; the unquantized GGUF, which is written before it, does not.
+    with small_disk(tmp_path / "disk", 6 * MIB) as disk:
+        home = Home(disk)
+        with pytest.raises(BuildError, match="the disk is full"):
+            building.build(checkpoint(tiny_dir), PROFILE, recipe, home)
+        assert list(home.artifacts.iterdir()) == []
+        assert list(home.logs.iterdir())
 
 
-def test_a_full_disk_is_named_and_left_as_it_was(tiny_dir: Path, small_disk: Path) -> None:
-    home = Home(small_disk)
-    with pytest.raises(BuildError, match="the disk is full"):
-        building.build(checkpoint(tiny_dir), PROFILE, INT4, home)
-    assert list(home.artifacts.iterdir()) == []
+def test_a_disk_without_room_is_named_before_anything_is_begun(tiny_dir: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 5 * MIB) as disk:
+        home = Home(disk)
+        with pytest.raises(BuildError, match=r"will take 6\.1 MB, and 5\.\d MB are free in .*artifacts; make room"):
+            building.build(checkpoint(tiny_dir), PROFILE, INT4, home)
+        assert list(home.artifacts.iterdir()) == []
+        assert not home.logs.exists()
 
 
-def test_the_sample_does_not_fit_a_full_disk(small_disk: Path) -> None:
+def test_the_sample_does_not_fit_a_full_disk(tmp_path: Path) -> None:
     from fleet.toolchains.sample_model import make_tiny
 
-    with pytest.raises(BuildError, match=r"cannot write .* space"):
-        make_tiny(small_disk / "tiny")
-    assert list(small_disk.iterdir()) == []
+    with small_disk(tmp_path / "disk", 4 * MIB) as disk:
+        with pytest.raises(BuildError, match=r"cannot write .* space"):
+            make_tiny(disk / "tiny")
+        assert list(disk.iterdir()) == []
