@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -119,8 +118,9 @@ def build(
             _check_room(plan, home)
             return _build_into(half, plan, home, progress, threads or process.cores())
     except OSError as error:
-        full = "the disk is full; " if error.errno == errno.ENOSPC else ""
-        raise BuildError(f"{full}cannot write the artifact in {home.artifacts}: {error.strerror or error}") from None
+        raise BuildError(
+            f"cannot write the artifact in {home.artifacts}: {durable.reason(error, home.artifacts)}"
+        ) from None
 
 
 def _check_room(plan: BuildPlan, home: Home) -> None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
+
+#: The operating system's words for a full disk, which libraries hand on without its number.
+_NO_SPACE = os.strerror(errno.ENOSPC)
+
+
+def reason(error: OSError, folder: Path) -> str:
+    """Why nothing could be written in ``folder``, and what to do where the disk is full."""
+    if error.errno == errno.ENOSPC or _NO_SPACE in str(error):
+        return f"the disk of {folder} is full; make room there, or name a folder on another one"
+    return error.strerror or str(error)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

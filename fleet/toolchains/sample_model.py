@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleet.errors import BuildError, ModelError, UsageError
-from fleet.toolchains import phi3_writer
+from fleet.toolchains import durable, phi3_writer
 from fleet.toolchains.gguf_source import LlamaGguf, LlamaShape, packaged_gguf
 from fleet.toolchains.progress import Progress, ProgressCallback, silent
 
@@ -127,7 +127,7 @@ def _made_whole(folder: Path) -> Iterator[Path]:
             folder.rmdir()
         half.rename(folder)
     except OSError as error:
-        raise BuildError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise BuildError(f"cannot write {folder}: {durable.reason(error, folder.parent)}") from None
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
