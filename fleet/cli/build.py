@@ -18,14 +18,13 @@ from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
 from fleet.cli.artifacts import HasHome, table, wide_console
 from fleet.core.frontier import choose
-from fleet.core.plan import describe, first_legal, judge
+from fleet.core.plan import choose_recipes, describe, first_legal, judge, recipe_number
 from fleet.errors import FleetError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.toolchains import evaluation
 from fleet.toolchains import progress as work
 from fleet.toolchains.artifacts import save_manifest
-from fleet.toolchains.build import choose_recipes
 from fleet.toolchains.checkpoint import Checkpoint, resolve_model
 from fleet.toolchains.jobs import Outcome, Request, build_all
 from fleet.toolchains.quality import measure as measure_artifact
@@ -72,6 +71,7 @@ def describe_sample(report: SampleReport) -> list[str]:
 @click.option("--toolchain", type=click.Choice([str(one) for one in Toolchain]), help="Of the profile's recipes.")
 @click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="Of the profile's recipes.")
 @click.option("--target", type=click.Choice([str(one) for one in Target]), help="Of the profile's recipes.")
+@click.option("--recipe", "number", type=click.IntRange(1), help="The profile's recipe that has this number in `plan`.")
 @click.option("--all", "everything", is_flag=True, help="Every recipe that fits, not the first alone.")
 @click.option("--best", is_flag=True, help="As --all, then name the artifact with the least loss within the limits.")
 @click.option("--measure/--no-measure", default=True, help="Measure loss and speed, for the manifest. [default: yes]")
@@ -83,7 +83,8 @@ def describe_sample(report: SampleReport) -> list[str]:
 @click.pass_obj
 def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as it has flags
     obj: HasHome, model: str, profiles: tuple[str, ...], toolchain: str | None, precision: str | None,
-    target: str | None, everything: bool, best: bool, measure: bool, eval_text: Path | None, jobs: int, as_json: bool,
+    target: str | None, number: int | None, everything: bool, best: bool, measure: bool, eval_text: Path | None,
+    jobs: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a model for one or more device profiles.
 
@@ -94,7 +95,13 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
     if best and not measure:
         raise UsageError("--best chooses by the measured loss: leave --no-measure out")
     text = evaluation.from_text(eval_text) if eval_text else evaluation.bundled()
-    chosen = [choose_recipes(profile, toolchain, precision, target) for profile in loaded]
+    if number is None:
+        chosen = [choose_recipes(profile, toolchain, precision, target) for profile in loaded]
+    elif toolchain or precision or target or everything or best or len(loaded) > 1:
+        raise UsageError("--recipe names one recipe of one profile: leave out --toolchain, --precision, --target, "
+                         "--all and --best, and name one --profile")  # fmt: skip
+    else:
+        chosen = [[recipe_number(loaded[0], number)]]
     with bars() as lines:
         checkpoint = _told(lines("checkpoint"), lambda progress: resolve_model(model, progress=progress))
         requests = [

@@ -39,7 +39,7 @@ def plan(model: str, profiles: tuple[str, ...], as_json_: bool) -> None:
     shape = read_shape(model)
     planned = [candidates(shape, profile, resolver(shape, model)) for profile in loaded]
     if as_json_:
-        click.echo(json.dumps([as_json(candidate) for found in planned for candidate in found]))
+        click.echo(json.dumps([{"recipe": n} | as_json(one) for found in planned for n, one in enumerate(found, 1)]))
     else:
         console = wide_console()
         console.print(f"{shape.name}: {shape.architecture}, {shape.parameters / 1e9:.2f} billion weights")
@@ -69,15 +69,15 @@ def resolver(shape: ModelShape, model: str) -> Resolve:
 
 
 def _table(planned: list[tuple[Candidate, ...]]) -> Table:
-    table = Table("profile", "recipe", "size", "memory", "context", "verdict", box=None)
+    table = Table("profile", "#", "recipe", "size", "memory", "context", "verdict", box=None)
     for found in planned:
         best = next((one for one in found if one.legal), None)
-        for one in found:
+        for number, one in enumerate(found, 1):
             verdict = "[bold green]first choice[/]" if one is best else "[green]legal[/]"
             if not one.legal:
                 verdict = f"[red]refused: {', '.join(why.rule for why in one.refusals)}[/]"
             table.add_row(
-                one.profile, escape(describe(one.recipe)), f"{one.size_bytes / 1e6:.0f} MB",
+                one.profile, str(number), escape(describe(one.recipe)), f"{one.size_bytes / 1e6:.0f} MB",
                 f"{one.peak_memory_bytes / 2**20:.0f} MiB", str(one.context), verdict,
             )  # fmt: skip
     return table

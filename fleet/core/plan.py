@@ -111,6 +111,40 @@ def as_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def choose_recipes(
+    profile: DeviceProfile, toolchain: str | None = None, precision: str | None = None, target: str | None = None
+) -> list[Recipe]:
+    """The profile's recipes that match what is named, in its order of preference; None matches all.
+
+    Raises:
+        ProfileError: none matches; lists what the profile has.
+    """
+    matching = []
+    for recipe in profile.recipes:
+        wanted = ((toolchain, recipe.toolchain), (precision, recipe.precision), (target, recipe.target))
+        if all(name is None or name == found for name, found in wanted):
+            matching.append(recipe)
+    if matching:
+        return matching
+    asked = " ".join(part for part in (toolchain, precision, target) if part)
+    raise ProfileError(f"profile {profile.name} has no recipe for {asked}; it has {_numbered(profile)}")
+
+
+def recipe_number(profile: DeviceProfile, number: int) -> Recipe:
+    """The profile's recipe with this number, from 1 in its order of preference: for those that differ in options only.
+
+    Raises:
+        ProfileError: there are fewer; lists them.
+    """
+    if not 1 <= number <= len(profile.recipes):
+        raise ProfileError(f"profile {profile.name} has no recipe {number}; it has {_numbered(profile)}")
+    return profile.recipes[number - 1]
+
+
+def _numbered(profile: DeviceProfile) -> str:
+    return ", ".join(f"{number}: {describe(one)}" for number, one in enumerate(profile.recipes, 1))
+
+
 def _resolved(recipe: Recipe, resolve: Resolve | None) -> tuple[Mapping[str, Any], Refusal | None]:
     if resolve is None:
         return recipe.options, None

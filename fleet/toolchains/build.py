@@ -18,7 +18,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.core.plan_memory import memory_need
 from fleet.core.plan_size import predicted_bytes
 from fleet.delivery.chunking import chunk_file
-from fleet.errors import BuildError, ProfileError
+from fleet.errors import BuildError
 from fleet.home import Home
 from fleet.toolchains import artifacts, calibration, durable, process
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob, installed_versions
@@ -244,23 +244,3 @@ def _sweep(home: Home) -> None:
         except Timeout:
             continue  # of a build that runs, here, in another container, or on another host of a shared disk
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def choose_recipes(
-    profile: DeviceProfile, toolchain: str | None = None, precision: str | None = None, target: str | None = None
-) -> list[Recipe]:
-    """The profile's recipes that match what is named, in its order of preference; None matches all.
-
-    Raises:
-        ProfileError: none matches; lists what the profile has.
-    """
-    matching = []
-    for recipe in profile.recipes:
-        wanted = ((toolchain, recipe.toolchain), (precision, recipe.precision), (target, recipe.target))
-        if all(name is None or name == found for name, found in wanted):
-            matching.append(recipe)
-    if matching:
-        return matching
-    asked = " ".join(part for part in (toolchain, precision, target) if part)
-    listed = ", ".join(f"{one.toolchain} {one.precision} {one.target}" for one in profile.recipes)
-    raise ProfileError(f"profile {profile.name} has no recipe for {asked}; it has {listed}")

@@ -181,6 +181,7 @@ def test_a_plan_is_a_table_and_is_json() -> None:
     found = runner.invoke(plan, ["--model", "microsoft/Phi-4-mini-instruct", "--profile", "ai-pc-npu", "--json"])
     rows = json.loads(found.stdout)
     assert [row["target"] for row in rows] == ["npu", "npu", "cpu"]
+    assert [row["recipe"] for row in rows] == [1, 2, 3]
     assert rows[0]["options"]["group_size"] == -1
     shown = runner.invoke(plan, ["--model", "phi-4-mini", "--profile", "copilot-pc-qnn"]).stdout
     assert "refused: toolchain-target" in shown

@@ -149,8 +149,6 @@ def test_what_a_toolchain_cannot_build_is_refused_before_it_starts(tiny_dir: Pat
     for changes in ({"precision": Precision.FP16}, {"options": {"colour": "red"}}):
         with pytest.raises(ProfileError):
             building.build(model, PROFILE, INT4.model_copy(update=changes), Home(tmp_path))
-    with pytest.raises(ProfileError, match="no recipe for mlx"):
-        building.choose_recipes(PROFILE, "mlx")
 
 
 def test_artifacts_are_found_by_id_digest_and_unambiguous_beginning(tiny_artifact: Built, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from fleet.cli.build import build, describe_sample, sample_model
 from fleet.errors import BuildError, ModelError, ProfileError, UsageError
 from fleet.home import Home
+from fleet.profiles_loader import profile_paths
 from fleet.toolchains.artifacts import find, list_artifacts
 from fleet.toolchains.sample_model import SampleReport
 from tests.models import Built
@@ -71,10 +72,25 @@ def test_best_tells_every_failed_build_and_every_profile_without_one(
         assert f"error: no artifact was built for profile {profile}" in answer.stderr
 
 
+@pytest.mark.toolchain
+def test_recipes_that_differ_in_options_only_have_numbers(tiny_dir: Path, tmp_path: Path) -> None:
+    home, mine = Home(tmp_path / "home"), tmp_path / "mine.toml"
+    text = profile_paths()["iot-x86"].read_text(encoding="utf-8")
+    recipe = '[[recipes]]\ntoolchain = "llamacpp"\nprecision = "int4"\ntarget = "cpu"\noptions = { type = "%s" }\n'
+    recipes = recipe % "Q4_K_M" + recipe % "Q4_0"
+    mine.write_text(text[: text.index("[[recipes]]")] + recipes + text[text.index("[health]") :], encoding="utf-8")
+    arguments = ["--model", str(tiny_dir), "--profile", str(mine), "--no-measure", "--recipe", "2"]
+    CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
+    assert [made.recipe["type"] for made in list_artifacts(home).manifests] == ["Q4_0"]
+
+
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     (["--profile", "iot-x86", "--best", "--no-measure"], UsageError, "leave --no-measure out"),
     (["--profile", "no-such"], ProfileError, "no profile is named 'no-such'"),
-    (["--profile", "iot-x86", "--toolchain", "mlx"], ProfileError, "has no recipe for mlx"),
+    (["--profile", "iot-x86", "--toolchain", "mlx"], ProfileError, "has no recipe for mlx; it has 1: onnx_genai int4"),
+    (["--profile", "iot-x86", "--recipe", "99"], ProfileError, "has no recipe 99; it has 1: onnx_genai int4"),
+    (["--profile", "iot-x86", "--recipe", "1", "--all"], UsageError, "names one recipe of one profile: leave out"),
+    (["--profile", "iot-x86", "--profile", "ios-phone", "--recipe", "1"], UsageError, "name one --profile"),
     (["--profile", "iot-x86", "--model", "/nowhere"], ModelError, "does not exist"),
     (["--profile", "iot-x86", "--model", "phi-4-mini"], ModelError, "on the hub it is microsoft/Phi-4-mini-instruct"),
     (["--profile", "iot-x86", "--eval-text", "/nowhere"], UsageError, "cannot be read"),
