@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
+from typing import NoReturn
 
 from bench.figures import Figure, save, table
 
@@ -31,5 +33,14 @@ def main(names: list[str]) -> int:
     return 0
 
 
+def _interrupted(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # As Ctrl-C does: whoever began a broker, an agent or a controller ends it.
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
