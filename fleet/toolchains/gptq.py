@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _BLOCK = 64
 _SHRINKS = 24
+#: Rows do not depend on each other, so some are quantized at a time: the least squares of all rows of a large
+#: vocabulary at once would fit no memory. What they may take, and how many rows are enough for speed.
+LEAST_SQUARES_BYTES = 2**30
+_ROWS = 4096
 #: Smallest shrink of a group's range that the search for scales tries.
 _SMALLEST = 0.55
 
@@ -59,16 +63,26 @@ def quantize(weights: Tensor, gram: Tensor, grid: Grid, *, sweeps: int = 2, damp
     mean = hessian.diagonal().mean().clamp_min(1e-12)
     hessian.diagonal().add_(damp * mean)
     hessian = hessian.float()
-    found = fit_scales(weights, hessian.diagonal(), grid)
     order = torch.argsort(hessian.diagonal(), descending=True)
     permuted = hessian.double()[order][:, order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(permuted)), upper=True).float()
-    _gptq(weights, inverse, order, grid, found)
-    for _ in range(sweeps):
-        _fit_to_inputs(weights, hessian, grid, found)
-        _descend(weights, hessian, grid, found)
-    _fit_to_inputs(weights, hessian, grid, found)
-    return found
+    made = []
+    for rows in weights.split(_rows_at_once(weights.shape[1], grid)):
+        found = fit_scales(rows, hessian.diagonal(), grid)
+        _gptq(rows, inverse, order, grid, found)
+        for _ in range(sweeps):
+            _fit_to_inputs(rows, hessian, grid, found)
+            _descend(rows, hessian, grid, found)
+        _fit_to_inputs(rows, hessian, grid, found)
+        made.append(found)
+    whole = (torch.cat([getattr(part, name) for part in made]) for name in ("q", "scale", "zero"))
+    return Quantized(*whole)
+
+
+def _rows_at_once(columns: int, grid: Grid) -> int:
+    unknowns = columns // grid.group * (2 if grid.kind == "affine" else 1)
+    each = 2 * 4 * unknowns**2  # float32, and the solver's copy
+    return max(16, min(_ROWS, LEAST_SQUARES_BYTES // each // 16 * 16))
 
 
 def round_to(weights: Tensor, grid: Grid, found: Quantized) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.checkpoint import Checkpoint
-from fleet.toolchains.gptq import Grid, Quantized, quantize
+from fleet.toolchains.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, quantize
 from fleet.toolchains.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -51,12 +51,18 @@ def check_recovery(what: str, options: dict[str, Any], model: Checkpoint) -> Non
 
 
 def recovery_bytes(recipe: Recipe, model: Checkpoint) -> int:
-    """What a recovery adds to a build's memory: the model in float32, and activations; 0 where none is asked for."""
+    """What a recovery adds to a build's memory; 0 where none is asked for.
+
+    The model in float32, activations, the Gram matrix of the widest rows as float64 with its factors, and the largest
+    matrix when it is put together again from values, scales and zeros.
+    """
     if not recipe.options.get("recover"):
         return 0
     shape = model.shape
-    each = 4 * (4 * shape.hidden + 3 * shape.intermediate)
-    return 4 * model.facts.parameters + _EXPECTED_TOKENS * each
+    activations = _EXPECTED_TOKENS * 4 * (4 * shape.hidden + 3 * shape.intermediate)
+    grams = 48 * max(matrix.columns for matrix in shape.linears()) ** 2
+    largest = 16 * max(matrix.weights for matrix in (shape.embedding, *shape.linears()))
+    return 4 * model.facts.parameters + activations + max(grams + LEAST_SQUARES_BYTES, largest)
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass that has shown what was wanted
