@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Self
@@ -210,6 +210,19 @@ class ModelShape:
         else:
             yield Matrix("ffn_up", 2 * inner if self.block is Block.PHI3 else inner, hidden, layer=layer)
             yield Matrix("ffn_down", hidden, inner, layer=layer)
+
+    def misfit(self, group: int, offered: Iterable[int] = ()) -> str | None:
+        """What is wrong with groups of so many weights, and what of ``offered`` fits; None where all rows divide.
+
+        A group of -1 is a whole row.
+        """
+        rows = sorted({matrix.columns for matrix in self.linears()})
+        wrong = [columns for columns in rows if group > 0 and columns % group]
+        if not wrong:
+            return None
+        fitting = [str(one) for one in offered if one != group and not any(columns % one for columns in rows)]
+        instead = f"; take {' or '.join(fitting)}" if fitting else ""
+        return f"rows of {' and '.join(map(str, wrong))} weights do not divide into groups of {group}{instead}"
 
     @property
     def vectors(self) -> int:

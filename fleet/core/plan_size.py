@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import ceil, gcd
+from math import ceil
 from typing import Any
 
 from agent.contract.manifest import Precision, Target, Toolchain
@@ -214,17 +214,10 @@ def _openvino_int8(matrix: Matrix, options: Mapping[str, Any]) -> int:
 
 
 def _openvino_grouped(matrix: Matrix, options: Mapping[str, Any]) -> int:
-    group = fitting_group(matrix.columns, int(options.get("group_size", 64)))
-    groups = matrix.columns // group
+    group = int(options.get("group_size", 64))
+    groups = 1 if group <= 0 else ceil(matrix.columns / group)
     zeros = 0.0 if options.get("symmetric", False) else groups / 2
     return int((matrix.columns / 2 + 2 * groups + zeros) * matrix.rows) * matrix.count
-
-
-def fitting_group(columns: int, wanted: int) -> int:
-    """``wanted`` weights a scale, or the next smaller power of two that divides a row; -1 is the whole row."""
-    if wanted <= 0:
-        return columns
-    return max(1, gcd(columns, wanted))
 
 
 # --- MLX -------------------------------------------------------------------------------------------------------------

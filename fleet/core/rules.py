@@ -17,7 +17,9 @@ from fleet.core.plan_shape import Block, ModelShape
 _QUANTIZED = (Precision.INT4, Precision.INT8)
 _HALVES = (Precision.FP16, Precision.BF16)
 #: Weights that share a scale, as MLX's kernels have them.
-MLX_GROUPS = (32, 64, 128)
+MLX_GROUPS: tuple[int, ...] = (32, 64, 128)
+#: Weights of a row that share a scale; -1 is all of them.
+OPENVINO_GROUPS: tuple[int, ...] = (-1, 32, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +208,15 @@ def _sliding_window(case: Case) -> str | None:
 
 
 def _group_fits(case: Case) -> str | None:
-    if not case.is_(Toolchain.MLX) or case.recipe.precision not in _QUANTIZED:
+    if case.is_(Toolchain.MLX) and case.recipe.precision in _QUANTIZED:
+        group, offered = case.option("group_size", 64), MLX_GROUPS
+    elif case.is_(Toolchain.OPENVINO) and case.recipe.precision is Precision.INT4:
+        group, offered = case.option("group_size", -1), OPENVINO_GROUPS  # without one, it takes what fits
+    else:
         return None
-    group = case.option("group_size", 64)
-    if group not in MLX_GROUPS:
+    if group not in offered:
         return None  # the toolchain says what it can be
-    wrong = sorted({matrix.columns for matrix in case.shape.linears() if matrix.columns % group})
-    if not wrong:
-        return None
-    return f"rows of {', '.join(map(str, wrong))} weights do not divide into groups of {group}; take 32 or 64"
+    return case.shape.misfit(group, offered)
 
 
 def _multimodal(case: Case) -> str | None:
@@ -302,5 +304,10 @@ RULES: tuple[Rule, ...] = (
         "uses_windowed_kv_cache; measured, logits off by 2.7, and by 5.2 in ONNX",
         _sliding_window,
     ),
-    Rule("group-size", "groups that do not divide a row", "mlx.core.quantize", _group_fits),
+    Rule(
+        "group-size",
+        "groups that do not divide a row: MLX refuses them, NNCF takes another size and does not say which",
+        "mlx.core.quantize; nncf 3.4, weight_compression/algorithm.py: _handle_adjust_group_size_fallback",
+        _group_fits,
+    ),
 )

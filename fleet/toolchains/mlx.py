@@ -14,8 +14,8 @@ from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized
-from fleet.toolchains.mlx_weights import replace
-from fleet.toolchains.options import Option, check_calibration, complete
+from fleet.toolchains.mlx_weights import names, replace
+from fleet.toolchains.options import Option, check_calibration, check_groups, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
@@ -56,10 +56,7 @@ class Mlx:
         _check(what, options)
         check_recovery(what, options, model)
         check_calibration(what, options, ("recover",))
-        group = options.get("group_size", 1)
-        if model.shape.hidden % group or model.shape.intermediate % group:
-            raise ProfileError(f"{what}: rows of {model.shape.hidden} and {model.shape.intermediate} weights do not "
-                               f"divide into groups of {group}")  # fmt: skip
+        check_groups(what, model.shape, options.get("group_size", -1), MLX_GROUPS)
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
@@ -86,7 +83,7 @@ class Mlx:
             listed = f"{', '.join(sorted(unused))}; there are {', '.join(sorted(choose.names))}"
             raise ProfileError(f"mlx: bits_of: no matrix is named like {listed}")
         if job.options.get("recover"):
-            notes["recovered"] = replace(out, _recovered(job, source, progress))
+            notes["recovered"] = replace(out, _recovered(job, source, out, progress))
         _keep(out, job.out)
         recipe = Recipe(toolchain=job.toolchain, precision=job.precision, target=job.target)
         return Converted(entry=".", kv_element_bytes=kv_element_bytes(recipe), notes=notes)
@@ -145,11 +142,12 @@ class _Chosen:
         return {"group_size": self._options["group_size"], "bits": _bits(self._options, name)}
 
 
-def _recovered(job: ConvertJob, source: Path, progress: ProgressCallback) -> dict[str, Quantized]:
+def _recovered(job: ConvertJob, source: Path, made: Path, progress: ProgressCallback) -> dict[str, Quantized]:
     def grid(name: str) -> Grid:
         return Grid(_bits(job.options, name), job.options["group_size"], "affine")
 
-    wanted = Wanted(grid, output=grid("model.embed_tokens"))
+    # The last product is a matrix of its own, or the embedding's.
+    wanted = Wanted(grid, output=grid("lm_head" if "lm_head.scales" in names(made) else "model.embed_tokens"))
     return recover(source, job.calibration, wanted, threads=job.threads, progress=progress)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleet.errors import BuildError
+from fleet.toolchains.safetensors_scan import read_tensors
 
 if TYPE_CHECKING:
     from fleet.toolchains.gptq import Quantized
@@ -20,13 +21,14 @@ def replace(folder: Path, found: dict[str, Quantized]) -> int:
     from safetensors.numpy import load_file, save_file
 
     left = dict(found)
+    tied = "lm_head.scales" not in names(folder)
     for file in sorted(folder.glob("*.safetensors")):
         arrays = load_file(file)
         places = {name.removesuffix(".scales") for name in arrays if name.endswith(".scales")}
         for name in sorted(places):
             source = f"{name}.weight"
-            if source == "model.embed_tokens.weight" and source not in left and "lm_head.scales" not in arrays:
-                source = "lm_head.weight"  # tied
+            if tied and source == "model.embed_tokens.weight":
+                source = "lm_head.weight"
             if source in left:
                 _put(arrays, name, left.pop(source))
         save_file(arrays, file, metadata={"format": "mlx"})
@@ -34,6 +36,11 @@ def replace(folder: Path, found: dict[str, Quantized]) -> int:
     if left:
         raise BuildError(f"mlx-lm left no place for {', '.join(sorted(left)[:3])}")
     return len(found)
+
+
+def names(folder: Path) -> set[str]:
+    """Of the tensors in all safetensors files."""
+    return {tensor.name for file in folder.glob("*.safetensors") for tensor in read_tensors(file)}
 
 
 def _put(arrays: dict[str, Any], name: str, matrix: Quantized) -> None:

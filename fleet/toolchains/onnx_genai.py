@@ -16,14 +16,15 @@ from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized
 from fleet.toolchains.onnx_graph import OnnxGraph
 from fleet.toolchains.onnx_window import attend_within_window
-from fleet.toolchains.options import Option, check_calibration, complete
+from fleet.toolchains.options import Option, check_calibration, check_groups, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.source import mirror
 from fleet.toolchains.watching import Watch, watching
 
-_COMMON: dict[str, Option] = {"block_size": (32, (16, 32, 64, 128, 256)), "symmetric": (True, (True, False))}
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+_COMMON: dict[str, Option] = {"block_size": (32, _BLOCK_SIZES), "symmetric": (True, (True, False))}
 _QUANTIZED: dict[Precision, dict[str, Option]] = {
     Precision.INT4: _COMMON | {
         "algorithm": ("default", ("default", "rtn", "k_quant")),
@@ -67,6 +68,8 @@ class OnnxGenai:
         check_calibration(what, options, ("recover",))
         if options.get("recover") and (options["mixed"] or options["algorithm"] == "k_quant"):
             raise ProfileError(f"{what}: recover goes with algorithm default or rtn, and not with mixed")
+        if options.get("recover"):  # the builder pads rows, a recovery does not
+            check_groups(what, model.shape, options["block_size"], _BLOCK_SIZES)
         if options.get("algorithm") == "default" and not options["symmetric"]:
             # Its embedding reads zero points that are not there, where it shares the last product's weights.
             raise ProfileError(

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core.rules import OPENVINO_GROUPS
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.openvino_weights import Constants
-from fleet.toolchains.options import Option, check_calibration, complete
+from fleet.toolchains.options import Option, check_calibration, check_groups, complete
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.source import mirror
@@ -24,8 +25,8 @@ MODEL = "openvino_model.xml"
 _TARGETS = (Target.CPU, Target.GPU, Target.NPU)
 _INT4_OPTIONS: dict[str, Option] = {
     "symmetric": (False, (True, False)),
-    # Weights that share a scale; -1 is a whole row. Rows that are no multiple take the next smaller that fits.
-    "group_size": (64, (-1, 32, 64, 96, 128, 192, 256)),
+    # Weights that share a scale; -1 is a whole row.
+    "group_size": (64, OPENVINO_GROUPS),
     # Share of the weights at INT4; the rest, the most sensitive ones, at INT8.
     "ratio": (1.0, (int, float)),
     # Embeddings and the last layer at INT4 too.
@@ -66,9 +67,12 @@ class OpenVino:
             if recipe.precision is Precision.BF16:
                 raise ProfileError(f"{what}: OpenVINO keeps weights in FP16 or FP32")
             return complete(what, recipe.options, {})
-        npu = {"symmetric": True, "group_size": 128} if recipe.target is Target.NPU else {}
-        options = complete(what, npu | recipe.options, _INT4_OPTIONS)
+        npu = recipe.target is Target.NPU
+        fitting = (group for group in ((128,) if npu else (64, 32)) if not model.shape.misfit(group))
+        defaults = {"group_size": next(fitting, -1)} | ({"symmetric": True} if npu else {})
+        options = complete(what, defaults | recipe.options, _INT4_OPTIONS)
         _check_int4(what, options, recipe.target)
+        check_groups(what, model.shape, options["group_size"], OPENVINO_GROUPS)
         check_recovery(what, options, model)
         return options
 
@@ -195,7 +199,8 @@ def _arguments(job: ConvertJob) -> dict[str, Any]:
     suffix = "SYM" if job.options["symmetric"] else "ASYM"
     if job.precision is Precision.INT8:
         return {"mode": nncf.CompressWeightsMode[f"INT8_{suffix}"]}
-    fallback = nncf.GroupSizeFallbackMode.ADJUST
+    # It would take another size than the recipe's, and say so in its log only.
+    fallback = nncf.GroupSizeFallbackMode.ERROR
     return {
         "mode": nncf.CompressWeightsMode[f"INT4_{suffix}"],
         "group_size": job.options["group_size"],

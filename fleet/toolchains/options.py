@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fleet.core.plan_shape import ModelShape
 from fleet.errors import ProfileError
 
 #: An option's default, and its allowed values; a type allows all of it, None beside it allows None too.
@@ -37,6 +38,16 @@ def check_calibration(what: str, options: Mapping[str, Any], users: Sequence[str
     """
     if options.get("calibration") and not any(options[name] for name in users):
         raise ProfileError(f"{what}: nothing uses the calibration; leave it out, or set {' or '.join(users)}")
+
+
+def check_groups(what: str, shape: ModelShape, group: int, offered: Sequence[int]) -> None:
+    """Whether every row divides into groups of so many weights; -1 is a whole row.
+
+    Raises:
+        ProfileError: one does not; says which of ``offered`` fit.
+    """
+    if misfit := shape.misfit(group, offered):
+        raise ProfileError(f"{what}: {misfit}")
 
 
 def _is(value: Any, allowed: Any) -> bool:

@@ -101,10 +101,11 @@ def test_multimodal_checkpoints_are_for_the_onnx_builder() -> None:
 
 
 @pytest.mark.parametrize(("group", "rules"), [(32, []), (64, ["group-size"]), (128, ["group-size"])])
-def test_groups_divide_rows(group: int, rules: list[str]) -> None:
+@pytest.mark.parametrize(("toolchain", "target"), [("mlx", "metal"), ("openvino", "cpu")])
+def test_groups_divide_rows(group: int, rules: list[str], toolchain: str, target: str) -> None:
     """Those of every published Phi do; a network of one's own need not."""
     config = dict(find_variant("phi-4-mini").config) | {"intermediate_size": 8192 + 32}  # type: ignore[union-attr]
-    recipe = Recipe(toolchain="mlx", precision="int4", target="metal", options={"group_size": group})
+    recipe = Recipe(toolchain=toolchain, precision="int4", target=target, options={"group_size": group})
     assert [one.rule for one in refusals(Case(shape_of(config, name="mine"), recipe, 4096))] == rules
 
 

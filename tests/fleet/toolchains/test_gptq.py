@@ -99,6 +99,26 @@ def test_mlx_reads_what_was_put_in_its_matrix_s_place(tmp_path: Path) -> None:
     assert np.allclose(np.array(values, dtype=np.float32), found.dequantized().numpy(), atol=2e-3)
 
 
+def test_a_last_product_in_another_file_than_the_embedding_is_no_tied_one(tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    weights, gram = _problem(4)
+    found = quantize(weights, gram, Grid(4, 32, "affine"))
+    kinds = ("weight", "scales", "biases")
+    for number, name in enumerate(("model.embed_tokens", "lm_head"), 1):
+        there = mx.quantize(mx.random.normal(weights.shape).astype(mx.float16), 32, 4)
+        arrays = {f"{name}.{kind}": one for kind, one in zip(kinds, there, strict=True)}
+        mx.save_safetensors(str(tmp_path / f"model-0000{number}-of-00002.safetensors"), arrays)
+    before = mx.load(str(tmp_path / "model-00001-of-00002.safetensors"))["model.embed_tokens.weight"]
+    mx.eval(before)
+    assert replace(tmp_path, {"lm_head.weight": found}) == 1
+    after = mx.load(str(tmp_path / "model-00001-of-00002.safetensors"))["model.embed_tokens.weight"]
+    assert mx.array_equal(after, before)
+    read = mx.load(str(tmp_path / "model-00002-of-00002.safetensors"))
+    values = mx.dequantize(*(read[f"lm_head.{kind}"] for kind in kinds), group_size=32, bits=4)
+    assert np.allclose(np.array(values, dtype=np.float32), found.dequantized().numpy(), atol=2e-3)
+
+
 @given(st.integers(1, 9), st.integers(0, 2**31))
 def test_two_values_a_byte_and_rows_padded_to_bytes(columns: int, seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 16, (4, columns)).astype(np.uint8)

@@ -10,11 +10,13 @@ import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.cli.plan import resolver
 from fleet.errors import BuildError, ProfileError, UsageError
 from fleet.profiles_loader import load_profile, profile_paths
 from fleet.toolchains import build as building
 from fleet.toolchains import calibration
 from fleet.toolchains.base import installed_versions
+from fleet.toolchains.checkpoint_shape import read_shape
 from fleet.toolchains.registry import DRIVERS, driver_of
 from tests.models import checkpoint
 
@@ -79,6 +81,20 @@ REFUSED: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], str]] = {
     "MLX on CUDA": (T.MLX, P.INT4, D.CUDA, {}, "MLX runs on metal and cpu"),
     "bits that are none": (T.MLX, P.INT4, D.CPU, {"bits_of": {"embed": 7}}, "bits_of can be"),
     "mixed and bits": (T.MLX, P.INT4, D.CPU, {"mixed": "mixed_4_6", "bits_of": {"embed": 5}}, "mixed goes neither"),
+    "groups that NNCF would change": (
+        T.OPENVINO,
+        P.INT4,
+        D.CPU,
+        {"group_size": 96},
+        "rows of 64 and 128 weights do not divide into groups of 96; take -1 or 32 or 64",
+    ),
+    "recovery of rows that the builder pads": (
+        T.ONNX_GENAI,
+        P.INT4,
+        D.CPU,
+        {"recover": True, "calibration": "bundled", "block_size": 128},
+        "rows of 64 weights do not divide into groups of 128; take 16 or 32 or 64",
+    ),
     "rows that do not divide": (T.MLX, P.INT4, D.CPU, {"group_size": 128}, "do not divide into groups of 128"),
 }
 
@@ -92,18 +108,20 @@ def test_what_cannot_be_built_is_refused_by_name(tiny_dir: Path, case: str) -> N
 
 
 @pytest.mark.parametrize("profile", profile_paths())
-def test_every_recipe_that_comes_with_phifleet_names_options_that_exist(tiny_dir: Path, profile: str) -> None:
+def test_every_recipe_that_comes_with_phifleet_names_options_that_exist(profile: str) -> None:
+    shape = read_shape("phi-4-mini")
     for recipe in load_profile(profile).recipes:
         if recipe.target is D.QNN:
             continue  # no toolchain here builds for it, and the plan says so
-        options = driver_of(recipe.toolchain).resolve(recipe, checkpoint(tiny_dir))
-        assert set(recipe.options) <= set(options)
+        assert set(recipe.options) <= set(resolver(shape, "phi-4-mini")(recipe))
 
 
 def test_npu_defaults_are_what_an_npu_takes(tiny_dir: Path) -> None:
     recipe = Recipe(toolchain=T.OPENVINO, precision=P.INT4, target=D.NPU)
-    options = driver_of(T.OPENVINO).resolve(recipe, checkpoint(tiny_dir))
+    options = resolver(read_shape("phi-4-mini"), "phi-4-mini")(recipe)
     assert (options["symmetric"], options["group_size"], options["ratio"]) == (True, 128, 1.0)
+    options = driver_of(T.OPENVINO).resolve(recipe, checkpoint(tiny_dir))
+    assert (options["symmetric"], options["group_size"]) == (True, -1), "rows of 64 weights"
 
 
 def test_a_toolchain_that_is_not_installed_names_its_extra() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
@@ -121,6 +124,39 @@ def test_no_option_is_ignored(tiny_dir: Path) -> None:
         assert weights, [file.path for file in files]
         assert weights not in made, f"{name} is the same as {made[weights]}"
         made[weights] = name
+
+
+@pytest.fixture(scope="module")
+def untied(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with a last product of its own, as the Phis but Phi-4-mini have."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_dir, tmp_path_factory.mktemp("untied") / "untied"))
+    weights = load_file(folder / "model.safetensors")
+    head = np.random.default_rng(0).normal(0, 0.02, weights["model.embed_tokens.weight"].shape)
+    save_file(weights | {"lm_head.weight": head.astype(np.float32)}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("bits_of", [{"lm_head": 6}, {"embed_tokens": 5}], ids=str)
+def test_a_recovery_uses_the_bits_of_each_matrix(untied: Path, tmp_path: Path, bits_of: dict[str, int]) -> None:
+    import mlx.core as mx
+
+    options = {"recover": True, "bits_of": bits_of, **TEXT}
+    recipe = Recipe(toolchain=T.MLX, precision=P.INT4, target=D.METAL, options=options)
+    manifest = build(checkpoint(untied), load_profile("mac-mlx"), recipe, Home(tmp_path))
+    assert manifest.recipe["recovered"] == 9
+    shape = read_shape(untied)
+    assert manifest.size == pytest.approx(predicted_bytes(shape, recipe, manifest.recipe), rel=0.05)
+    arrays = mx.load(str(tmp_path / "artifacts" / manifest.id / "files" / "model.safetensors"))
+    parts = (arrays[f"lm_head.{part}"] for part in ("weight", "scales", "biases"))
+    values = mx.dequantize(*parts, group_size=64, bits=bits_of.get("lm_head", 4))
+    groups = np.array(values.astype(mx.float32)).reshape(-1, 64)[:2000]
+    levels = max(len(np.unique(group)) for group in groups)
+    assert levels > 16 if "lm_head" in bits_of else levels <= 16
 
 
 UNUSED = {
