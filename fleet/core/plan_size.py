@@ -45,6 +45,11 @@ _FALLBACK = {
 _BASE = {"Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K"}
 
 
+def block_of(kind: str) -> int:
+    """Weights that a block of this type has: rows are whole blocks."""
+    return _GGML[kind][1]
+
+
 def ggml_type(matrix: Matrix, shape: ModelShape, kind: str, options: Mapping[str, Any]) -> str:
     """The type llama.cpp gives a tensor in a file of type ``kind`` (llama-quant.cpp, llama_tensor_get_type)."""
     override = _override(matrix, shape, options)
@@ -53,15 +58,15 @@ def ggml_type(matrix: Matrix, shape: ModelShape, kind: str, options: Mapping[str
 
 
 def _override(matrix: Matrix, shape: ModelShape, options: Mapping[str, Any]) -> str | None:
+    own = {"token_embd": options.get("embedding_type"), "output": options.get("output_type")}.get(matrix.name)
+    if own:
+        return str(own)
     full = f"{matrix.name}.weight" if matrix.layer is None else f"blk.{matrix.layer}.{matrix.name}.weight"
     for pattern, kind in (options.get("tensor_types") or {}).items():
         if re.search(pattern, full):
             return str(kind)
-    is_output = matrix.name == "output" or (shape.tied and matrix.name == "token_embd")
-    chosen = options.get("output_type") if is_output else None
-    if matrix.name == "token_embd" and not chosen:
-        chosen = options.get("embedding_type")
-    return str(chosen) if chosen else None
+    tied = shape.tied and matrix.name == "token_embd"
+    return str(options["output_type"]) if tied and options.get("output_type") else None
 
 
 def _ggml_wanted(matrix: Matrix, shape: ModelShape, kind: str, *, calibrated: bool) -> str:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core.plan_shape import ModelShape
+from fleet.core.plan_size import block_of
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
@@ -58,6 +60,7 @@ class LlamaCpp:
         options = complete(what, recipe.options, _INT4_OPTIONS)
         for pattern, kind in options["tensor_types"].items():
             _check_override(what, pattern, kind)
+        _check_edges(what, options, model.shape)
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
@@ -92,6 +95,18 @@ def _check_override(what: str, pattern: str, kind: Any) -> None:
         raise ProfileError(f"{what}: tensor_types: {pattern!r} is no regular expression: {error}") from None
     if kind not in TENSOR_TYPES or kind is None:
         raise ProfileError(f"{what}: tensor_types: {pattern}: no type is named {kind!r}")
+
+
+def _check_edges(what: str, options: Mapping[str, Any], shape: ModelShape) -> None:
+    """llama.cpp takes these two as they are: no pattern changes them, and no other type where rows do not divide."""
+    if shape.tied and options["embedding_type"] and options["output_type"]:
+        raise ProfileError(f"{what}: embedding and last product are one matrix in {shape.name}: leave out output_type")
+    for name in ("embedding_type", "output_type"):
+        kind = options[name]
+        # A tied output falls back as any other matrix does.
+        if kind and shape.hidden % block_of(kind) and not (shape.tied and name == "output_type"):
+            raise ProfileError(f"{what}: {name} {kind} has blocks of {block_of(kind)} weights, into which rows of "
+                               f"{shape.hidden} do not divide")  # fmt: skip
 
 
 def _name_the_tokenizer(source: Path) -> None:
@@ -146,7 +161,7 @@ def _quantize(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
             matrix = measure(whole, job.calibration, job.threads, progress)
             _give_matrix(params, matrix.values, keep)
             notes["imatrix"] = {"tensors": len(matrix.values), "tokens": matrix.tokens}
-    _check_patterns(whole, job.options.get("tensor_types", {}))
+    _check_patterns(whole, job.options)
     lines: list[str] = []
     progress(Progress("quantizing", 0.0))
     with watching((_QUANTIZING,), progress), _logged(lines):
@@ -158,13 +173,18 @@ def _quantize(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
     return notes
 
 
-def _check_patterns(whole: Path, patterns: Mapping[str, str]) -> None:
-    """llama.cpp searches for them in tensors' names, and says nothing of one that is nowhere."""
+def _check_patterns(whole: Path, options: Mapping[str, Any]) -> None:
+    """llama.cpp searches for them in tensors' names, and says nothing of one that is nowhere.
+
+    It does not look at all where a type is given for the embedding or for the last product.
+    """
+    patterns = options.get("tensor_types")
     if not patterns:
         return
     from gguf import GGUFReader
 
-    names = [tensor.name for tensor in GGUFReader(whole).tensors]
+    given = {"token_embd.weight": options["embedding_type"], "output.weight": options["output_type"]}
+    names = [tensor.name for tensor in GGUFReader(whole).tensors if not given.get(tensor.name)]
     if unused := [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]:
         parts = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
         listed = f"{', '.join(unused)}; there are {', '.join(parts)}"

@@ -12,7 +12,7 @@ import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
-from fleet.core.plan_size import predicted_bytes
+from fleet.core.plan_size import ggml_type, predicted_bytes
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
@@ -159,9 +159,48 @@ def test_a_recovery_uses_the_bits_of_each_matrix(untied: Path, tmp_path: Path, b
     assert levels > 16 if "lm_head" in bits_of else levels <= 16
 
 
+#: Checkpoint, and options: each way to give single tensors a type.
+TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a pattern": ("tiny_dir", {"tensor_types": {"ffn_down": "Q8_0", "ffn": "Q5_0"}}),
+    "a pattern whose blocks are too long": ("tiny_dir", {"tensor_types": {"ffn_down": "Q6_K"}}),
+    "the embedding, which is the last product too": ("tiny_dir", {"embedding_type": "Q4_0"}),
+    "the last product, which is the embedding too": ("tiny_dir", {"output_type": "Q6_K"}),
+    "that, and a pattern": ("tiny_dir", {"output_type": "Q8_0", "tensor_types": {"token_embd": "Q5_0"}}),
+    "the embedding beside a pattern": ("untied", {"embedding_type": "Q4_0", "tensor_types": {"output|embd": "Q5_0"}}),
+    "both": ("untied", {"embedding_type": "Q4_0", "output_type": "Q5_1", "tensor_types": {"attn": "Q8_0"}}),
+}
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("name", TYPES)
+def test_llama_cpp_gives_each_tensor_the_type_that_the_plan_says(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str
+) -> None:
+    from gguf import GGUFReader
+
+    folder: Path = request.getfixturevalue(TYPES[name][0])
+    recipe = Recipe(toolchain=T.LLAMACPP, precision=P.INT4, target=D.CPU, options=TYPES[name][1])
+    model = checkpoint(folder)
+    made = build(model, load_profile("iot-x86"), recipe, Home(tmp_path))
+    file = tmp_path / "artifacts" / made.id / "files" / "model.gguf"
+    written = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    edges = [model.shape.embedding, *([model.shape.output] if model.shape.output else [])]
+    for matrix in [*edges, *model.shape.linears()]:
+        place = "" if matrix.layer is None else f"blk.{matrix.layer}."
+        found = written[f"{place}{matrix.name}.weight"]
+        assert found == ggml_type(matrix, model.shape, "Q4_K_M", recipe.options), matrix
+
+
 UNUSED = {
     "mlx": (T.MLX, P.INT4, D.METAL, {"bits_of": {"lm_hed": 5}}, r"like lm_hed; there are .*embed_tokens"),
     "llama.cpp": (T.LLAMACPP, P.INT4, D.CPU, {"tensor_types": {"ffn_dwn": "Q8_0"}}, "ffn_dwn; there are .*ffn_down"),
+    "llama.cpp, of a type that is given": (
+        T.LLAMACPP,
+        P.INT4,
+        D.CPU,
+        {"embedding_type": "Q4_0", "tensor_types": {"token_embd": "Q8_0"}},
+        "token_embd; there are .*ffn_down",
+    ),
 }
 
 
