@@ -7,7 +7,7 @@ beside the weights. Tests compare the predictions with what the toolchains build
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -28,6 +28,22 @@ def predicted_bytes(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any
         Toolchain.OPENVINO: _openvino,
         Toolchain.MLX: _mlx,
     }[recipe.toolchain](shape, recipe, given)
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """As they stand in a manifest and in an artifact's id: tables whose order counts as lists of pairs.
+
+    Canonical JSON sorts the names of a table, and of several that match the first one wins.
+    """
+    return {
+        name: [list(pair) for pair in value.items()] if isinstance(value, dict) and value else value
+        for name, value in options.items()
+    }
+
+
+def in_order(table: Mapping[str, Any] | Iterable[Sequence[Any]] | None) -> Iterable[Sequence[Any]]:
+    """The pairs of an option that is a table, also as it was ``recorded``."""
+    return table.items() if isinstance(table, Mapping) else table or ()
 
 
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
@@ -62,7 +78,7 @@ def _override(matrix: Matrix, shape: ModelShape, options: Mapping[str, Any]) -> 
     if own:
         return str(own)
     full = f"{matrix.name}.weight" if matrix.layer is None else f"blk.{matrix.layer}.{matrix.name}.weight"
-    for pattern, kind in (options.get("tensor_types") or {}).items():
+    for pattern, kind in in_order(options.get("tensor_types")):
         if re.search(pattern, full):
             return str(kind)
     tied = shape.tied and matrix.name == "token_embd"
@@ -242,7 +258,7 @@ def _mlx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
 
 def _mlx_bytes(matrix: Matrix, shape: ModelShape, recipe: Recipe, options: Mapping[str, Any], group: int) -> float:
     """A scale and a bias of FP16 for each group."""
-    named = next((bits for part, bits in (options.get("bits_of") or {}).items() if part in _mlx_name(matrix)), None)
+    named = next((bits for part, bits in in_order(options.get("bits_of")) if part in _mlx_name(matrix)), None)
     bits = 8 if recipe.precision is Precision.INT8 else named or _mlx_bits(matrix, shape, options.get("mixed"))
     return matrix.weights * (bits / 8 + 4 / group)
 

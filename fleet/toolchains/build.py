@@ -16,7 +16,7 @@ from agent.contract.base import canonical_json, sha256_hex
 from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, artifact_digest
 from agent.contract.profile import DeviceProfile, Recipe
 from fleet.core.plan_memory import memory_need
-from fleet.core.plan_size import predicted_bytes
+from fleet.core.plan_size import predicted_bytes, recorded
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError
 from fleet.home import Home
@@ -89,7 +89,7 @@ def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> Bui
         "toolchain": recipe.toolchain,
         "precision": recipe.precision,
         "target": recipe.target,
-        "options": options,
+        "options": recorded(options),
         "versions": versions,
         "context": context,
     }
@@ -205,7 +205,7 @@ def _manifest(
         model=plan.model.facts,
         toolchain=plan.recipe.toolchain,
         versions=plan.versions,
-        recipe=plan.options | converted.notes,
+        recipe=recorded(plan.options) | converted.notes,
         precision=plan.recipe.precision,
         target=plan.recipe.target,
         profile=plan.profile.name,

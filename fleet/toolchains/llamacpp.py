@@ -19,7 +19,7 @@ from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.llamacpp_session import Session
-from fleet.toolchains.options import Option, complete
+from fleet.toolchains.options import Option, check_all_used, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.source import mirror
@@ -185,10 +185,12 @@ def _check_patterns(whole: Path, options: Mapping[str, Any]) -> None:
 
     given = {"token_embd.weight": options["embedding_type"], "output.weight": options["output_type"]}
     names = [tensor.name for tensor in GGUFReader(whole).tensors if not given.get(tensor.name)]
-    if unused := [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]:
-        parts = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
-        listed = f"{', '.join(unused)}; there are {', '.join(parts)}"
-        raise ProfileError(f"llamacpp: tensor_types: no tensor matches {listed}")
+    check_all_used(
+        "llamacpp: tensor_types",
+        patterns,
+        lambda pattern, name: re.search(pattern, name) is not None,
+        {name: name.removesuffix(".weight").rpartition(".")[2] for name in names},
+    )
 
 
 def _override_types(params: Any, options: dict[str, Any], keep: list[Any]) -> None:

@@ -15,7 +15,7 @@ from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.gptq import Grid, Quantized
 from fleet.toolchains.mlx_weights import names, replace
-from fleet.toolchains.options import Option, check_calibration, check_groups, complete
+from fleet.toolchains.options import Option, check_all_used, check_calibration, check_groups, complete
 from fleet.toolchains.phi3_writer import write_json
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery import Wanted, check_recovery, recover, recovery_bytes
@@ -79,9 +79,9 @@ class Mlx:
             q_group_size=job.options.get("group_size"), dtype=_DTYPES.get(job.precision, "float16"),
             quant_predicate=job.options.get("mixed") or choose,
         )  # fmt: skip
-        if choose and (unused := set(job.options["bits_of"]) - choose.used):
-            listed = f"{', '.join(sorted(unused))}; there are {', '.join(sorted(choose.names))}"
-            raise ProfileError(f"mlx: bits_of: no matrix is named like {listed}")
+        if choose:
+            named = {name: name.rpartition(".")[2] for name in choose.asked}
+            check_all_used("mlx: bits_of", job.options["bits_of"], lambda part, name: part in name, named)
         if job.options.get("recover"):
             notes["recovered"] = replace(out, _recovered(job, source, out, progress))
         _keep(out, job.out)
@@ -116,29 +116,21 @@ def _check(what: str, options: dict[str, Any]) -> None:
         raise ProfileError(f"{what}: mixed goes neither with bits_of nor with recover")
 
 
-def _part(options: dict[str, Any], name: str) -> str | None:
-    return next((part for part in options["bits_of"] if part in name), None)
-
-
 def _bits(options: dict[str, Any], name: str) -> int:
-    part = _part(options, name)
-    return 4 if part is None else int(options["bits_of"][part])
+    return next((int(bits) for part, bits in options["bits_of"].items() if part in name), 4)
 
 
 class _Chosen:
-    """mlx-lm asks it for each module: False, or how to quantize. It remembers which parts of names it ``used``."""
+    """mlx-lm asks it for each module: False, or how to quantize. It remembers the names it was ``asked`` for."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
-        self.used: set[str] = set()
-        self.names: set[str] = set()
+        self.asked: set[str] = set()
 
     def __call__(self, name: str, module: Any, *_: Any) -> Any:
         if not hasattr(module, "to_quantized"):
             return False
-        self.names.add(name.rpartition(".")[2])
-        if part := _part(self._options, name):
-            self.used.add(part)
+        self.asked.add(name)
         return {"group_size": self._options["group_size"], "bits": _bits(self._options, name)}
 
 

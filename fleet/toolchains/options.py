@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fleet.core.plan_shape import ModelShape
@@ -48,6 +48,24 @@ def check_groups(what: str, shape: ModelShape, group: int, offered: Sequence[int
     """
     if misfit := shape.misfit(group, offered):
         raise ProfileError(f"{what}: {misfit}")
+
+
+def check_all_used(
+    what: str, parts: Iterable[str], matches: Callable[[str, str], bool], names: Mapping[str, str]
+) -> None:
+    """Whether each of ``parts`` is the first that matches some of ``names``, whose values are what people are told.
+
+    Raises:
+        ProfileError: one is not, and would do nothing.
+    """
+    parts = list(parts)
+    used = {next((part for part in parts if matches(part, name)), None) for name in names}
+    for part in parts:
+        if part in used:
+            continue
+        if any(matches(part, name) for name in names):
+            raise ProfileError(f"{what}: those before {part} take all that it matches; put it first, or leave it out")
+        raise ProfileError(f"{what}: nothing is named like {part}; there are {', '.join(sorted(set(names.values())))}")
 
 
 def _is(value: Any, allowed: Any) -> bool:

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core.plan_size import predicted_bytes
 from fleet.errors import BuildError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
@@ -149,6 +151,26 @@ def test_what_a_toolchain_cannot_build_is_refused_before_it_starts(tiny_dir: Pat
     for changes in ({"precision": Precision.FP16}, {"options": {"colour": "red"}}):
         with pytest.raises(ProfileError):
             building.build(model, PROFILE, INT4.model_copy(update=changes), Home(tmp_path))
+
+
+@pytest.mark.parametrize(("toolchain", "target", "name", "table"), [
+    (Toolchain.LLAMACPP, Target.CPU, "tensor_types", {"ffn_down": "Q8_0", "blk.0": "Q4_0"}),
+    (Toolchain.MLX, Target.METAL, "bits_of", {"down_proj": 8, "layers.0": 3}),
+])  # fmt: skip
+def test_of_several_patterns_the_first_wins_so_their_order_is_in_the_id(
+    tiny_dir: Path, tmp_path: Path, toolchain: Toolchain, target: Target, name: str, table: dict[str, Any]
+) -> None:
+    model, profile = checkpoint(tiny_dir), load_profile("mac-mlx")
+    turned = dict(reversed(table.items()))
+    recipes = [
+        Recipe(toolchain=toolchain, precision=Precision.INT4, target=target, options={name: order})
+        for order in (table, turned)
+    ]
+    one, other = (building.build(model, profile, recipe, Home(tmp_path)) for recipe in recipes)
+    assert one.id != other.id and one.size > other.size
+    assert one.recipe[name] == [list(pair) for pair in table.items()] == other.recipe[name][::-1]
+    for made, recipe in zip((one, other), recipes, strict=True):
+        assert made.size == pytest.approx(predicted_bytes(model.shape, recipe, made.recipe), rel=0.05)
 
 
 def test_artifacts_are_found_by_id_digest_and_unambiguous_beginning(tiny_artifact: Built, tmp_path: Path) -> None:

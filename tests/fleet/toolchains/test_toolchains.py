@@ -201,6 +201,13 @@ UNUSED = {
         {"embedding_type": "Q4_0", "tensor_types": {"token_embd": "Q8_0"}},
         "token_embd; there are .*ffn_down",
     ),
+    "llama.cpp, behind another": (
+        T.LLAMACPP,
+        P.INT4,
+        D.CPU,
+        {"tensor_types": {"ffn": "Q5_0", "ffn_down": "Q8_0"}},
+        "before ffn_down take all that it matches",
+    ),
 }
 
 
