@@ -34,7 +34,7 @@ from agent.host import facts, lock, logs
 from agent.host.clock import SystemClock
 from agent.link import LinkSettings, MqttLink
 from agent.link.settings import Will
-from agent.runtimes.available import available_bytes
+from agent.resources import available_bytes
 from agent.runtimes.host import WorkerHost
 from agent.runtimes.probing import Prober, RuntimeReport
 from agent.runtimes.settings import HostEvent, HostSettings

@@ -16,9 +16,10 @@ from agent.contract.messages import Proof, RuntimeFact
 from agent.core.inference import GenerationEvent, GenerationRequest, InferenceError, ModelInfo
 from agent.core.memory import MemoryPlan, Placement, plan
 from agent.errors import AgentError, RuntimeLoadError
-from agent.runtimes.available import available_bytes, read_ahead
+from agent.resources import available_bytes
 from agent.runtimes.checking import Checker
 from agent.runtimes.loading import LoadedModel, load_model
+from agent.runtimes.pages import read_ahead
 from agent.runtimes.proving import prove
 from agent.runtimes.registry import REGISTRY, RuntimeSpec, missing, versions
 from agent.runtimes.served import ServedModel

@@ -19,7 +19,7 @@ from agent.contract.manifest import Manifest
 from agent.contract.messages import Proof, RuntimeFact
 from agent.core.selection import Resources, why_not
 from agent.errors import AgentError
-from agent.runtimes.available import available_bytes
+from agent.resources import available_bytes
 from agent.runtimes.checking import Checker, environment, read_cache, write_cache
 from agent.runtimes.loading import load_model
 from agent.runtimes.proving import prove

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
 from fleet.cli.artifacts import HasHome, table, wide_console
+from fleet.core.fit import unmeasurable
 from fleet.core.frontier import choose
 from fleet.core.plan import choose_recipes, describe, first_legal, judge, recipe_number
 from fleet.errors import FleetError, ProfileError, UsageError
@@ -151,6 +152,9 @@ class _Measured:
         """With loss and speed in the manifest, also on disk; or with the reason why they could not be had."""
         manifest = outcome.manifest
         if manifest is None or (manifest.quality is not None and manifest.quality.evaluation == self.label):
+            return outcome
+        if why := unmeasurable(manifest.toolchain, manifest.precision):
+            click.echo(f"{_title(outcome.request)}: not measured: {why}", err=True)
             return outcome
         if manifest.id not in self.done:
             self.done[manifest.id] = self._measure(manifest, f"measuring {_title(outcome.request)}")

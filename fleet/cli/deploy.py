@@ -152,6 +152,9 @@ def order(
         raise UsageError(f"it does not fit:\n  {lines}\nforce it with --force REASON if you know better")
     who, repository = actor(), Repository(context.home)
     published = repository.published()
+    if not reasons:  # what fits no device, or no gate, is not signed in the others' company
+        ordered = {manifest.digest for chosen in fitting.values() for manifest in chosen}
+        manifests = [manifest for manifest in manifests if manifest.digest in ordered]
     for manifest in manifests:
         if manifest.digest not in published:
             validate(context.home, manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.contract.manifest import RUNTIME_OF, Manifest, Target
+from agent.contract.manifest import RUNTIME_OF, Manifest, Precision, Target, Toolchain
 from agent.contract.messages import Facts
 from agent.contract.profile import Architecture, DeviceProfile
 
@@ -21,13 +21,21 @@ def misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts | None) -> 
     return tuple(reasons)
 
 
+def unmeasurable(toolchain: Toolchain, precision: Precision) -> str | None:
+    """Why a build machine, which has a CPU for certain, cannot say what such an artifact loses; None where it can."""
+    if toolchain is Toolchain.ONNX_GENAI and precision is Precision.BF16:
+        return "ONNX Runtime has no BF16 kernels for a CPU"
+    return None
+
+
 def gate_misfits(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
     """Where the measured loss is past the profile's quality gate, or nothing was measured that it could be held to."""
     gate, quality = profile.quality, manifest.quality
     if quality is None:
         if gate.kl_divergence_max is None and gate.perplexity_ratio_max is None:
             return ()
-        advice = "build it again without --no-measure"
+        why = unmeasurable(manifest.toolchain, manifest.precision)
+        advice = f"{why}, so that force alone is left" if why else "build it again without --no-measure"
         return (f"its loss was not measured, and profile {profile.name} has a quality gate: {advice}",)
     limits = (
         ("KL divergence", gate.kl_divergence_max, quality.kl_divergence),

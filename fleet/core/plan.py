@@ -181,6 +181,4 @@ def _notes(shape: ModelShape, recipe: Recipe, profile: DeviceProfile) -> tuple[s
         notes.append(f"the model's context is {shape.max_context}, shorter than the profile's {profile.context}")
     if recipe.toolchain is Toolchain.MLX and recipe.target is Target.CPU:
         notes.append("MLX has no fast kernels for CPUs: some ten tokens a second from a small model; for tests")
-    if shape.multimodal:
-        notes.append("text part only")
     return tuple(notes)

@@ -11,6 +11,7 @@ from agent.contract.base import explain
 from agent.contract.manifest import Chat
 from fleet.core.plan_shape import ModelFile
 from fleet.errors import ModelError
+from fleet.toolchains.chat import render
 from fleet.toolchains.checkpoint_files import read_as, read_text
 
 #: From the card of microsoft/phi-2, whose tokenizer has no template.
@@ -77,9 +78,14 @@ def chat_of(path: Path, architecture: str) -> Chat:
     ends += [token for token in _TURN_ENDS if token in special.values() and token in template]
     stop = tuple(dict.fromkeys(token for token in [eos, *ends] if token))
     try:
-        return Chat(template=template, bos_token=_text(config.bos_token), eos_token=eos, stop=stop)
+        chat = Chat(template=template, bos_token=_text(config.bos_token), eos_token=eos, stop=stop)
     except ValidationError as error:
         raise ModelError(f"{file}: the chat cannot be delivered: {explain(error)}; shorten it") from None
+    try:
+        render(chat, "Hello")  # now, not after minutes of converting
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from None
+    return chat
 
 
 def _template(path: Path, config: _TokenizerConfig) -> tuple[Path, str]:

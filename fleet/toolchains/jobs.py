@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-import psutil
-
 from agent.contract.manifest import Manifest
 from agent.contract.profile import DeviceProfile, Recipe
+from agent.resources import available_bytes
 from fleet.errors import BuildError, FleetError
 from fleet.home import Home
 from fleet.toolchains import artifacts, process
@@ -50,7 +49,7 @@ def build_all(
     would not fit alone is refused. ``progress(i)`` is the callback of request i. An interruption ends all children,
     removes what is half made, and is passed on.
     """
-    budget = memory_bytes if memory_bytes is not None else psutil.virtual_memory().available - _RESERVE_BYTES
+    budget = memory_bytes if memory_bytes is not None else available_bytes() - _RESERVE_BYTES
     return _Queue(model, requests, home, budget, progress).run(max(1, jobs))
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 import psutil
 from pydantic import BaseModel
 
+from agent.resources import available_bytes
 from fleet.errors import BuildError, FleetError, ModelError, ProfileError, UsageError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.progress import Progress, ProgressCallback
@@ -179,14 +180,15 @@ class _Child:
                 return
 
     def _failure(self, answer: dict[str, Any], code: int) -> FleetError:
-        if answer.get("kind") in _KINDS:
-            details = f"\nlog: {self.log}\n{tail(self.log)}" if answer["kind"] == BuildError.__name__ else ""
-            return _KINDS[answer["kind"]](answer["error"] + details)
-        toolchain = getattr(self.job, "toolchain", "toolchain")
-        what = _FAILED[self.kind]
-        reason = answer.get("error") or self._death(code)
+        kind, reason = answer.get("kind"), answer.get("error") or self._death(code)
+        if kind in _KINDS and kind != BuildError.__name__:
+            return _KINDS[kind](reason)
         if _disk_is_full(self.job):
             reason = f"the disk is full ({reason})"
+        if kind in _KINDS:
+            return BuildError(f"{reason}\nlog: {self.log}\n{tail(self.log)}")
+        toolchain = getattr(self.job, "toolchain", "toolchain")
+        what = _FAILED[self.kind]
         return BuildError(f"{toolchain} {what}: {reason}\nlog: {self.log}\n{tail(self.log)}")
 
     def _death(self, code: int) -> str:
@@ -195,7 +197,7 @@ class _Child:
         name = signal.Signals(-code).name
         held = f"it held {self.peak_bytes / 2**30:.1f} GiB of memory at most"
         if -code == getattr(signal, "SIGKILL", 9):
-            free = psutil.virtual_memory().available / 2**30
+            free = available_bytes() / 2**30
             why = "which is what the kernel does when memory runs out"
             return f"its process was killed by {name}, {why}; {held}, and {free:.1f} GiB are available now"
         return f"its process was killed by {name}; {held}"

@@ -10,10 +10,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-
 from agent.contract.base import canonical_json, sha256_hex
 from agent.contract.manifest import BuildSpeed, Chat, Manifest, Quality
+from agent.resources import available_bytes
 from fleet.errors import BuildError
 from fleet.toolchains import evaluation, process
 from fleet.toolchains.chat import render
@@ -99,7 +98,7 @@ def _check_memory(checkpoint_dir: Path) -> None:
     from fleet.toolchains.safetensors_scan import read_tensors
 
     weights = sum(tensor.count for path in checkpoint_dir.glob("*.safetensors") for tensor in read_tensors(path))
-    needed, free = 4 * weights * 1.15 + 2**30, psutil.virtual_memory().available
+    needed, free = 4 * weights * 1.15 + 2**30, available_bytes()
     if needed > free:
         raise BuildError(
             f"the FP32 reference of {checkpoint_dir} takes {needed / 2**30:.1f} GiB of memory, "

@@ -371,6 +371,7 @@ def test_of_several_variants_each_device_is_ordered_those_that_fit_it(phifleet: 
     expected = [one.digest for one in (other, world.manifest) if fits(world, one)]
     assert [ref.digest for ref in payload_of(row.envelope).artifacts] == expected
     assert world.manifest.digest in expected and wrong.digest not in expected
+    assert wrong.digest not in world.repository.published(), "nothing that no device may have is signed"
 
 
 def test_variants_are_of_one_model(phifleet: Phifleet, world: World) -> None:

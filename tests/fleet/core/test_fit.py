@@ -97,5 +97,8 @@ def test_the_quality_gate_names_figure_and_limit() -> None:
 
 def test_what_was_not_measured_passes_no_gate() -> None:
     (reason,) = gate_misfits(make_manifest(), profile(quality={"kl_divergence_max": 0.05}))
-    assert "its loss was not measured, and profile box has a quality gate" in reason
+    assert "its loss was not measured, and profile box has a quality gate: build it again without" in reason
+    unrunnable = make_manifest(precision=Precision.BF16, target=Target.CUDA)
+    (reason,) = gate_misfits(unrunnable, profile(quality={"kl_divergence_max": 0.05}))
+    assert "ONNX Runtime has no BF16 kernels for a CPU, so that force alone is left" in reason
     assert gate_misfits(make_manifest(), profile()) == ()

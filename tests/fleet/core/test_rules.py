@@ -89,15 +89,13 @@ def test_int4_is_refused_where_the_hardware_has_none() -> None:
         assert [one.rule for one in refusals(Case(shape("phi-2"), recipe, 2048, old))] == ["int4-hardware"]
 
 
-def test_multimodal_checkpoints_are_for_the_onnx_builder() -> None:
-    config = dict(find_variant("phi-4-mini").config) | {"architectures": ["Phi4MMForCausalLM"]}  # type: ignore[union-attr]
+@pytest.mark.parametrize("architecture", ["Phi3VForCausalLM", "Phi4MMForCausalLM", "Phi4MultimodalForCausalLM"])
+@pytest.mark.parametrize("toolchain", Toolchain)
+def test_multimodal_checkpoints_are_refused(architecture: str, toolchain: Toolchain) -> None:
+    config = dict(find_variant("phi-4-mini").config) | {"architectures": [architecture]}  # type: ignore[union-attr]
     model = shape_of(config, name="phi-4-multimodal")
-    made = {
-        toolchain: refusals(Case(model, Recipe(toolchain=toolchain, precision=Precision.INT4, target=target), 4096))
-        for toolchain, target in ((Toolchain.ONNX_GENAI, Target.CPU), (Toolchain.OPENVINO, Target.CPU))
-    }
-    assert not made[Toolchain.ONNX_GENAI]
-    assert [one.rule for one in made[Toolchain.OPENVINO]] == ["multimodal"]
+    recipe = Recipe(toolchain=toolchain, precision=Precision.INT4, target=Target.CPU)
+    assert [one.rule for one in refusals(Case(model, recipe, 4096))] == ["multimodal"]
 
 
 @pytest.mark.parametrize(("group", "rules"), [(32, []), (64, ["group-size"]), (128, ["group-size"])])

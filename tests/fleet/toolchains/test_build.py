@@ -233,6 +233,18 @@ def test_a_disk_that_fills_up_on_the_way_is_named_and_left_as_it_was(tiny_dir: P
         assert list(home.logs.iterdir())
 
 
+def test_a_disk_that_fills_up_in_native_code_is_named_too(tiny_dir: Path, tmp_path: Path) -> None:
+    recipe = INT4.model_copy(update={"toolchain": Toolchain.LLAMACPP})
+    unquantized = recipe.model_copy(update={"precision": Precision.FP32})
+    whole = building.plan_build(checkpoint(tiny_dir), PROFILE, unquantized)
+    # The unquantized GGUF fits, and not the quantized one beside it, whose writer has no words for it.
+    with small_disk(tmp_path / "disk", whole.size_bytes + 2 * MIB) as disk:
+        home = Home(disk)
+        with pytest.raises(BuildError, match=r"the disk is full \(llama\.cpp's quantizer refused"):
+            building.build(checkpoint(tiny_dir), PROFILE, recipe, home)
+        assert list(home.artifacts.iterdir()) == []
+
+
 def test_a_disk_without_room_is_named_before_anything_is_begun(tiny_dir: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 5 * MIB) as disk:
         home = Home(disk)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fleet.errors import ModelError
+from fleet.toolchains.chat import render
 from fleet.toolchains.checkpoint import inspect, resolve_model, slug
 from fleet.toolchains.safetensors_scan import first_not_finite, read_tensors
 from fleet.toolchains.source import hub_config
@@ -59,6 +60,10 @@ def _no_template(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def _template(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
 BAD = {
     "no folder": (shutil.rmtree, "does not exist; pass a folder"),
     "no config": (_remove("config.json"), r"config\.json does not exist"),
@@ -70,6 +75,8 @@ BAD = {
                           r"config\.json: hidden_size: .* \(found None\); correct the file"),
     "no tokenizer": (_remove("tokenizer.json"), "has no tokenizer"),
     "no template": (_no_template, "has no chat template"),
+    "a template that is none": (_template("{% for %}"), r"jinja: .*template is wrong: TemplateSyntaxError"),
+    "a template that fails": (_template("{{ 1 + 'a' }}"), r"chat_template\.jinja: .*template is wrong: TypeError"),
     "no weights": (_remove("model.safetensors"), r"has no \*\.safetensors"),
     "truncated": (_truncate, r"is truncated: \d+ bytes, its header names \d+"),
     "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"<html>404</html>"),
@@ -86,6 +93,13 @@ def test_a_bad_checkpoint_is_refused_by_name(copy: Path, case: str) -> None:
     spoil(copy)  # type: ignore[operator]
     with pytest.raises(ModelError, match=message):
         inspect(copy)
+
+
+def test_a_template_has_what_transformers_gives_it(copy: Path) -> None:
+    text = "{% for m in messages %}{{ m | tojson }}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    _template(text + "{{ strftime_now('%Y') }}")(copy)
+    prompt = render(inspect(copy).chat, "Grüße")
+    assert prompt.startswith('{"role": "user", "content": "Grüße"}20')
 
 
 def test_the_digest_follows_weights_config_and_tokenizer_and_nothing_else(copy: Path) -> None:
