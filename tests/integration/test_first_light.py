@@ -98,7 +98,7 @@ def test_an_agent_killed_in_any_state_comes_back_and_commits(mosquitto_rig: Rig,
     rig.order(sample_artifact.manifest, **wishes)
     rig.until(lambda: rig.journal()["state"] == state, state, every_s=0)
     if state == "transferring":
-        time.sleep(0.25)
+        rig.until(lambda: chunks_came(rig, sample_artifact.manifest), "the first chunks", every_s=0)
     if state in ("resolving", "transferring"):
         os.kill(controller, signal.SIGSTOP)
     rig.kill(rig.agent)
@@ -114,6 +114,16 @@ def test_an_agent_killed_in_any_state_comes_back_and_commits(mosquitto_rig: Rig,
         assert there > MAX_CHUNK_BYTES, "the kill came before any chunk"
         assert reported.progress
         assert reported.progress.bytes_received <= sample_artifact.manifest.size - there + WINDOW_BYTES
+
+
+def chunks_came(rig: Rig, manifest: Manifest) -> bool:
+    """A look at the beginning of the largest file, which is zeros until then; no more than that, or it is too late."""
+    largest = max(manifest.files, key=lambda file: file.size)
+    place = rig.state_dir / "partial" / manifest.digest / "files" / largest.path
+    if not place.exists():
+        return False
+    with place.open("rb") as file:
+        return len(file.read(8 * MAX_CHUNK_BYTES).rstrip(b"\0")) > 2 * MAX_CHUNK_BYTES
 
 
 def bytes_on_disk(rig: Rig, manifest: Manifest) -> int:
