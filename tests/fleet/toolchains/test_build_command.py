@@ -84,6 +84,20 @@ def test_recipes_that_differ_in_options_only_have_numbers(tiny_dir: Path, tmp_pa
     assert [made.recipe["type"] for made in list_artifacts(home).manifests] == ["Q4_0"]
 
 
+@pytest.mark.toolchain
+def test_what_cannot_be_measured_here_is_built_and_said(tiny_dir: Path, tmp_path: Path) -> None:
+    home, mine = Home(tmp_path / "home"), tmp_path / "mine.toml"
+    text = profile_paths()["cuda-workstation"].read_text(encoding="utf-8")
+    recipe = '[[recipes]]\ntoolchain = "onnx_genai"\nprecision = "bf16"\ntarget = "cuda"\n\n'
+    mine.write_text(text[: text.index("[[recipes]]")] + recipe + text[text.index("[health]") :], encoding="utf-8")
+    answer = CliRunner().invoke(
+        build, ["--model", str(tiny_dir), "--profile", str(mine)], obj=Context(home), catch_exceptions=False
+    )
+    assert answer.exit_code == 0
+    assert "not measured: ONNX Runtime has no BF16 kernels for a CPU" in answer.stderr
+    assert [made.quality for made in list_artifacts(home).manifests] == [None]
+
+
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     (["--profile", "iot-x86", "--best", "--no-measure"], UsageError, "leave --no-measure out"),
     (["--profile", "no-such"], ProfileError, "no profile is named 'no-such'"),
