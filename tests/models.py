@@ -6,6 +6,7 @@ whoever wants one, and session-scoped fixtures to be imported into a conftest.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import shutil
@@ -48,10 +49,26 @@ def _home() -> Home:
     folder = Path(build.__code__.co_filename).parent
     code = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     home = CACHE / f"home-{cache_key()}-{hashlib.sha256(code).hexdigest()[:12]}"
-    for stale in CACHE.glob("home*"):
-        if stale != home:
-            shutil.rmtree(stale, ignore_errors=True)
+    for folder in CACHE.glob("*"):
+        if (folder.name.startswith("home") and folder != home) or _is_stale(folder):
+            shutil.rmtree(folder, ignore_errors=True)
     return Home(home)
+
+
+def _is_stale(folder: Path) -> bool:
+    return folder.name.startswith(("sample", "tiny")) and cache_key() not in folder.name
+
+
+def kept_bytes() -> int:
+    """Of what is not to be made again."""
+    total = 0
+    for folder in CACHE.glob("*"):
+        if _is_stale(folder) or (folder.name.startswith("home") and cache_key() not in folder.name):
+            continue
+        for file in folder.rglob("*"):
+            with contextlib.suppress(OSError):  # another run sweeps it
+                total += file.stat().st_size
+    return total
 
 
 def sample_checkpoint() -> Path:

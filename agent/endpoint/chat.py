@@ -1,22 +1,19 @@
 """Messages into a prompt, through the chat template of the signed manifest.
 
-The template is data from the manifest, run in Jinja's sandbox. It gets what Hugging Face's ``apply_chat_template``
-gives: ``messages``, ``tools``, ``add_generation_prompt``, ``bos_token``, ``eos_token``, ``raise_exception``,
-``strftime_now`` and a ``tojson`` that leaves non-ASCII text alone.
+Messages are adapted to what a template knows; ``agent.contract.templates`` renders it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from jinja2 import Template
+from agent.contract import templates
 
+if TYPE_CHECKING:
     from agent.contract.manifest import Manifest
 
 Message = Mapping[str, Any]
@@ -45,19 +42,15 @@ def render(
         ChatTemplateError: the template refuses the messages, or is itself broken.
     """
     chat = manifest.chat
-    adapted = _adapt(messages, tools, chat.template)
-    from jinja2 import TemplateError
-
     try:
-        return _compiled(chat.template).render(
-            messages=adapted,
-            tools=list(tools) if tools else None,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=chat.bos_token,
-            eos_token=chat.eos_token,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        adapted = _adapt(messages, tools, chat.template)
+        return templates.render(chat, adapted, now=_local_time, tools=tools, opened=add_generation_prompt)
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise ChatTemplateError(f"the chat template of {manifest.id} refuses these messages: {error}") from None
+
+
+def _local_time() -> datetime:
+    return datetime.now().astimezone()
 
 
 def knows_tools(template: str) -> bool:
@@ -125,25 +118,3 @@ def _call(function: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         parsed = arguments
     return {"name": function.get("name", ""), "arguments": parsed}
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled(template: str) -> Template:
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
-    return environment.from_string(template)
-
-
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)

@@ -35,7 +35,7 @@ _BLOCKS = {
     "Phi4MMForCausalLM": Block.PHI3,
     "Phi4MultimodalForCausalLM": Block.PHI3,
 }
-#: Their text part alone is exported.
+#: With vision or speech in the checkpoint.
 MULTIMODAL = ("Phi3VForCausalLM", "Phi4MMForCausalLM", "Phi4MultimodalForCausalLM")
 
 

@@ -20,6 +20,7 @@ _HALVES = (Precision.FP16, Precision.BF16)
 MLX_GROUPS: tuple[int, ...] = (32, 64, 128)
 #: Weights of a row that share a scale; -1 is all of them.
 OPENVINO_GROUPS: tuple[int, ...] = (-1, 32, 64, 96, 128, 192, 256)
+NPU_GROUPS: tuple[int, ...] = (-1, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _openvino_npu_recipe(case: Case) -> str | None:
         wrong.append("symmetric must be true")
     if case.option("ratio", 1.0) != 1.0:
         wrong.append("ratio must be 1.0")
-    if case.option("group_size", 128) not in (-1, 128):
+    if case.option("group_size", 128) not in NPU_GROUPS:
         wrong.append("group_size must be -1 or 128")
     return f"the NPU's compiler fails after minutes: {', '.join(wrong)}" if wrong else None
 
@@ -211,7 +212,8 @@ def _group_fits(case: Case) -> str | None:
     if case.is_(Toolchain.MLX) and case.recipe.precision in _QUANTIZED:
         group, offered = case.option("group_size", 64), MLX_GROUPS
     elif case.is_(Toolchain.OPENVINO) and case.recipe.precision is Precision.INT4:
-        group, offered = case.option("group_size", -1), OPENVINO_GROUPS  # without one, it takes what fits
+        offered = NPU_GROUPS if case.recipe.target is Target.NPU else OPENVINO_GROUPS
+        group = case.option("group_size", -1)  # without one, it takes what fits
     else:
         return None
     if group not in offered:

@@ -184,7 +184,9 @@ def _check_patterns(whole: Path, options: Mapping[str, Any]) -> None:
     from gguf import GGUFReader
 
     given = {"token_embd.weight": options["embedding_type"], "output.weight": options["output_type"]}
-    names = [tensor.name for tensor in GGUFReader(whole).tensors if not given.get(tensor.name)]
+    # Vectors, which are norms, are never quantized.
+    matrices = [tensor.name for tensor in GGUFReader(whole).tensors if len(tensor.shape) > 1]
+    names = [name for name in matrices if not given.get(name)]
     check_all_used(
         "llamacpp: tensor_types",
         patterns,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
-from fleet.core.rules import OPENVINO_GROUPS
+from fleet.core.rules import NPU_GROUPS, OPENVINO_GROUPS
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class OpenVino:
         defaults = {"group_size": next(fitting, -1)} | ({"symmetric": True} if npu else {})
         options = complete(what, defaults | recipe.options, _INT4_OPTIONS)
         _check_int4(what, options, recipe.target)
-        check_groups(what, model.shape, options["group_size"], OPENVINO_GROUPS)
+        check_groups(what, model.shape, options["group_size"], NPU_GROUPS if npu else OPENVINO_GROUPS)
         check_recovery(what, options, model)
         return options
 
@@ -122,7 +122,7 @@ def _check_int4(what: str, options: dict[str, Any], target: Target) -> None:
         raise ProfileError(f"{what}: gptq and lora_correction exclude each other")
     if target is not Target.NPU:
         return
-    if not options["symmetric"] or options["ratio"] != 1 or options["group_size"] not in (-1, 128):
+    if not options["symmetric"] or options["ratio"] != 1 or options["group_size"] not in NPU_GROUPS:
         raise ProfileError(f"{what}: an NPU compiles symmetric weights with ratio 1.0 and group_size -1 or 128 only")
 
 

@@ -266,9 +266,9 @@ def _signal_group(child: subprocess.Popen[bytes], name: str) -> None:
 
 
 def _disk_is_full(job: BaseModel) -> bool:
-    folder = getattr(job, "out", None)
+    out = getattr(job, "out", None)  # a folder, or a file that is not there yet
     try:
-        return folder is not None and psutil.disk_usage(str(folder)).free < _NO_SPACE_BYTES
+        return out is not None and psutil.disk_usage(str(Path(out).parent)).free < _NO_SPACE_BYTES
     except OSError:
         return False
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent.contract.manifest import Toolchain
 from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.checkpoint import Checkpoint
@@ -61,7 +62,8 @@ def recovery_bytes(recipe: Recipe, model: Checkpoint) -> int:
     shape = model.shape
     activations = _EXPECTED_TOKENS * 4 * (4 * shape.hidden + 3 * shape.intermediate)
     grams = 48 * max(matrix.columns for matrix in shape.linears()) ** 2
-    largest = 16 * max(matrix.weights for matrix in (shape.embedding, *shape.linears()))
+    edges = [] if recipe.toolchain is Toolchain.OPENVINO else [shape.embedding]  # which it keeps in INT8
+    largest = 16 * max(matrix.weights for matrix in [*edges, *shape.linears()])
     return 4 * model.facts.parameters + activations + max(grams + LEAST_SQUARES_BYTES, largest)
 
 

@@ -201,6 +201,13 @@ UNUSED = {
         {"embedding_type": "Q4_0", "tensor_types": {"token_embd": "Q8_0"}},
         "token_embd; there are .*ffn_down",
     ),
+    "llama.cpp, of vectors": (
+        T.LLAMACPP,
+        P.INT4,
+        D.CPU,
+        {"tensor_types": {"norm": "Q8_0"}},
+        "named like norm; there are attn_output, attn_qkv, ffn_down, ffn_up, token_embd$",
+    ),
     "llama.cpp, behind another": (
         T.LLAMACPP,
         P.INT4,

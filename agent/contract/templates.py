@@ -1,0 +1,92 @@
+"""Chat templates, compiled and rendered as ``apply_chat_template`` of transformers does it.
+
+One place for the device and for the machine that builds: what was calibrated and probed is what is served. A template
+is data from a checkpoint, and runs in Jinja's sandbox.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from agent.contract.manifest import Chat
+
+
+class TemplateFailedError(ValueError):
+    """A template cannot be compiled, refuses the messages, or fails; the text says how."""
+
+
+def render(
+    chat: Chat,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    now: Callable[[], datetime],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    opened: bool = True,
+) -> str:
+    """The prompt, special tokens written out; ``opened`` if the assistant's turn is to come. ``now`` is for its dates.
+
+    Raises:
+        TemplateFailedError: the template is broken, or refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return _compiled(chat.template, now).render(
+            messages=messages,
+            tools=list(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=opened,
+            bos_token=chat.bos_token,
+            eos_token=chat.eos_token,
+        )
+    except Exception as error:  # a template is a program, and fails as it likes
+        # What it says by ``raise_exception`` is its own sentence.
+        kind = "" if type(error) is TemplateError else f"{type(error).__name__}: "
+        raise TemplateFailedError(f"{kind}{error}") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(template: str, now: Callable[[], datetime]) -> Template:
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks for a trainer what the assistant says; here it is that and no more."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+    return environment.from_string(template)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own would escape for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
