@@ -22,10 +22,8 @@ CACHE_BYTES, TEMPORARY_BYTES = 4_700_000_000, 1_200_000_000
 def pytest_sessionstart(session: pytest.Session) -> None:
     """A full disk is told before the first test of all, not by the last ones."""
     config = session.config
-    some = (
-        config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.keyword or config.option.markexpr
-    )
-    if some:
+    named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    if named or config.option.keyword or config.option.markexpr:
         return
     needed: dict[int, int] = {}
     folders = {Path(tempfile.gettempdir()): TEMPORARY_BYTES, CACHE.parents[1]: max(0, CACHE_BYTES - kept_bytes())}
