@@ -6,7 +6,6 @@ import importlib
 import json
 import signal
 import sys
-from typing import NoReturn
 
 from bench.figures import Figure, save, table
 
@@ -33,13 +32,9 @@ def main(names: list[str]) -> int:
     return 0
 
 
-def _interrupted(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     # As Ctrl-C does: whoever began a broker, an agent or a controller ends it.
-    signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -14,6 +14,9 @@ from fleet.errors import BuildError
 from fleet.toolchains.checkpoint import Checkpoint
 from fleet.toolchains.progress import ProgressCallback
 
+#: What a child calls an error of a full disk, which may have room again when the parent looks.
+DISK_FULL = "disk-full"
+
 
 class _Job(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from agent.contract.manifest import Toolchain
 from fleet.errors import BuildError, FleetError
-from fleet.toolchains.base import ConvertJob, SpeakJob
+from fleet.toolchains.base import DISK_FULL, ConvertJob, SpeakJob
 from fleet.toolchains.progress import Progress
 
 
@@ -42,8 +42,7 @@ def main() -> int:
     except Exception as error:  # toolchains raise anything
         traceback.print_exc()
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        reason = "the disk is full" if full else f"{type(error).__name__}: {error}"
-        _send(events, error=reason, kind="unexpected")
+        _send(events, error=f"{type(error).__name__}: {error}", kind=DISK_FULL if full else "unexpected")
     else:
         _send(events, result=result)
         _leave(0)

@@ -79,7 +79,7 @@ class OnnxGenai:
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """Weights in float32 as loaded, and what is written, beside the libraries."""
-        return 4 * model.facts.parameters * 3 + 2**30 + recovery_bytes(recipe, model)
+        return 4 * model.facts.parameters * 3 + 2**30 + recovery_bytes(recipe, model, output=True)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Run the builder, and take out what differs from build to build."""

@@ -79,7 +79,7 @@ class OpenVino:
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """The checkpoint as loaded and as traced; a calibration runs it beside its compressed copy."""
         calibrated = 4 * model.facts.parameters if recipe.options.get("calibration") else 0
-        return 2 * model.weights_bytes + calibrated + 3 * 2**30 + recovery_bytes(recipe, model)
+        return 2 * model.weights_bytes + calibrated + 3 * 2**30 + recovery_bytes(recipe, model, output=False)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Export, then compress what was exported."""

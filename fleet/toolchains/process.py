@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from agent.resources import available_bytes
 from fleet.errors import BuildError, FleetError, ModelError, ProfileError, UsageError
-from fleet.toolchains.base import Converted, ConvertJob, SpeakJob
+from fleet.toolchains.base import DISK_FULL, Converted, ConvertJob, SpeakJob
 from fleet.toolchains.progress import Progress, ProgressCallback
 
 _TAIL_LINES = 15
@@ -183,13 +183,11 @@ class _Child:
         kind, reason = answer.get("kind"), answer.get("error") or self._death(code)
         if kind in _KINDS and kind != BuildError.__name__:
             return _KINDS[kind](reason)
-        if _disk_is_full(self.job):
+        if kind == DISK_FULL or _disk_is_full(self.job):
             reason = f"the disk is full ({reason})"
-        if kind in _KINDS:
-            return BuildError(f"{reason}\nlog: {self.log}\n{tail(self.log)}")
-        toolchain = getattr(self.job, "toolchain", "toolchain")
-        what = _FAILED[self.kind]
-        return BuildError(f"{toolchain} {what}: {reason}\nlog: {self.log}\n{tail(self.log)}")
+        if kind != BuildError.__name__:  # which says by itself what did not go
+            reason = f"{getattr(self.job, 'toolchain', 'toolchain')} {_FAILED[self.kind]}: {reason}"
+        return BuildError(f"{reason}\nlog: {self.log}\n{tail(self.log)}")
 
     def _death(self, code: int) -> str:
         if code >= 0:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.contract.manifest import Toolchain
 from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.checkpoint import Checkpoint
@@ -51,8 +50,8 @@ def check_recovery(what: str, options: dict[str, Any], model: Checkpoint) -> Non
         raise ProfileError(f"{what}: recover is for Phi3ForCausalLM, not for {model.facts.architecture}")
 
 
-def recovery_bytes(recipe: Recipe, model: Checkpoint) -> int:
-    """What a recovery adds to a build's memory; 0 where none is asked for.
+def recovery_bytes(recipe: Recipe, model: Checkpoint, *, output: bool) -> int:
+    """What a recovery adds to a build's memory, ``output`` if the last product is among it; 0 where none is asked for.
 
     The model in float32, activations, the Gram matrix of the widest rows as float64 with its factors, and the largest
     matrix when it is put together again from values, scales and zeros.
@@ -62,8 +61,8 @@ def recovery_bytes(recipe: Recipe, model: Checkpoint) -> int:
     shape = model.shape
     activations = _EXPECTED_TOKENS * 4 * (4 * shape.hidden + 3 * shape.intermediate)
     grams = 48 * max(matrix.columns for matrix in shape.linears()) ** 2
-    edges = [] if recipe.toolchain is Toolchain.OPENVINO else [shape.embedding]  # which it keeps in INT8
-    largest = 16 * max(matrix.weights for matrix in [*edges, *shape.linears()])
+    last = [shape.embedding] if output else []  # of the same size, where it is not the same matrix
+    largest = 16 * max(matrix.weights for matrix in [*last, *shape.linears()])
     return 4 * model.facts.parameters + activations + max(grams + LEAST_SQUARES_BYTES, largest)
 
 
