@@ -227,7 +227,7 @@ def test_a_disk_that_fills_up_on_the_way_is_named_and_left_as_it_was(tiny_dir: P
     # The artifact would fit; the unquantized GGUF, which is written before it, does not.
     with small_disk(tmp_path / "disk", 6 * MIB) as disk:
         home = Home(disk)
-        with pytest.raises(BuildError, match=r"llamacpp did not convert: the disk is full \(OSError: .*No space"):
+        with pytest.raises(BuildError, match=r"llamacpp did not convert: the disk is full \(OSError: "):
             building.build(checkpoint(tiny_dir), PROFILE, recipe, home)
         assert list(home.artifacts.iterdir()) == []
         assert list(home.logs.iterdir())
