@@ -14,8 +14,8 @@ from typing import Any
 import click
 import structlog
 
-from agent import cli as local
 from agent import settings as config
+from agent.cli import local
 from agent.contract import topics
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
@@ -26,18 +26,18 @@ from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Identity as Reporting
 from agent.daemon.reporter import Reporter
-from agent.daemon.works import Parts, Works
+from agent.daemon.steps import Parts, Works
 from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits
-from agent.endpoint.chat import render
+from agent.endpoint.openai.chat import render
 from agent.errors import AgentError
-from agent.host import facts, lock, logs
-from agent.host.clock import SystemClock
 from agent.link import LinkSettings, MqttLink
 from agent.link.settings import Will
-from agent.resources import available_bytes
-from agent.runtimes.host import WorkerHost
-from agent.runtimes.probing import Prober, RuntimeReport
-from agent.runtimes.settings import HostEvent, HostSettings
+from agent.platform import facts, lock, logs
+from agent.platform.clock import SystemClock
+from agent.platform.resources import available_bytes
+from agent.runtimes.host.model_host import WorkerHost
+from agent.runtimes.host.probing import Prober, RuntimeReport
+from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher

@@ -43,7 +43,7 @@ def onnx_genai(path: str) -> Loop:
 
 
 def llamacpp(path: str) -> Loop:
-    from agent.runtimes.llamacpp_quirks import without_amx
+    from agent.runtimes.engines.llamacpp_quirks import without_amx
 
     with without_amx():  # else it crashes on processors that have AMX
         import llama_cpp

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from agent.contract.manifest import Toolchain
-from agent.endpoint.chat import render
+from agent.endpoint.openai.chat import render
 from bench.bare import bare
 from bench.figures import Figure
 from bench.serving import Served, serving

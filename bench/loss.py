@@ -11,7 +11,7 @@ from typing import Any
 
 from agent.contract.manifest import Precision, Quality, Target, Toolchain
 from bench.figures import Figure
-from fleet.toolchains import quality
+from fleet.toolchains.quality import quality
 from tests.models import CACHE, built, sample_checkpoint
 
 MEASURE_S = 60.0

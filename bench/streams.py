@@ -22,7 +22,7 @@ import aiohttp
 
 from agent.contract.manifest import Toolchain
 from agent.core.health import percentile
-from agent.endpoint.chat import render
+from agent.endpoint.openai.chat import render
 from bench.bare import THREADS, bare
 from bench.figures import Figure
 from bench.serving import Served, serving

@@ -16,7 +16,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.profile import DeviceProfile
 from agent.core import deployment
 from agent.core.inference import PARAMETERS, Capabilities, GuidanceKind
-from agent.runtimes.registry import REGISTRY, features
+from agent.runtimes.protocol.registry import REGISTRY, features
 from fleet.core import support
 
 DOCS = Path(__file__).parent

@@ -100,7 +100,7 @@ def cli(
     if ctx.invoked_subcommand is None and not show_config:
         click.echo(ctx.get_help())
         return
-    from fleet import logs
+    from agent.platform import logs
     from fleet.cli.context import Context
 
     ctx.obj = Context.load({"home": home, "log_level": log_level, "log_format": log_format}, config)

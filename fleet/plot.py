@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.contract.manifest import Manifest, Target, Toolchain
+from agent.platform import files
 from fleet.core.frontier import frontier
 from fleet.errors import UsageError
-from fleet.toolchains import durable
 
 _MARKERS = {Toolchain.ONNX_GENAI: "o", Toolchain.OPENVINO: "s", Toolchain.LLAMACPP: "^", Toolchain.MLX: "D"}
 _COLOURS = dict(zip(_MARKERS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
@@ -125,7 +125,7 @@ def _write(figure: object, path: Path, kind: str) -> Path:
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(data, format=kind, metadata=metadata)  # type: ignore[attr-defined]  # a Figure; matplotlib is optional
     try:
-        durable.write_bytes(path, data.getvalue())
+        files.write_atomic(path, data.getvalue())
     except OSError as error:
         raise UsageError(f"plot {path}: cannot be written: {error.strerror or error}") from None
     return path

@@ -21,9 +21,10 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.errors import UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.toolchains import artifacts, gguf_source, phi3_writer, sample_model
-from fleet.toolchains.build import build
-from fleet.toolchains.checkpoint import Checkpoint, inspect
+from fleet.store import folder as artifacts
+from fleet.toolchains.build.build import build
+from fleet.toolchains.checkpoint import gguf_source, phi3_writer, sample_model
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint, inspect
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "models"
 

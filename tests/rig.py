@@ -35,7 +35,7 @@ from fleet.trust.repository import Repository
 from tests.models import Built
 from tests.simulators import broker as brokers
 
-PATIENCE_S = 90.0
+TIMEOUT_S = 90.0
 
 
 class Rig:
@@ -100,7 +100,7 @@ class Rig:
         """The process that holds the model, if there is one now."""
         assert self.agent is not None
         children = psutil.Process(self.agent.pid).children()
-        found = [child.pid for child in children if "agent.runtimes.worker" in " ".join(child.cmdline())]
+        found = [child.pid for child in children if "agent.runtimes.engines.worker" in " ".join(child.cmdline())]
         return found[0] if found else None
 
     @staticmethod
@@ -182,14 +182,12 @@ class Rig:
         except (FileNotFoundError, ValueError):
             return {"state": "idle", "newest_sequence": 0}
 
-    def until(
-        self, reached: Callable[[], Any], what: str, patience_s: float = PATIENCE_S, every_s: float = 0.05
-    ) -> Any:
+    def until(self, reached: Callable[[], Any], what: str, timeout_s: float = TIMEOUT_S, every_s: float = 0.05) -> Any:
         """Wait; with both logs in the error when it does not come about."""
-        end = time.monotonic() + patience_s
+        end = time.monotonic() + timeout_s
         while not (found := reached()):
             if time.monotonic() > end:
-                raise AssertionError(f"waited {patience_s:g} s for {what}\n{self.logs()}")
+                raise AssertionError(f"waited {timeout_s:g} s for {what}\n{self.logs()}")
             time.sleep(every_s)
         return found
 

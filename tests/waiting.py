@@ -9,22 +9,22 @@ from collections.abc import Callable
 
 import psutil
 
-PATIENCE_S = 30.0
+TIMEOUT_S = 30.0
 
 
-async def until(condition: Callable[[], object], what: str = "it happened", patience_s: float = PATIENCE_S) -> None:
-    """Return as soon as the condition is true; fail, and say what did not come about, after ``patience_s``."""
-    end = time.monotonic() + patience_s
+async def until(condition: Callable[[], object], what: str = "it happened", timeout_s: float = TIMEOUT_S) -> None:
+    """Return as soon as the condition is true; fail, and say what did not come about, after ``timeout_s``."""
+    end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, f"waited {patience_s:g} s in vain until {what}"
+        assert time.monotonic() < end, f"waited {timeout_s:g} s in vain until {what}"
         await asyncio.sleep(0.01)
 
 
-def wait_until(condition: Callable[[], object], what: str = "it happened", patience_s: float = PATIENCE_S) -> None:
+def wait_until(condition: Callable[[], object], what: str = "it happened", timeout_s: float = TIMEOUT_S) -> None:
     """The same outside an event loop."""
-    end = time.monotonic() + patience_s
+    end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, f"waited {patience_s:g} s in vain until {what}"
+        assert time.monotonic() < end, f"waited {timeout_s:g} s in vain until {what}"
         time.sleep(0.02)
 
 

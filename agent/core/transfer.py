@@ -265,8 +265,8 @@ class TransferCore:
             self._retry(index, now)
 
     def _silence_s(self) -> float:
-        patience = max(SILENCE_S, 2 * self._longest_gap) * 2.0 ** min(self._probes, 16)
-        return min(LONGEST_RETRY_S, patience * (1 + self._jitter()))
+        timeout = max(SILENCE_S, 2 * self._longest_gap) * 2.0 ** min(self._probes, 16)
+        return min(LONGEST_RETRY_S, timeout * (1 + self._jitter()))
 
     def _probe(self, now: float) -> Request:
         self._probes += 1

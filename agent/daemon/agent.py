@@ -21,7 +21,7 @@ from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Reporter
 from agent.errors import AgentError
-from agent.host import facts, systemd
+from agent.platform import facts, systemd
 
 log = structlog.get_logger()
 

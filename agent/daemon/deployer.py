@@ -14,7 +14,7 @@ from agent.core import deployment as core
 from agent.core.ports import Journal
 from agent.daemon.orders import Orders
 from agent.daemon.serving import Serving
-from agent.daemon.works import Parts, Works
+from agent.daemon.steps import Parts, Works
 from agent.errors import AgentError
 
 log = structlog.get_logger()

@@ -11,7 +11,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.messages import ArtifactRef, Failure, State
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
-from agent.daemon.works import Works
+from agent.daemon.steps import Works
 from agent.errors import AgentError
 
 log = structlog.get_logger()

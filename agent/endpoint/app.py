@@ -9,17 +9,22 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from agent.core.ports import Inference
-from agent.endpoint import chat_route, completion_route, conversation_route, ops_routes, page_routes, response_route
-from agent.endpoint.answers import new_id
-from agent.endpoint.auth import Cors, Keyring, check_host, is_open
-from agent.endpoint.config import EndpointConfig
-from agent.endpoint.connections import SERVER, GuardedConnection
-from agent.endpoint.context import ASKER, CONTEXT, Asker, Budget, Context, too_large
-from agent.endpoint.errors import ApiError
-from agent.endpoint.generation import OnFinished, Runner
-from agent.endpoint.metrics import FinishedRequest, Metrics, StatsSource
-from agent.endpoint.replies import as_api_error, error_reply
-from agent.endpoint.stored import BoundedStore, Conversation, StoredResponse
+from agent.endpoint.http.auth import Cors, Keyring, check_host, is_open
+from agent.endpoint.http.config import EndpointConfig
+from agent.endpoint.http.connections import SERVER, GuardedConnection
+from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, Budget, Context, RequestContext, too_large
+from agent.endpoint.http.generation import OnFinished, Runner
+from agent.endpoint.http.metrics import FinishedRequest, Metrics, StatsSource
+from agent.endpoint.http.replies import as_api_error, error_reply
+from agent.endpoint.openai.answers import new_id
+from agent.endpoint.openai.errors import ApiError
+from agent.endpoint.openai.stored import BoundedStore, Conversation, StoredResponse
+from agent.endpoint.routes import chat as chat_route
+from agent.endpoint.routes import completions as completion_route
+from agent.endpoint.routes import conversations as conversation_route
+from agent.endpoint.routes import operations as ops_routes
+from agent.endpoint.routes import page as page_routes
+from agent.endpoint.routes import responses as response_route
 
 _LOG = structlog.get_logger("endpoint")
 #: What proxies count a client as that went away before its answer.
@@ -102,8 +107,11 @@ def _gate(config: EndpointConfig) -> Middleware:
     async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
         if isinstance(request.protocol, GuardedConnection):
             request.protocol.began()
-        context, asker = request.app[CONTEXT], Asker(new_id("req_"), asyncio.get_running_loop().time())
-        request[ASKER] = asker
+        context, request_context = (
+            request.app[CONTEXT],
+            RequestContext(new_id("req_"), asyncio.get_running_loop().time()),
+        )
+        request[REQUEST_CONTEXT] = request_context
         status = _GONE
         try:
             response = await _admitted(request, handler, keyring, cors, config)
@@ -114,10 +122,15 @@ def _gate(config: EndpointConfig) -> Middleware:
             response = error_reply(_failure(request, error))
             status = response.status
         finally:
-            context.budget.give(asker.taken)
+            context.budget.give(request_context.taken)
             context.metrics.answered(_route(request), status)
             _LOG.debug(
-                "request", id=asker.id, client=asker.client, method=request.method, path=request.path, status=status
+                "request",
+                id=request_context.id,
+                client=request_context.client,
+                method=request.method,
+                path=request.path,
+                status=status,
             )
         return response
 
@@ -128,15 +141,15 @@ async def _admitted(
     request: web.Request, handler: Handler, keyring: Keyring, cors: Cors, config: EndpointConfig
 ) -> web.StreamResponse:
     check_host(request, config)
-    asker = request[ASKER]
-    asker.origin = origin = cors.check(request)
+    request_context = request[REQUEST_CONTEXT]
+    request_context.origin = origin = cors.check(request)
     if origin is not None and request.method == "OPTIONS":
         return cors.preflight(origin)
-    asker.client = request.remote or asker.client
+    request_context.client = request.remote or request_context.client
     holder = None if is_open(request.path) else keyring.holder(request)
     if holder is None:
         return await handler(request)
-    asker.client = holder.key.name
+    request_context.client = holder.key.name
     with holder.request():
         return await handler(request)
 
@@ -162,9 +175,9 @@ def _route(request: web.Request) -> str:
 async def _headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = SERVER
     response.headers["X-Content-Type-Options"] = "nosniff"
-    asker = request.get(ASKER)
-    if asker is None:
+    request_context = request.get(REQUEST_CONTEXT)
+    if request_context is None:
         return
-    response.headers["X-Request-Id"] = asker.id
-    if asker.origin is not None:
-        response.headers.update(Cors.headers(asker.origin))
+    response.headers["X-Request-Id"] = request_context.id
+    if request_context.origin is not None:
+        response.headers.update(Cors.headers(request_context.origin))

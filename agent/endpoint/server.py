@@ -16,11 +16,11 @@ from aiohttp import web
 
 from agent.core.ports import Inference
 from agent.endpoint.app import create_app
-from agent.endpoint.config import EndpointConfig
-from agent.endpoint.connections import ConnectionGuard, GuardedConnection
-from agent.endpoint.context import CONTEXT
-from agent.endpoint.generation import OnFinished
-from agent.endpoint.metrics import StatsSource
+from agent.endpoint.http.config import EndpointConfig
+from agent.endpoint.http.connections import ConnectionGuard, GuardedConnection
+from agent.endpoint.http.context import CONTEXT
+from agent.endpoint.http.generation import OnFinished
+from agent.endpoint.http.metrics import StatsSource
 from agent.errors import ConfigError
 
 _BACKLOG = 1024

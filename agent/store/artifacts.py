@@ -18,7 +18,8 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import ArtifactFile, Manifest
 from agent.errors import StoreError
-from agent.store.files import free_bytes, mebibytes, store_errors, sync_folder, write_atomically
+from agent.platform.files import free_bytes, mebibytes, sync_folder
+from agent.store.files import store_errors, write_atomically
 from agent.store.partial import FILES, MANIFEST, Donor, Partial
 
 #: Never filled by a transfer: the journal, logs and the system need it.

@@ -16,7 +16,8 @@ from pathlib import Path
 from agent.contract.manifest import Manifest
 from agent.core.chunks import ChunkTable, Place
 from agent.errors import StoreError
-from agent.store.files import explained, is_hole, reserve, store_errors, sync_file, sync_folder, write_at
+from agent.platform.files import is_hole, reserve, sync_file, sync_folder, write_at
+from agent.store.files import explained, store_errors
 
 FILES = "files"
 MANIFEST = "manifest.json"

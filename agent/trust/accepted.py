@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.contract.messages import Desired
-from agent.trust.files import write_atomic
+from agent.platform.files import PRIVATE, write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,4 +44,4 @@ def save_accepted(path: Path, order: Accepted) -> None:
         OSError: the disk refuses.
     """
     document = {"payload": order.payload.decode(), "confirmed": order.confirmed}
-    write_atomic(path, json.dumps(document).encode())
+    write_atomic(path, json.dumps(document).encode(), PRIVATE)

@@ -20,7 +20,7 @@ from agent.core.ports import Clock, Link
 from agent.errors import TrustError
 from agent.trust.accepted import Accepted, load_accepted, save_accepted
 from agent.trust.identity import Identity
-from agent.trust.requests import MetadataRequests, Patience
+from agent.trust.requests import MetadataRequests, RetryPolicy
 from agent.trust.time import VerifiedClock
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ _Result = TypeVar("_Result")
 class TrustClient:
     """``clock`` is the device's time from here on: it knows the newest time that was verified."""
 
-    def __init__(self, identity: Identity, link: Link, clock: Clock, patience: Patience | None = None) -> None:
+    def __init__(self, identity: Identity, link: Link, clock: Clock, retry_policy: RetryPolicy | None = None) -> None:
         self._device = identity.device
         self._root = identity.root
         self._folder = identity.trust_folder
-        self._requests = MetadataRequests(link, identity.device, patience)
+        self._requests = MetadataRequests(link, identity.device, retry_policy)
         self.clock = VerifiedClock(clock, self._folder / "time.json", identity.issued_at)
         self._lock = asyncio.Lock()
         self._director: DirectorKeys | None = None

@@ -40,7 +40,7 @@ class LinkFetcher(FetcherInterface):
         name = url.removeprefix(METADATA_URL)
         began, received, total = time.monotonic(), 0, 1
         while received < total:
-            if self._requests.patience.is_over(time.monotonic() - began, received):
+            if self._requests.retry_policy.is_over(time.monotonic() - began, received):
                 raise SlowRetrievalError(f"{name}: {received} of {total} bytes in {time.monotonic() - began:.0f} s")
             segment = self._segment(name, received)
             if received and segment.total != total:

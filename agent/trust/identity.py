@@ -13,7 +13,7 @@ from pathlib import Path
 from agent.contract.base import MalformedMessageError
 from agent.contract.bundle import Bundle
 from agent.errors import ConfigError
-from agent.trust.files import write_atomic
+from agent.platform.files import PRIVATE, write_atomic
 
 _BUNDLE = "bundle.json"
 
@@ -72,8 +72,8 @@ def enrol(bundle: Bundle, state_folder: Path, *, replace: bool = False) -> Ident
             if pem is None:
                 (folder / name).unlink(missing_ok=True)
             else:
-                write_atomic(folder / name, pem.encode())
-        write_atomic(folder / _BUNDLE, bundle.to_json())
+                write_atomic(folder / name, pem.encode(), PRIVATE)
+        write_atomic(folder / _BUNDLE, bundle.to_json(), PRIVATE)
     except OSError as error:
         raise ConfigError(f"the identity cannot be written to {folder}: {error}") from error
     return _identity(bundle, state_folder)

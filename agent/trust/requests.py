@@ -20,7 +20,7 @@ from agent.errors import AgentError, TrustError
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long to wait for one answer, how often to ask, and below which rate a file counts as not coming."""
 
     timeout_s: float = 5.0
@@ -57,10 +57,10 @@ class UnreachableError(TrustError):
 class MetadataRequests:
     """One device's requests; all methods run on the event loop."""
 
-    def __init__(self, link: Link, device: str, patience: Patience | None = None) -> None:
+    def __init__(self, link: Link, device: str, retry_policy: RetryPolicy | None = None) -> None:
         self._link = link
         self._device = device
-        self.patience = patience or Patience()
+        self.retry_policy = retry_policy or RetryPolicy()
         self._waiting: dict[bytes, tuple[MetadataWant, asyncio.Future[Segment]]] = {}
         self._subscribed = False
         self.ignored = 0
@@ -74,22 +74,22 @@ class MetadataRequests:
         """
         await self._subscribe()
         want = MetadataWant(device=self._device, name=name, offset=offset)
-        correlation, timeout = secrets.token_bytes(16), self.patience.timeout_s
+        correlation, timeout = secrets.token_bytes(16), self.retry_policy.timeout_s
         future: asyncio.Future[Segment] = asyncio.get_running_loop().create_future()
         self._waiting[correlation] = want, future
         try:
-            for _ in range(self.patience.attempts):
+            for _ in range(self.retry_policy.attempts):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(timeout):
                         await self._ask(want, correlation)
                         return await asyncio.shield(future)
-                timeout *= self.patience.factor
+                timeout *= self.retry_policy.factor
         finally:
             del self._waiting[correlation]
             if not future.cancel():
                 future.exception()  # read, or asyncio complains of an answer that came in the last moment
         raise UnreachableError(
-            f"no answer to {self.patience.attempts} requests for {name} at byte {offset}: "
+            f"no answer to {self.retry_policy.attempts} requests for {name} at byte {offset}: "
             "is the controller running (`phifleet serve`), and on the same broker?"
         )
 

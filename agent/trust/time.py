@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from agent.core.ports import Clock
-from agent.trust.files import write_atomic
+from agent.platform.files import PRIVATE, write_atomic
 
 #: A clock this far past the newest signature is more likely wrong than the repository is abandoned.
 IMPLAUSIBLE = timedelta(days=366)
@@ -90,4 +90,4 @@ class VerifiedClock:
 
     def _save(self) -> None:
         document = {"verified_at": self._bound.isoformat(), "keyids": self._keyids}
-        write_atomic(self._path, json.dumps(document).encode())
+        write_atomic(self._path, json.dumps(document).encode(), PRIVATE)

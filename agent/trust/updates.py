@@ -21,8 +21,8 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.director import DIRECTOR_TARGET, ISSUED_AT_FIELD, DirectorKeys
 from agent.contract.failures import FailureCode
 from agent.errors import TrustError
+from agent.platform.files import PRIVATE, sync_file, sync_folder, write_atomic
 from agent.trust.fetcher import METADATA_URL, TARGETS_URL, LinkFetcher
-from agent.trust.files import sync, write_atomic
 from agent.trust.time import VerifiedClock
 
 #: A manifest names each 64 KiB of an artifact in about 75 bytes: this is enough for 50 GB.
@@ -54,7 +54,7 @@ class Updates:
             updater = self._refresh(fetcher)
             self._bound_clock(updater)
             for path in (*self._metadata.glob("*.json"), self._metadata):
-                sync(path)
+                sync_folder(path) if path.is_dir() else sync_file(path)
         self.target(updater, DIRECTOR_TARGET)
         return updater
 
@@ -75,7 +75,7 @@ class Updates:
                 arriving = self._targets / f".new-{kept.name}"
                 try:
                     updater.download_target(info, str(arriving))
-                    write_atomic(kept, arriving.read_bytes())
+                    write_atomic(kept, arriving.read_bytes(), PRIVATE)
                 finally:
                     arriving.unlink(missing_ok=True)
                 self._prune()

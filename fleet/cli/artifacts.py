@@ -15,7 +15,7 @@ from fleet.core.frontier import choose, frontier
 from fleet.errors import UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.toolchains.artifacts import Listing, list_artifacts, load
+from fleet.store.folder import Listing, list_artifacts, load
 
 _WIDTH = 170
 

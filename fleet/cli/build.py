@@ -23,14 +23,14 @@ from fleet.core.plan import choose_recipes, describe, first_legal, judge, recipe
 from fleet.errors import FleetError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.toolchains import evaluation
+from fleet.store.folder import save_manifest
 from fleet.toolchains import progress as work
-from fleet.toolchains.artifacts import save_manifest
-from fleet.toolchains.checkpoint import Checkpoint, resolve_model
-from fleet.toolchains.jobs import Outcome, Request, build_all
-from fleet.toolchains.quality import measure as measure_artifact
-from fleet.toolchains.registry import driver_of
-from fleet.toolchains.sample_model import SampleReport, make_sample
+from fleet.toolchains.build.jobs import Outcome, Request, build_all
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint, resolve_model
+from fleet.toolchains.checkpoint.sample_model import SampleReport, make_sample
+from fleet.toolchains.drivers.registry import driver_of
+from fleet.toolchains.quality import evaluation
+from fleet.toolchains.quality.quality import measure as measure_artifact
 
 _Result = TypeVar("_Result")
 #: Where there is no terminal, a long phase is told again.

@@ -22,14 +22,14 @@ from fleet.cli.context import Context, actor
 from fleet.cli.describe import describe_deployment, held
 from fleet.cli.status import HELD, view
 from fleet.core.deployments import TABLE, Stage
-from fleet.core.fit import gate_misfits, misfits
+from fleet.core.fit import gate_incompatibilities, incompatibilities
 from fleet.errors import DeploymentError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor, Registry
 from fleet.registry.models import DeploymentRow, DeviceRow
 from fleet.registry.registry import facts_of
-from fleet.toolchains.artifacts import list_artifacts, load, validate
+from fleet.store.folder import list_artifacts, load, validate
 from fleet.trust.repository import Repository
 
 
@@ -53,7 +53,7 @@ UNPUBLISHED_HINT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class DeployOptions:
     """What the operator says about a deployment beside artifact and devices. None: as the profile has it."""
 
     probation_s: float | None = None
@@ -95,7 +95,7 @@ def deploy(
     with contextlib.closing(context.open_registry()) as registry:
         targets = _targets(registry, devices, profile)
         variants = [find(context.home, text) for text in artifacts]
-        orders = order(context, registry, variants, targets, Wishes(**wishes))
+        orders = order(context, registry, variants, targets, DeployOptions(**wishes))
         if not as_json:
             for row in orders:
                 click.echo(f"{row.device}: ordered {row.artifact} as {row.id}")
@@ -130,7 +130,7 @@ def order(
     registry: Registry,
     variants: Manifest | Sequence[Manifest],
     devices: Sequence[DeviceRow],
-    wishes: Wishes,
+    wishes: DeployOptions,
 ) -> list[DeploymentRow]:
     """Publish the variants and record a signed order for each device, all or none.
 
@@ -163,7 +163,7 @@ def order(
         repository.publish(manifest)
         registry.record_artifact(manifest, who, forced=wishes.force if reasons else None)
     if reasons:
-        registry.audit(who, "deployment.force", manifests[0].id, {"reason": wishes.force, "misfits": reasons})
+        registry.audit(who, "deployment.force", manifests[0].id, {"reason": wishes.force, "incompatibilities": reasons})
 
     def draft(device: str, sequence: int, deployment: str) -> Desired:
         identity, chosen = (device, sequence, deployment), fitting.get(device, manifests)
@@ -204,7 +204,8 @@ def _fitting(
     for device in devices:
         profile = profiles[device.id]
         wrong = {
-            manifest.id: misfits(manifest, profile, facts_of(device)) + gate_misfits(manifest, profile)
+            manifest.id: incompatibilities(manifest, profile, facts_of(device))
+            + gate_incompatibilities(manifest, profile)
             for manifest in manifests
         }
         fitting[device.id] = [manifest for manifest in manifests if not wrong[manifest.id]]
@@ -218,7 +219,7 @@ def _desired(
     identity: tuple[str, int, str],
     manifests: Sequence[Manifest],
     profile: DeviceProfile,
-    wishes: Wishes,
+    wishes: DeployOptions,
     who: Actor,
     validity_s: float,
 ) -> Desired:
@@ -238,7 +239,7 @@ def _desired(
     )
 
 
-def _check_window(wishes: Wishes, who: Actor, validity_s: float) -> None:
+def _check_window(wishes: DeployOptions, who: Actor, validity_s: float) -> None:
     opens, closes = wishes.not_before, wishes.not_after
     if opens is not None and opens >= who.at + timedelta(seconds=validity_s):
         raise UsageError(f"the window opens at {opens.isoformat()}, when the order has expired")
@@ -246,7 +247,7 @@ def _check_window(wishes: Wishes, who: Actor, validity_s: float) -> None:
         raise UsageError(f"the window closes at {closes.isoformat()}, before it opens or before now")
 
 
-def _deadline_s(wishes: Wishes, who: Actor) -> float:
+def _deadline_s(wishes: DeployOptions, who: Actor) -> float:
     """Waiting for the window is no delay of the device's: the usual deadline counts from its opening."""
     if wishes.deadline_s is not None:
         return wishes.deadline_s

@@ -16,12 +16,12 @@ from rich.table import Table
 from agent.contract.base import DeviceId, explain
 from agent.contract.bundle import Bundle
 from agent.contract.profile import DeviceProfile
+from agent.platform.files import PRIVATE, write_atomic
 from fleet.cli.context import Context, actor
 from fleet.cli.describe import describe, describe_deployment
 from fleet.errors import RepositoryError, UsageError
 from fleet.profiles_loader import load_profile, profile_paths
 from fleet.trust.ca import DeviceCA
-from fleet.trust.files import PRIVATE, write_atomic
 from fleet.trust.repository import Repository
 
 

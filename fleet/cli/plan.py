@@ -19,9 +19,9 @@ from fleet.core.plan import Candidate, Resolve, as_json, candidates, describe, f
 from fleet.core.plan_memory import FORMULA
 from fleet.core.plan_shape import ModelShape
 from fleet.profiles_loader import load_profile
-from fleet.toolchains.checkpoint import Checkpoint
-from fleet.toolchains.checkpoint_shape import read_shape
-from fleet.toolchains.registry import driver_of
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint
+from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
+from fleet.toolchains.drivers.registry import driver_of
 
 
 @click.command("plan")

@@ -12,17 +12,17 @@ import click
 import structlog
 
 from agent.link import LinkError, LinkSettings, MqttLink
-from fleet import systemd
+from agent.platform import systemd
 from fleet.cli.context import Context
-from fleet.daemon import Controller
+from fleet.daemon.controller import Controller
 from fleet.delivery.broker import EmbeddedBroker
 from fleet.delivery.chunk_server import ChunkServer
 from fleet.delivery.metadata import MetadataServer
 from fleet.errors import BrokerError, RepositoryError
 from fleet.home import Home
 from fleet.registry import open_registry
-from fleet.registry.local import LocalArtifacts
 from fleet.settings import EMBEDDED, FleetSettings
+from fleet.store.local import LocalArtifacts
 from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from securesystemslib.signer import SSlibKey
 
+from agent.platform.files import PRIVATE, write_atomic
 from fleet.cli.context import Context
 from fleet.errors import UsageError
 from fleet.trust.ca import Credentials, DeviceCA
-from fleet.trust.files import PRIVATE, write_atomic
 from fleet.trust.release import Expiry
 from fleet.trust.repository import ROLES, Repository, RoleStatus
 

@@ -13,7 +13,7 @@ MIB = 1024 * 1024
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
-def misfits(manifest: Manifest, profile: DeviceProfile, facts: Facts | None) -> tuple[str, ...]:
+def incompatibilities(manifest: Manifest, profile: DeviceProfile, facts: Facts | None) -> tuple[str, ...]:
     """Each reason why the artifact should not go to such a device; none: it fits. Without facts the profile decides."""
     reasons = [*_profile_misfits(manifest, profile)]
     if facts is not None:
@@ -28,7 +28,7 @@ def unmeasurable(toolchain: Toolchain, precision: Precision) -> str | None:
     return None
 
 
-def gate_misfits(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
+def gate_incompatibilities(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
     """Where the measured loss is past the profile's quality gate, or nothing was measured that it could be held to."""
     gate, quality = profile.quality, manifest.quality
     if quality is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from agent.contract.manifest import Manifest, Target
 from agent.contract.profile import DeviceProfile
-from fleet.core.fit import MIB, gate_misfits, misfits
+from fleet.core.fit import MIB, gate_incompatibilities, incompatibilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ def _loss(manifest: Manifest) -> float:
 
 
 def _misses(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
-    yield from misfits(manifest, profile, None)
+    yield from incompatibilities(manifest, profile, None)
     if manifest.size <= profile.disk_bytes < 2 * manifest.size:
         yield f"it takes {manifest.size / MIB:.0f} MiB twice, and the disk is {profile.disk_bytes / MIB:.0f} MiB"
     if manifest.quality is None:
         yield "its loss was not measured"
         return
-    yield from gate_misfits(manifest, profile)
+    yield from gate_incompatibilities(manifest, profile)
     if manifest.speed is not None and manifest.target is Target.CPU:
         yield from _speed_misses(manifest, profile)
 

@@ -56,12 +56,12 @@ class Process:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
 
-    def stop(self, patience_s: float = 10.0) -> None:
+    def stop(self, timeout_s: float = 10.0) -> None:
         """Ask it to end, and see that it did."""
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
             try:
-                self._child.wait(patience_s)
+                self._child.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 self._child.kill()
                 self._child.wait()

@@ -21,16 +21,16 @@ from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.messages import HealthReport, Reported, State
 from agent.contract.profile import DeviceClass, DeviceProfile, QualityGate, Recipe
 from fleet.cli.context import Context
-from fleet.cli.deploy import Wishes, order
+from fleet.cli.deploy import DeployOptions, order
 from fleet.cli.devices import add_device
 from fleet.demo.processes import Process, free_port, port_is_free, running
 from fleet.demo.teller import Step, Teller
 from fleet.errors import FleetError, UsageError
 from fleet.profiles_loader import load_profile
-from fleet.toolchains.build import build
-from fleet.toolchains.checkpoint import Checkpoint, resolve_model
+from fleet.toolchains.build.build import build
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint, resolve_model
+from fleet.toolchains.checkpoint.sample_model import make_sample
 from fleet.toolchains.progress import Progress
-from fleet.toolchains.sample_model import make_sample
 from fleet.trust.repository import Repository
 
 DEVICE = "demo-device"
@@ -217,7 +217,7 @@ def _device(
 def _deploy(teller: Teller, context: Context, manifest: Manifest, watch: _Watch) -> None:
     with teller.step("deploy") as step:
         with contextlib.closing(context.open_registry()) as registry:
-            order(context, registry, manifest, [registry.device(DEVICE)], Wishes(probation_s=PROBATION_S))
+            order(context, registry, manifest, [registry.device(DEVICE)], DeployOptions(probation_s=PROBATION_S))
         step.done(f"manifest signed into TUF, order 1 signed for {DEVICE}")
     with teller.step("transfer") as step:
         watch.until(lambda: _moved(watch, step, State.TRANSFERRING), "the transfer")

@@ -1,10 +1,10 @@
 """Devices, artifacts, deployments, audit: SQLAlchemy, SQLite by default, PostgreSQL by URL."""
 
 from fleet.registry.database import Database
-from fleet.registry.recorder import Heard, Recorder
+from fleet.registry.recorder import Received, Recorder
 from fleet.registry.registry import Actor, Registry
 
-__all__ = ["Actor", "Database", "Heard", "Recorder", "Registry", "open_registry"]
+__all__ = ["Actor", "Database", "Received", "Recorder", "Registry", "open_registry"]
 
 
 def open_registry(url: str) -> Registry:

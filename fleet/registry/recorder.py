@@ -37,7 +37,7 @@ _TYPES: dict[str, type[Said]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class Received:
     """One publication of a device, and when it came. ``retained``: said before the controller was listening."""
 
     topic: str
@@ -52,7 +52,7 @@ class _Read:
 
     device: str
     said: Said | None
-    heard: Heard
+    received: Received
 
 
 class Recorder:
@@ -64,13 +64,13 @@ class Recorder:
         self.unknown: Counter[str] = Counter()
         self._unpruned: Counter[str] = Counter()
 
-    def record(self, batch: Sequence[Heard]) -> None:
+    def record(self, batch: Sequence[Received]) -> None:
         """Write a batch down.
 
         Raises:
             RegistryError: the database cannot be used; nothing of the batch was written.
         """
-        read = [found for heard in batch if (found := self._read(heard)) is not None]
+        read = [found for received in batch if (found := self._read(received)) is not None]
         if read and not self._written(read):
             # One message that the database will not take must not cost the others of its batch.
             for one in read:
@@ -87,23 +87,23 @@ class Recorder:
             return False
         return True
 
-    def _read(self, heard: Heard) -> _Read | None:
-        found = topics.parse_device(heard.topic)
-        if found is None or not heard.payload:  # an empty payload clears a retained message
+    def _read(self, received: Received) -> _Read | None:
+        found = topics.parse_device(received.topic)
+        if found is None or not received.payload:  # an empty payload clears a retained message
             return None
         device, leaf = found
         try:
-            said = _TYPES[leaf].from_json(heard.payload)
+            said = _TYPES[leaf].from_json(received.payload)
         except (MalformedMessageError, KeyError) as error:
-            return self._malformed(device, heard, str(error))
+            return self._malformed(device, received, str(error))
         if said.device != device:
-            return self._malformed(device, heard, f"device is {said.device!r}")
-        return _Read(device, said, heard)
+            return self._malformed(device, received, f"device is {said.device!r}")
+        return _Read(device, said, received)
 
-    def _malformed(self, device: str, heard: Heard, reason: str) -> _Read:
+    def _malformed(self, device: str, received: Received, reason: str) -> _Read:
         if _count(self.malformed, device):
-            _log.warning("malformed message ignored", device=device, topic=heard.topic, reason=reason[:500])
-        return _Read(device, None, heard)
+            _log.warning("malformed message ignored", device=device, topic=received.topic, reason=reason[:500])
+        return _Read(device, None, received)
 
     def _write(self, session: Session, read: Sequence[_Read]) -> None:
         names = {one.device for one in read}
@@ -115,11 +115,11 @@ class Recorder:
             row = devices.get(one.device)
             if row is None:
                 if _count(self.unknown, one.device):
-                    _log.warning("message of a device that was not added", device=one.device, topic=one.heard.topic)
+                    _log.warning("message of a device that was not added", device=one.device, topic=one.received.topic)
             elif one.said is None:
                 row.malformed += 1
             else:
-                _apply(session, row, one.said, one.heard, orders)
+                _apply(session, row, one.said, one.received, orders)
         self._prune(session, {one.device for one in read if isinstance(one.said, HealthReport)} & devices.keys())
 
     def _prune(self, session: Session, devices: Collection[str]) -> None:
@@ -130,10 +130,12 @@ class Recorder:
             self._unpruned[device] = (self._unpruned[device] + 1) % PRUNE_EVERY
 
 
-def _apply(session: Session, row: DeviceRow, said: Said, heard: Heard, orders: Mapping[str, DeploymentRow]) -> None:
+def _apply(
+    session: Session, row: DeviceRow, said: Said, received: Received, orders: Mapping[str, DeploymentRow]
+) -> None:
     match said:
         case Presence():
-            row.online, row.presence_at = said.online, said.at or heard.at
+            row.online, row.presence_at = said.online, said.at or received.at
             row.agent_version = said.agent_version or row.agent_version
             _log.info("presence", device=row.id, online=said.online)
         case Facts():
@@ -142,11 +144,11 @@ def _apply(session: Session, row: DeviceRow, said: Said, heard: Heard, orders: M
             row.reported = said.model_dump(mode="json")
             order = orders.get(said.deployment)
             if order is not None and (order.device, order.sequence) == (said.device, said.sequence):
-                _apply_report(order, said, heard)
+                _apply_report(order, said, received)
         case HealthReport():
             row.health = said.model_dump(mode="json")
-            session.add(HealthRow(device=row.id, at=heard.at, report=row.health))
-    row.last_seen = _seen(row.last_seen, said, heard)
+            session.add(HealthRow(device=row.id, at=received.at, report=row.health))
+    row.last_seen = _seen(row.last_seen, said, received)
 
 
 def _count(counter: Counter[str], device: str) -> bool:
@@ -156,25 +158,25 @@ def _count(counter: Counter[str], device: str) -> bool:
     return counter[key] == 1
 
 
-def _seen(before: datetime | None, said: Said, heard: Heard) -> datetime | None:
+def _seen(before: datetime | None, said: Said, received: Received) -> datetime | None:
     """When the device last spoke: its will is the broker's word, and a retained message is an old one."""
     if isinstance(said, Presence) and not said.online:
         return before
-    if not heard.retained:
-        return heard.at
+    if not received.retained:
+        return received.at
     newest = max((at for at in (before, said.at) if at is not None), default=None)
-    return min(newest, heard.at) if newest else None
+    return min(newest, received.at) if newest else None
 
 
-def _apply_report(row: DeploymentRow, said: Reported, heard: Heard) -> None:
+def _apply_report(row: DeploymentRow, said: Reported, received: Received) -> None:
     stage = row.stage
     try:
-        decided = core.decide(view(row), core.Report(said.state, said.failure, heard.at))
+        decided = core.decide(view(row), core.Report(said.state, said.failure, received.at))
     except core.TransitionError as error:
         _log.debug("report not taken", deployment=row.id, device=row.device, reason=str(error))
         return
-    store(row, decided, heard.at)
-    row.reported_at = heard.at
+    store(row, decided, received.at)
+    row.reported_at = received.at
     row.progress = said.progress.model_dump(mode="json") if said.progress else row.progress
     row.proof = said.proof.model_dump(mode="json") if said.proof else row.proof
     row.runtime, row.endpoint, row.served_digest = said.runtime, said.endpoint, said.digest

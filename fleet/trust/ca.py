@@ -32,10 +32,10 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from agent.contract.base import DeviceId
+from agent.platform.files import PRIVATE, remove_leftovers, write_atomic
 from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
-from fleet.trust.files import PRIVATE, remove_leftovers, write_atomic
 
 CA_DAYS = 3650
 #: As long as the CA: no date may lock out devices that nobody visits. A device that is lost is revoked.

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import BaseModel, ConfigDict, ValidationError
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
+from agent.platform.files import PRIVATE, write_atomic
 from fleet.errors import RepositoryError
-from fleet.trust.files import PRIVATE, write_atomic
 
 FILE_SCHEME = "file2:"
 

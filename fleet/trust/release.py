@@ -22,8 +22,8 @@ from tuf.api.exceptions import RepositoryError as TufError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from agent.contract.director import DIRECTOR_TARGET, ISSUED_AT_FIELD, DirectorKeys
+from agent.platform.files import remove_leftovers, write_atomic
 from fleet.errors import RepositoryError
-from fleet.trust.files import remove_leftovers, write_atomic
 from fleet.trust.keyring import Keyring
 
 #: A device in the middle of a download may still want what was current a moment ago.

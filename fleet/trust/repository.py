@@ -28,10 +28,10 @@ from agent.contract.base import canonical_json
 from agent.contract.director import DIRECTOR_TARGET, DirectorKeys
 from agent.contract.manifest import Manifest, manifest_target
 from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired
+from agent.platform.files import remove_leftovers, sync_folder
 from fleet.errors import RepositoryError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
-from fleet.trust.files import remove_leftovers, sync_folder
 from fleet.trust.keyring import Keyring
 from fleet.trust.release import Expiry, Release, Signatures, blank, signing
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.resources import available_bytes
+from agent.platform.resources import available_bytes
 
 MIB = 1 << 20
 

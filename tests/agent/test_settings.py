@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent.__main__ import _endpoint_config
-from agent.cli import _own_key
+from agent.cli.local import _own_key
 from agent.errors import AgentError, ConfigError
 from agent.settings import AgentSettings, load, provenance
 

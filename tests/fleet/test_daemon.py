@@ -17,8 +17,8 @@ from agent.contract import topics
 from agent.contract.base import WireModel
 from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure, HealthReport, Progress, SignedDesired, State
-from fleet.daemon import Controller
-from fleet.registry import Heard, Recorder
+from fleet.daemon.controller import Controller
+from fleet.registry import Received, Recorder
 from fleet.registry.models import DeploymentRow
 from tests.fleet.world import World, make_world, topic_of
 from tests.simulators.clock import START
@@ -213,7 +213,7 @@ async def test_a_report_on_another_deployment_or_sequence_changes_nothing(world:
 
 
 async def test_nothing_is_in_progress_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.daemon.TICK_S", 0.02)
+    monkeypatch.setattr("fleet.daemon.controller.TICK_S", 0.02)
     (order,) = world.deploy(DEVICE, deadline_s=3600, probation_s=0)
     broker = MemoryBroker()
     async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
@@ -275,7 +275,7 @@ async def test_systemd_is_told(world: World) -> None:
 
 
 async def test_a_database_that_is_away_for_a_while_loses_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.daemon.DATABASE_RETRY_S", 0.05)
+    monkeypatch.setattr("fleet.daemon.controller.DATABASE_RETRY_S", 0.05)
     broker = MemoryBroker()
     with structlog.testing.capture_logs() as logs:
         async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
@@ -325,7 +325,7 @@ async def test_three_hundred_orders_are_published_together(world: World) -> None
 def test_no_bytes_of_any_device_disturb_the_recorder(topic: Callable[[str], str], payload: bytes) -> None:
     written: list[object] = []
     recorder = Recorder(_Sink(written))  # type: ignore[arg-type]
-    recorder.record([Heard(topic(DEVICE), payload, START)])
+    recorder.record([Received(topic(DEVICE), payload, START)])
     assert len(written) == (1 if payload else 0)
     assert recorder.malformed[DEVICE] == len(written), "no random bytes are a message"
 

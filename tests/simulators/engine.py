@@ -26,9 +26,9 @@ from agent.core.inference import (
     TokenLogprob,
 )
 from agent.errors import RuntimeLoadError
-from agent.runtimes.engine import Check, LoadOptions, ModelSource
-from agent.runtimes.generation import Generation, check_fits
-from agent.runtimes.registry import RuntimeSpec
+from agent.runtimes.engines.generation import Generation, check_fits
+from agent.runtimes.protocol.engine import Check, LoadOptions, ModelSource
+from agent.runtimes.protocol.registry import RuntimeSpec
 
 SPEC = RuntimeSpec("simulated", "tests.simulators.engine", "onnx_genai")
 

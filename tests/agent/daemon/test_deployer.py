@@ -18,7 +18,7 @@ from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
-from agent.daemon.works import Parts, Works
+from agent.daemon.steps import Parts, Works
 from agent.errors import ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
 from tests.contract.test_contract import MANIFEST
 from tests.simulators.device import MemoryJournal, SimClock, SimHost, SimStore, SimTransfer, SimTrust
@@ -85,7 +85,7 @@ class Device:
         self.states.append(deployment.state)
 
     async def until(self, wanted: Callable[[core.Deployment], bool]) -> core.Deployment:
-        await until(lambda: wanted(self.deployer.deployment), patience_s=10)
+        await until(lambda: wanted(self.deployer.deployment), timeout_s=10)
         return self.deployer.deployment
 
     async def settled(self, sequence: int) -> core.Deployment:

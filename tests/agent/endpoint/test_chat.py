@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.endpoint.chat import ChatTemplateError, neutralise, render
+from agent.endpoint.openai.chat import ChatTemplateError, neutralise, render
 from tests.simulators.inference import PHI4_TEMPLATE, simulated_manifest
 
 PHI3_TEMPLATE = (

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from agent.endpoint.errors import ApiError
-from agent.endpoint.jsonschema import check_schema, inlined
+from agent.endpoint.openai.errors import ApiError
+from agent.endpoint.openai.jsonschema import check_schema, inlined
 
 
 def nested(levels: int) -> dict[str, Any]:

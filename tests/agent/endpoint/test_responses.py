@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from agent.endpoint import ApiKey
-from agent.endpoint.stored import BoundedStore
+from agent.endpoint.openai.stored import BoundedStore
 from tests.agent.endpoint.conftest import MODEL, Endpoint, Serve
 from tests.simulators.inference import SimulatedInference
 from tests.waiting import until

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.endpoint.tools import CallDelta, TextDelta, ToolParser
+from agent.endpoint.openai.tools import CallDelta, TextDelta, ToolParser
 
 NAMES = frozenset({"f", "g"})
 Read = tuple[str, dict[int, tuple[str, str]]]

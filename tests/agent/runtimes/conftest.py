@@ -23,9 +23,9 @@ from agent.contract.manifest import (
     artifact_digest,
 )
 from agent.core.inference import DoneEvent, GenerationRequest, Sampling, TokenEvent
-from agent.runtimes.host import WorkerHost
-from agent.runtimes.registry import REGISTRY, versions
-from agent.runtimes.settings import HostEvent, HostSettings
+from agent.runtimes.host.model_host import WorkerHost
+from agent.runtimes.host.settings import HostEvent, HostSettings
+from agent.runtimes.protocol.registry import REGISTRY, versions
 from tests.simulators.engine import SPEC
 
 ROOT = Path(__file__).parents[3]

@@ -25,10 +25,10 @@ from agent.core.inference import (
     Sampling,
     TokenEvent,
 )
-from agent.endpoint.chat import render
-from agent.runtimes.host import WorkerHost
-from agent.runtimes.registry import REGISTRY
-from agent.runtimes.settings import HostSettings
+from agent.endpoint.openai.chat import render
+from agent.runtimes.host.model_host import WorkerHost
+from agent.runtimes.host.settings import HostSettings
+from agent.runtimes.protocol.registry import REGISTRY
 from tests.agent.runtimes.conftest import installed
 from tests.models import Built, built, tiny_checkpoint
 

@@ -18,8 +18,8 @@ from structlog.testing import capture_logs
 from agent.contract.failures import FailureCode
 from agent.core.inference import FinishReason, InferenceError, TokenEvent
 from agent.errors import ProbeError, RuntimeLoadError
-from agent.runtimes.host import WorkerHost
-from agent.runtimes.registry import RuntimeSpec
+from agent.runtimes.host.model_host import WorkerHost
+from agent.runtimes.protocol.registry import RuntimeSpec
 from tests.agent.runtimes.conftest import MIB, ROOT, Artifact, Events, HostFactory, answer, ask, render
 from tests.simulators.engine import SPEC
 from tests.waiting import alive, until, wait_until
@@ -360,7 +360,7 @@ async def test_a_proof_that_nobody_uses_is_dropped(host_of: HostFactory, artifac
 
 
 async def test_runtimes_are_listed_with_the_reason_when_not_usable(tmp_path: Path) -> None:
-    from agent.runtimes.settings import HostSettings
+    from agent.runtimes.host.settings import HostSettings
 
     registry = {
         "simulated": SPEC,
@@ -385,7 +385,7 @@ async def test_runtimes_are_listed_with_the_reason_when_not_usable(tmp_path: Pat
 def test_a_worker_leaves_with_its_parent(tmp_path: Path) -> None:
     program = """
 import asyncio, sys
-from agent.runtimes.supervisor import WorkerProcess
+from agent.runtimes.host.supervisor import WorkerProcess
 from tests.simulators.engine import SPEC
 async def main():
     worker = await WorkerProcess.start(SPEC)

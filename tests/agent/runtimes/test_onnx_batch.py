@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.inference import DoneEvent, FinishReason, GenerationRequest, Sampling, TokenEvent
-from agent.runtimes.engine import LoadOptions
-from agent.runtimes.onnx_batch import BatchEngine
-from agent.runtimes.onnx_cache import RowCache
-from agent.runtimes.onnx_files import OnnxFiles
+from agent.runtimes.engines.onnx_batch import BatchEngine
+from agent.runtimes.engines.onnx_cache import RowCache
+from agent.runtimes.engines.onnx_files import OnnxFiles
+from agent.runtimes.protocol.engine import LoadOptions
 
 CONTEXT, VOCABULARY, END = 128, 32, 31
 

@@ -21,10 +21,10 @@ from pydantic import BaseModel
 from agent.contract.manifest import Toolchain
 from agent.core.inference import Capabilities, GuidanceKind
 from agent.endpoint import EndpointConfig, EndpointServer
-from agent.endpoint.chat import render
-from agent.runtimes.host import WorkerHost
-from agent.runtimes.registry import REGISTRY, features
-from agent.runtimes.settings import HostSettings
+from agent.endpoint.openai.chat import render
+from agent.runtimes.host.model_host import WorkerHost
+from agent.runtimes.host.settings import HostSettings
+from agent.runtimes.protocol.registry import REGISTRY, features
 from tests.agent.endpoint.conftest import PLAIN
 from tests.agent.runtimes.conftest import installed
 from tests.models import built, sample_checkpoint, tiny_checkpoint

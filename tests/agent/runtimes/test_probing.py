@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.runtimes.probing import Prober, RuntimeReport
-from agent.runtimes.registry import RuntimeSpec
-from agent.runtimes.settings import HostSettings
+from agent.runtimes.host.probing import Prober, RuntimeReport
+from agent.runtimes.host.settings import HostSettings
+from agent.runtimes.protocol.registry import RuntimeSpec
 from tests.agent.runtimes.conftest import MIB, Artifact, render
 from tests.simulators.engine import SPEC
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.inference import Sampling
-from agent.runtimes.sampling import TokenSampler
+from agent.runtimes.engines.sampling import TokenSampler
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, -2.0], np.float32)
 _logits = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(lambda row: np.array(row, np.float32))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.inference import InferenceError
-from agent.runtimes.schema import read, vet
+from agent.runtimes.engines.schema import read, vet
 
 GOOD = [
     "true",

@@ -6,8 +6,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.runtimes.generation import common_prefix
-from agent.runtimes.text import Pieces, PieceStream, StopStrings, Utf8Stream
+from agent.runtimes.engines.generation import common_prefix
+from agent.runtimes.engines.text import Pieces, PieceStream, StopStrings, Utf8Stream
 
 _letters = st.text("ab\n<é", max_size=30)
 _stops = st.lists(st.text("ab<é", min_size=1, max_size=4), max_size=4)

@@ -16,8 +16,8 @@ from agent.core.inference import (
     TokenEvent,
     TokenLogprob,
 )
-from agent.runtimes import wire
-from agent.runtimes.engine import LoadOptions, ModelSource
+from agent.runtimes.protocol import wire
+from agent.runtimes.protocol.engine import LoadOptions, ModelSource
 
 _finite = st.floats(allow_nan=False, allow_infinity=False)
 _any_text = st.text(st.characters(codec=None, exclude_categories=()), max_size=20)

@@ -15,8 +15,8 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.core import ports
 from agent.errors import StoreError
+from agent.platform.files import free_bytes
 from agent.store.artifacts import ArtifactStore
-from agent.store.files import free_bytes
 from agent.store.partial import Partial
 from tests.disk import MIB, small_disk
 from tests.simulators.artifacts import make_artifact, noise

@@ -15,7 +15,7 @@ import pytest
 from agent.contract.bundle import Bundle
 from agent.trust.client import TrustClient
 from agent.trust.identity import Identity, enrol
-from agent.trust.requests import Patience
+from agent.trust.requests import RetryPolicy
 from fleet.delivery.metadata import MetadataServer
 from fleet.home import Home
 from fleet.trust.keyring import Keyring
@@ -25,7 +25,7 @@ from tests.simulators.clock import FakeClock
 from tests.simulators.link import Faults, MemoryBroker, MemoryLink
 from tests.simulators.repository import DEVICE, make_repository
 
-IMPATIENT = Patience(timeout_s=0.05, attempts=3, factor=1.0, grace_s=0.3, min_bytes_per_s=1e6)
+IMPATIENT = RetryPolicy(timeout_s=0.05, attempts=3, factor=1.0, grace_s=0.3, min_bytes_per_s=1e6)
 
 
 class Source:
@@ -51,7 +51,7 @@ class World:
     device_link: MemoryLink
     identity: Identity
     client: TrustClient
-    patience: Patience
+    retry_policy: RetryPolicy
     first_release: dict[str, bytes | None] = field(default_factory=dict)
 
     @property
@@ -76,7 +76,7 @@ class World:
 
     def reboot(self, clock: FakeClock | None = None) -> TrustClient:
         """The agent starts again with what is on disk, and maybe with another time."""
-        self.client = TrustClient(self.identity, self.device_link, clock or self.clock, self.patience)
+        self.client = TrustClient(self.identity, self.device_link, clock or self.clock, self.retry_policy)
         return self.client
 
     async def stop_server(self) -> None:
@@ -127,7 +127,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def make_world(tmp_path: Path, template: Path) -> AsyncIterator[MakeWorld]:
     async with AsyncExitStack() as stack:
 
-        async def make(faults: Faults | None = None, patience: Patience = IMPATIENT) -> World:
+        async def make(faults: Faults | None = None, retry_policy: RetryPolicy = IMPATIENT) -> World:
             clock = FakeClock()
             shutil.copytree(template, tmp_path / "fleet")
             repository = Repository(Home(tmp_path / "fleet"), clock.now)
@@ -138,9 +138,19 @@ async def make_world(tmp_path: Path, template: Path) -> AsyncIterator[MakeWorld]
             source = Source(repository)
             server = MetadataServer(fleet_link, source)
             await server.start()
-            client = TrustClient(identity, device_link, clock, patience)
+            client = TrustClient(identity, device_link, clock, retry_policy)
             world = World(
-                tmp_path, clock, repository, broker, source, server, fleet_link, device_link, identity, client, patience
+                tmp_path,
+                clock,
+                repository,
+                broker,
+                source,
+                server,
+                fleet_link,
+                device_link,
+                identity,
+                client,
+                retry_policy,
             )
             stack.push_async_callback(world.stop_server)
             return world

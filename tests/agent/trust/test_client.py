@@ -99,7 +99,7 @@ async def test_a_manifest_is_fetched_once(world: World) -> None:
 
 async def test_cancelling_ends_the_download(world: World) -> None:
     world.broker.intercept = lambda message: None
-    world.patience = replace(IMPATIENT, timeout_s=60.0)
+    world.retry_policy = replace(IMPATIENT, timeout_s=60.0)
     client = world.reboot()
     task = asyncio.create_task(client.refresh())
     await asyncio.sleep(0.2)

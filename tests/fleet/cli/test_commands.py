@@ -18,8 +18,8 @@ from agent.contract.manifest import Manifest
 from agent.contract.messages import Desired, Failure, Progress, Reported, SignedDesired, State
 from fleet import __main__ as entry
 from fleet.core.deployments import Stage
-from fleet.core.fit import misfits
-from fleet.registry import Heard, Recorder
+from fleet.core.fit import incompatibilities
+from fleet.registry import Received, Recorder
 from fleet.trust.ca import DeviceCA
 from tests.fleet.cli.conftest import Phifleet
 from tests.fleet.world import PROFILE, World, put_artifact, topic_of
@@ -27,12 +27,12 @@ from tests.fleet.world import PROFILE, World, put_artifact, topic_of
 
 def hear(world: World, *messages: object) -> None:
     """As the controller writes down what devices say."""
-    heard = [Heard(topic_of(m, m.device), m.to_json(), world.clock.now()) for m in messages]  # type: ignore[attr-defined]
+    heard = [Received(topic_of(m, m.device), m.to_json(), world.clock.now()) for m in messages]  # type: ignore[attr-defined]
     Recorder(world.registry).record(heard)
 
 
 def fits(world: World, manifest: Manifest) -> bool:
-    return misfits(manifest, world.profile, None) == ()
+    return incompatibilities(manifest, world.profile, None) == ()
 
 
 def payload_of(envelope: bytes) -> Desired:

@@ -8,7 +8,7 @@ import pytest
 from agent.contract.manifest import MemoryNeed, Precision, Quality, Target, Toolchain
 from agent.contract.messages import Facts, RuntimeFact
 from agent.contract.profile import DeviceProfile
-from fleet.core.fit import gate_misfits, misfits
+from fleet.core.fit import gate_incompatibilities, incompatibilities
 from tests.simulators.repository import make_manifest
 
 GIB = 1024**3
@@ -51,8 +51,11 @@ def quality(**changes: float) -> Quality:
 
 
 def test_what_fits_has_no_misfits() -> None:
-    assert misfits(make_manifest(), profile(), None) == ()
-    assert misfits(make_manifest(), profile(), facts(runtimes=[RuntimeFact(name="onnx_genai", usable=True)])) == ()
+    assert incompatibilities(make_manifest(), profile(), None) == ()
+    assert (
+        incompatibilities(make_manifest(), profile(), facts(runtimes=[RuntimeFact(name="onnx_genai", usable=True)]))
+        == ()
+    )
 
 
 HUGE = MemoryNeed(weights_bytes=2 * GIB, kv_bytes_per_token=1024, overhead_bytes=0)
@@ -77,28 +80,28 @@ def test_each_misfit_says_why_with_figures(
     manifest: dict[str, Any], of_profile: dict[str, Any], of_facts: dict[str, Any] | None, reason: str
 ) -> None:
     told = None if of_facts is None else facts(**of_facts)
-    assert reason in "\n".join(misfits(make_manifest(**manifest), profile(**of_profile), told))
+    assert reason in "\n".join(incompatibilities(make_manifest(**manifest), profile(**of_profile), told))
 
 
 def test_windows_and_apple_names_of_an_architecture_are_the_same_machine() -> None:
-    assert misfits(make_manifest(), profile(), facts(machine="AMD64")) == ()
-    assert misfits(make_manifest(), profile(arch="aarch64"), facts(machine="arm64")) == ()
-    assert misfits(make_manifest(), profile(arch="any"), facts(machine="riscv64")) == ()
+    assert incompatibilities(make_manifest(), profile(), facts(machine="AMD64")) == ()
+    assert incompatibilities(make_manifest(), profile(arch="aarch64"), facts(machine="arm64")) == ()
+    assert incompatibilities(make_manifest(), profile(arch="any"), facts(machine="riscv64")) == ()
 
 
 def test_the_quality_gate_names_figure_and_limit() -> None:
     gated = profile(quality={"kl_divergence_max": 0.05, "perplexity_ratio_max": 1.2})
-    assert gate_misfits(make_manifest(quality=quality(kl_divergence=0.04)), gated) == ()
-    (reason,) = gate_misfits(make_manifest(quality=quality()), gated)
+    assert gate_incompatibilities(make_manifest(quality=quality(kl_divergence=0.04)), gated) == ()
+    (reason,) = gate_incompatibilities(make_manifest(quality=quality()), gated)
     assert "KL divergence of 0.1 is past the 0.05 that profile box allows" in reason
-    (reason,) = gate_misfits(make_manifest(quality=quality(kl_divergence=float("nan"))), gated)
+    (reason,) = gate_incompatibilities(make_manifest(quality=quality(kl_divergence=float("nan"))), gated)
     assert "KL divergence of nan" in reason
 
 
 def test_what_was_not_measured_passes_no_gate() -> None:
-    (reason,) = gate_misfits(make_manifest(), profile(quality={"kl_divergence_max": 0.05}))
+    (reason,) = gate_incompatibilities(make_manifest(), profile(quality={"kl_divergence_max": 0.05}))
     assert "its loss was not measured, and profile box has a quality gate: build it again without" in reason
     unrunnable = make_manifest(precision=Precision.BF16, target=Target.CUDA)
-    (reason,) = gate_misfits(unrunnable, profile(quality={"kl_divergence_max": 0.05}))
+    (reason,) = gate_incompatibilities(unrunnable, profile(quality={"kl_divergence_max": 0.05}))
     assert "ONNX Runtime has no BF16 kernels for a CPU, so that force alone is left" in reason
-    assert gate_misfits(make_manifest(), profile()) == ()
+    assert gate_incompatibilities(make_manifest(), profile()) == ()

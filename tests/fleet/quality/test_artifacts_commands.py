@@ -16,7 +16,7 @@ from fleet.cli.plan import plan
 from fleet.cli.profiles import profiles
 from fleet.errors import FleetError, ModelError, ProfileError, UsageError
 from fleet.home import Home
-from fleet.toolchains.artifacts import save_manifest
+from fleet.store.folder import save_manifest
 from tests.simulators.repository import make_manifest
 
 FIELDS = [

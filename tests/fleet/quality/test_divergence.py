@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.errors import BuildError
-from fleet.toolchains.divergence import Losses, compare, summarise
+from fleet.toolchains.quality.divergence import Losses, compare, summarise
 
 
 def logits(tokens: int, vocabulary: int, seed: int, scale: float = 3.0) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.errors import UsageError
-from fleet.toolchains.evaluation import (
+from fleet.toolchains.quality.evaluation import (
     MAX_PIECES,
     MIN_PIECES,
     MIN_TEXT_TOKENS,

@@ -13,11 +13,11 @@ from agent.contract.manifest import Manifest, Precision, Toolchain
 from agent.contract.profile import Recipe
 from fleet.core.plan_memory import memory_need
 from fleet.errors import BuildError, UsageError
-from fleet.toolchains import quality, reference
-from fleet.toolchains.checkpoint_shape import read_shape
-from fleet.toolchains.evaluation import Evaluation, from_text
-from fleet.toolchains.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes, timings
-from fleet.toolchains.scorers import Timing
+from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
+from fleet.toolchains.quality import quality, reference
+from fleet.toolchains.quality.evaluation import Evaluation, from_text
+from fleet.toolchains.quality.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes, timings
+from fleet.toolchains.quality.scorers import Timing
 from tests.models import Built, built, checkpoint
 
 TEXT = (
@@ -164,7 +164,7 @@ def test_no_round_of_timing_has_a_prompt_that_a_runtime_has_seen() -> None:
 def test_peak_memory_is_this_processs_own() -> None:
     """A child starts with what it holds, not with what its parent held when it forked."""
     ballast = bytearray(200 * 2**20)
-    code = "from fleet.toolchains.quality_job import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from fleet.toolchains.quality.quality_job import peak_memory_bytes; print(peak_memory_bytes())"
     found = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
     assert found < 150 * 2**20 < len(ballast) <= peak_memory_bytes()
 

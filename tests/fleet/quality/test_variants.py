@@ -24,8 +24,8 @@ from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
 from fleet.core.rules import BUILDS
 from fleet.core.support import RUN_HERE, SAME_FILES, Cell, Status, cells
-from fleet.toolchains import scorers
-from fleet.toolchains.registry import driver_of
+from fleet.toolchains.drivers.registry import driver_of
+from fleet.toolchains.quality import scorers
 from tests.fleet.quality import variant_files, variant_job, variants
 from tests.fleet.quality.variant_job import name_of
 from tests.models import CACHE, built, checkpoint

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fleet.toolchains.onnx_graph import OnnxGraph
+from fleet.toolchains.drivers.onnx_graph import OnnxGraph
 
 
 def look(folder: Path) -> dict[str, Any]:

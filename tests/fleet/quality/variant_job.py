@@ -19,12 +19,12 @@ from agent.contract.manifest import Precision, Toolchain
 from agent.contract.profile import Recipe
 from fleet.core.phi_variants import Variant
 from fleet.core.support import Cell, Status, cells
-from fleet.toolchains.base import Converted, ConvertJob
-from fleet.toolchains.checkpoint import Checkpoint, inspect
-from fleet.toolchains.checkpoint_shape import read_shape
-from fleet.toolchains.divergence import compare
-from fleet.toolchains.registry import driver_of
-from fleet.toolchains.scorers import Opened, open_scorer
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint, inspect
+from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
+from fleet.toolchains.drivers.base import Converted, ConvertJob
+from fleet.toolchains.drivers.registry import driver_of
+from fleet.toolchains.quality.divergence import compare
+from fleet.toolchains.quality.scorers import Opened, open_scorer
 from tests.fleet.quality import variant_files, variants
 
 #: MLX multiplies slowly on a CPU: its long prompt is shorter, and past no switch, where the plan refuses it anyway.

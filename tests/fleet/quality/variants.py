@@ -13,8 +13,8 @@ import numpy as np
 
 from fleet.core import phi_variants
 from fleet.core.phi_variants import Variant
-from fleet.toolchains import gguf_source, phi3_writer
-from fleet.toolchains.gguf_source import LlamaGguf, packaged_gguf
+from fleet.toolchains.checkpoint import gguf_source, phi3_writer
+from fleet.toolchains.checkpoint.gguf_source import LlamaGguf, packaged_gguf
 from tests.models import CACHE
 
 LAYERS, VOCABULARY, CONTEXT = 2, 49152, 16384

@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, text, update
 from agent.contract import topics
 from agent.contract.messages import HealthReport, Presence, State
 from fleet.errors import RegistryError, UsageError
-from fleet.registry import Actor, Heard, Recorder, open_registry
+from fleet.registry import Actor, Received, Recorder, open_registry
 from fleet.registry.database import Database
 from fleet.registry.models import SCHEMA_VERSION, AuditRow, Base, SchemaRow
 from fleet.registry.registry import HEALTH_KEPT
@@ -24,7 +24,7 @@ from tests.fleet.world import World, topic_of
 
 def hear(world: World, *messages: Any) -> Recorder:
     recorder = Recorder(world.registry)
-    recorder.record([Heard(topic_of(m, m.device), m.to_json(), world.clock.now()) for m in messages])
+    recorder.record([Received(topic_of(m, m.device), m.to_json(), world.clock.now()) for m in messages])
     return recorder
 
 
@@ -78,7 +78,7 @@ def test_health_is_bounded_in_number_for_each_device(world: World, monkeypatch: 
     for number in range(41):
         for device in ("pi-1", "pi-2") if number < 3 else ("pi-1",):
             message = health(world, device, number)
-            recorder.record([Heard(topic_of(message, device), message.to_json(), world.clock.now())])
+            recorder.record([Received(topic_of(message, device), message.to_json(), world.clock.now())])
         assert len(world.registry.health("pi-1")) < 10 + 4
     kept = [row.report["requests"] for row in world.registry.health("pi-1")]
     assert kept == list(range(40, 30, -1))
@@ -98,12 +98,12 @@ def test_a_retained_message_is_no_sign_of_life_now(world: World) -> None:
     world.add("pi-1")
     said = world.facts("pi-1")
     world.clock.advance(days=3)
-    heard = Heard(topics.facts("pi-1"), said.to_json(), world.clock.now(), retained=True)
-    Recorder(world.registry).record([heard])
+    received = Received(topics.facts("pi-1"), said.to_json(), world.clock.now(), retained=True)
+    Recorder(world.registry).record([received])
     assert world.registry.device("pi-1").last_seen == said.at
     future = said.model_copy(update={"at": world.clock.now().replace(year=2100)})
-    heard = Heard(topics.facts("pi-1"), future.to_json(), world.clock.now(), retained=True)
-    Recorder(world.registry).record([heard])
+    received = Received(topics.facts("pi-1"), future.to_json(), world.clock.now(), retained=True)
+    Recorder(world.registry).record([received])
     assert world.registry.device("pi-1").last_seen == world.clock.now(), "no clock of a device reaches the future"
 
 

@@ -19,9 +19,9 @@ from fleet.core.plan_size import predicted_bytes
 from fleet.errors import BuildError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.toolchains import artifacts
-from fleet.toolchains import build as building
-from fleet.toolchains.checkpoint import inspect
+from fleet.store import folder as artifacts
+from fleet.toolchains.build import build as building
+from fleet.toolchains.checkpoint.checkpoint import inspect
 from fleet.toolchains.progress import Progress
 from tests.disk import MIB, small_disk
 from tests.models import Built, checkpoint
@@ -34,7 +34,7 @@ PROFILE = load_profile("iot-x86")
 def _child_of_this_process() -> psutil.Process | None:
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if "fleet.toolchains.child" in child.cmdline():
+            if "fleet.toolchains.build.child" in child.cmdline():
                 return child
     return None
 
@@ -115,8 +115,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tests.fleet.toolchains.test_build import INT4, PROFILE
 from fleet.home import Home
-from fleet.toolchains.build import build
-from fleet.toolchains.checkpoint import inspect
+from fleet.toolchains.build.build import build
+from fleet.toolchains.checkpoint.checkpoint import inspect
 tell = lambda step: print(step.phase, flush=True)
 build(inspect(Path(sys.argv[1])), PROFILE, INT4, Home(Path(sys.argv[2])), progress=tell)
 """
@@ -133,7 +133,9 @@ def test_an_interrupted_build_ends_its_child_and_is_cleaned_up(tiny_dir: Path, t
     for line in parent.stdout:
         if line.startswith("loading"):
             break
-    child = next(one for one in psutil.Process(parent.pid).children() if "fleet.toolchains.child" in one.cmdline())
+    child = next(
+        one for one in psutil.Process(parent.pid).children() if "fleet.toolchains.build.child" in one.cmdline()
+    )
     parent.send_signal(getattr(signal, name))
     parent.wait(30)
     parent.stdout.close()
@@ -255,7 +257,7 @@ def test_a_disk_without_room_is_named_before_anything_is_begun(tiny_dir: Path, t
 
 
 def test_the_sample_does_not_fit_a_full_disk(tmp_path: Path) -> None:
-    from fleet.toolchains.sample_model import make_tiny
+    from fleet.toolchains.checkpoint.sample_model import make_tiny
 
     with small_disk(tmp_path / "disk", 4 * MIB) as disk:
         with pytest.raises(BuildError, match=r"cannot write .*tiny: the disk of .* is full; make room"):

@@ -14,8 +14,8 @@ from fleet.cli.build import build, describe_sample, sample_model
 from fleet.errors import BuildError, ModelError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import profile_paths
-from fleet.toolchains.artifacts import find, list_artifacts
-from fleet.toolchains.sample_model import SampleReport
+from fleet.store.folder import find, list_artifacts
+from fleet.toolchains.checkpoint.sample_model import SampleReport
 from tests.models import Built
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fleet.errors import ModelError
-from fleet.toolchains.chat import render
-from fleet.toolchains.checkpoint import inspect, resolve_model, slug
-from fleet.toolchains.safetensors_scan import first_not_finite, read_tensors
-from fleet.toolchains.source import hub_config
+from fleet.toolchains.checkpoint.chat import render
+from fleet.toolchains.checkpoint.checkpoint import inspect, resolve_model, slug
+from fleet.toolchains.checkpoint.safetensors_scan import first_not_finite, read_tensors
+from fleet.toolchains.checkpoint.source import hub_config
 
 
 @pytest.fixture

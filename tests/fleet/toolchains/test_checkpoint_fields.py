@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleet.errors import ModelError
-from fleet.toolchains.checkpoint import inspect, resolve_model
-from fleet.toolchains.checkpoint_shape import read_shape
+from fleet.toolchains.checkpoint.checkpoint import inspect, resolve_model
+from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleet.toolchains import process
-from fleet.toolchains.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, _rows_at_once, fit_scales, quantize
-from fleet.toolchains.mlx_weights import packed, replace
-from fleet.toolchains.onnx_graph import _packed
+from fleet.toolchains.drivers import process
+from fleet.toolchains.drivers.mlx_weights import packed, replace
+from fleet.toolchains.drivers.onnx_graph import _packed
+from fleet.toolchains.recovery.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, _rows_at_once, fit_scales, quantize
 
 torch.set_num_threads(1)  # small steps: a second thread costs more than it does
 
@@ -131,9 +131,9 @@ def test_two_values_a_byte_and_rows_padded_to_bytes(columns: int, seed: int) -> 
 THREADS = """
 import hashlib, torch
 from transformers import Phi3Config, Phi3ForCausalLM
-from fleet.toolchains import recovery
-from fleet.toolchains import process
-from fleet.toolchains.gptq import Grid
+from fleet.toolchains.recovery import recovery
+from fleet.toolchains.drivers import process
+from fleet.toolchains.recovery.gptq import Grid
 config = Phi3Config(hidden_size=576, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=9,
                     num_key_value_heads=3, vocab_size=512, pad_token_id=0)
 wanted = recovery.Wanted(lambda name: Grid(4, 32, "symmetric"))

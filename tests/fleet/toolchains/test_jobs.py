@@ -15,9 +15,9 @@ from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.toolchains import process
-from fleet.toolchains.build import plan_build
-from fleet.toolchains.jobs import Request, build_all
+from fleet.toolchains.build.build import plan_build
+from fleet.toolchains.build.jobs import Request, build_all
+from fleet.toolchains.drivers import process
 from fleet.toolchains.progress import DONE, Progress, ProgressCallback, silent
 from tests.models import Built, checkpoint
 from tests.waiting import alive, wait_until
@@ -79,8 +79,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from fleet.home import Home
-from fleet.toolchains.checkpoint import inspect
-from fleet.toolchains.jobs import Request, build_all
+from fleet.toolchains.checkpoint.checkpoint import inspect
+from fleet.toolchains.build.jobs import Request, build_all
 from tests.fleet.toolchains.test_jobs import INT4, INT8, LARGE, PROFILE
 tell = lambda i: lambda step: print(i, step.phase, flush=True)
 requests = [Request(PROFILE, recipe) for recipe in (INT4, INT8)]

@@ -13,11 +13,11 @@ from agent.contract.profile import Recipe
 from fleet.cli.plan import resolver
 from fleet.errors import BuildError, ProfileError, UsageError
 from fleet.profiles_loader import load_profile, profile_paths
-from fleet.toolchains import build as building
-from fleet.toolchains import calibration
-from fleet.toolchains.base import installed_versions
-from fleet.toolchains.checkpoint_shape import read_shape
-from fleet.toolchains.registry import DRIVERS, driver_of
+from fleet.toolchains.build import build as building
+from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
+from fleet.toolchains.drivers.base import installed_versions
+from fleet.toolchains.drivers.registry import DRIVERS, driver_of
+from fleet.toolchains.quality import calibration
 from tests.models import checkpoint
 
 T, P, D = Toolchain, Precision, Target
@@ -156,7 +156,7 @@ def test_every_driver_says_what_it_needs(tiny_dir: Path) -> None:
 
 
 def test_the_calibration_is_in_the_id_and_not_in_the_evaluation(tiny_dir: Path, tmp_path: Path) -> None:
-    from fleet.toolchains import evaluation
+    from fleet.toolchains.quality import evaluation
 
     model = checkpoint(tiny_dir)
     found = calibration.load("bundled", model.chat)

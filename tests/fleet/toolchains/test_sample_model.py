@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fleet.errors import UsageError
-from fleet.toolchains import sample_model
-from fleet.toolchains.checkpoint import inspect
+from fleet.toolchains.checkpoint import sample_model
+from fleet.toolchains.checkpoint.checkpoint import inspect
 
 
 def test_the_sample_is_a_speaking_phi_3_and_checks_itself(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from fleet.core.plan_size import ggml_type, predicted_bytes
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.toolchains.build import build
-from fleet.toolchains.checkpoint_shape import read_shape
-from fleet.toolchains.onnx_graph import OnnxGraph
+from fleet.toolchains.build.build import build
+from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
+from fleet.toolchains.drivers.onnx_graph import OnnxGraph
 from tests.models import Built, built, checkpoint
 
 T, P, D = Toolchain, Precision, Target

@@ -145,11 +145,11 @@ def settings(broker: Broker, paths: tuple[Path, Path, Path], device: str) -> Lin
     return LinkSettings(broker.url, device, ca_file=ca_file, cert_file=certificate, key_file=key, connect_timeout_s=5)
 
 
-async def connects(settings: LinkSettings, patience_s: float = 10.0) -> bool:
+async def connects(settings: LinkSettings, timeout_s: float = 10.0) -> bool:
     link = MqttLink(settings)
     await link.start()
     try:
-        await link.wait_connected(patience_s)
+        await link.wait_connected(timeout_s)
     except LinkError:
         return False
     finally:

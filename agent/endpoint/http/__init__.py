@@ -1,0 +1,1 @@
+"""What every route needs of HTTP: connections, authentication, limits, event streams, metrics."""

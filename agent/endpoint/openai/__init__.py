@@ -1,0 +1,1 @@
+"""OpenAI's shapes, and what they mean for the model. Pure: nothing here knows of HTTP."""

@@ -1,0 +1,157 @@
+"""What clients send to ``/v1/responses``, OpenAI's newer API: items in, items out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field
+from pydantic import Tag as PydanticTag
+
+from agent.endpoint.openai.shapes import ApiModel, ContentPart, Lenient, Name, Text, Whole
+
+Identifier = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class MessageItem(Lenient):
+    """A turn; ``type`` may be left out."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[ContentPart]
+
+
+class CallItem(Lenient):
+    """A function call that an earlier response made."""
+
+    type: Literal["function_call"]
+    call_id: Identifier
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Text = "{}"
+
+
+class CallOutputItem(Lenient):
+    """What the function returned."""
+
+    type: Literal["function_call_output"]
+    call_id: Identifier
+    output: Text | list[ContentPart]
+
+
+class ReasoningItem(Lenient):
+    """Handed back by clients that keep everything; these models have none, and it is left out."""
+
+    type: Literal["reasoning"]
+
+
+def _not(value: bool) -> bool:
+    if value:
+        raise ValueError("responses are not made in the background here")
+    return value
+
+
+def _kind(item: Any) -> str:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return str(kind)
+
+
+Item = Annotated[
+    Annotated[MessageItem, PydanticTag("message")]
+    | Annotated[CallItem, PydanticTag("function_call")]
+    | Annotated[CallOutputItem, PydanticTag("function_call_output")]
+    | Annotated[ReasoningItem, PydanticTag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class ConversationRequest(ApiModel):
+    """``POST /v1/conversations``."""
+
+    items: Annotated[list[Item], Field(max_length=256)] | None = None
+    metadata: Metadata | None = None
+
+
+class UpdateConversationRequest(ApiModel):
+    """``POST /v1/conversations/{id}``."""
+
+    metadata: Metadata | None = None
+
+
+class AddItemsRequest(ApiModel):
+    """``POST /v1/conversations/{id}/items``."""
+
+    items: Annotated[list[Item], Field(min_length=1, max_length=256)]
+
+
+class ConversationRef(ApiModel):
+    """By its id."""
+
+    id: Identifier
+
+
+class FunctionTool(ApiModel):
+    """A function, without the chat API's wrapper."""
+
+    type: Literal["function"]
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionChoice(ApiModel):
+    """That one, and no other."""
+
+    type: Literal["function"]
+    name: Name
+
+
+class TextFormat(ApiModel):
+    """How the answer's text is constrained."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Name | None = None
+    description: Text | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextOptions(ApiModel):
+    """Of the answer's text."""
+
+    format: TextFormat | None = None
+    verbosity: Annotated[str, Field(description="ignored")] | None = None
+
+
+class ResponseRequest(ApiModel):
+    """``POST /v1/responses``."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=4096)]
+    instructions: Text | None = None
+    previous_response_id: Identifier | None = None
+    conversation: Identifier | ConversationRef | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    metadata: Metadata | None = None
+    background: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_not)] | None = None
+    user: Annotated[str, Field(max_length=512, description="ignored")] | None = None
+    include: Annotated[list[str], Field(description="ignored")] | None = None
+    service_tier: Annotated[str, Field(description="ignored")] | None = None
+    safety_identifier: Annotated[str, Field(description="ignored")] | None = None
+    prompt_cache_key: Annotated[str, Field(description="ignored: prefixes are reused by their text")] | None = None
+    reasoning: Annotated[dict[str, Any], Field(description="ignored: these models do not reason apart")] | None = None

@@ -1,0 +1,206 @@
+"""A response while it grows: its output items, and the events that tell a stream about them. Pure.
+
+The order of events follows OpenAI's API reference: an item is added, its parts grow, it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from agent.core.inference import DoneEvent, FinishReason, TokenEvent
+from agent.endpoint.openai.answers import new_id
+from agent.endpoint.openai.response_shapes import ConversationRef, FunctionChoice, ResponseRequest
+from agent.endpoint.openai.tools import CallDelta, Delta, TextDelta, ToolParser
+
+Event = tuple[str, dict[str, Any]]
+
+
+class ResponseBuilder:
+    """Feed it the model's events; it keeps the response and gives the stream's events."""
+
+    def __init__(self, asked: ResponseRequest, model: str, created: int, parser: ToolParser | None) -> None:
+        self._asked = asked
+        self._parser = parser
+        self._items: list[dict[str, Any]] = []
+        self._calls: dict[int, int] = {}
+        self._open: int | None = None
+        self._sequence = 0
+        self.response: dict[str, Any] = {
+            "id": new_id("resp_"),
+            "object": "response",
+            "created_at": created,
+            "status": "in_progress",
+            "error": None,
+            "incomplete_details": None,
+            "model": model,
+            "output": [],
+            "usage": None,
+            **_echo(asked),
+        }
+
+    def begin(self) -> list[Event]:
+        """The two events that open a stream."""
+        return [
+            self._event(name, response=dict(self.response)) for name in ("response.created", "response.in_progress")
+        ]
+
+    def token(self, event: TokenEvent) -> list[Event]:
+        """More text."""
+        deltas: list[Delta]
+        if self._parser is not None:
+            deltas = self._parser.feed(event.text)
+        else:
+            deltas = [TextDelta(event.text)] if event.text else []
+        return [out for delta in deltas for out in self._delta(delta)]
+
+    def end(self, done: DoneEvent) -> list[Event]:
+        """The answer is over."""
+        rest = self._parser.finish() if self._parser else []
+        events = [out for delta in rest for out in self._delta(delta)]
+        if not self._items:
+            events += self._add_message()
+        cut = done.reason is FinishReason.LENGTH
+        events += self._close("incomplete" if cut else "completed")
+        self.response.update(
+            status="incomplete" if cut else "completed",
+            incomplete_details={"reason": "max_output_tokens"} if cut else None,
+            output=self._items,
+            usage=_usage(done),
+        )
+        name = "response.incomplete" if cut else "response.completed"
+        return [*events, self._event(name, response=self.response)]
+
+    def fail(self, code: str, message: str) -> list[Event]:
+        """It ended in an error on the way."""
+        self.response.update(status="failed", error={"code": code, "message": message}, output=self._items)
+        return [self._event("response.failed", response=self.response)]
+
+    def _delta(self, delta: Delta) -> Iterator[Event]:
+        if isinstance(delta, TextDelta):
+            if self._open is None or self._items[self._open]["type"] != "message":
+                yield from self._add_message()
+            yield self._text(delta.text)
+        elif delta.name is not None:
+            yield from self._add_call(delta)
+        else:
+            yield self._arguments(delta)
+
+    def _add_message(self) -> list[Event]:
+        item: dict[str, Any] = {
+            "id": new_id("msg_"),
+            "type": "message",
+            "status": "in_progress",
+            "role": "assistant",
+            "content": [],
+        }
+        events = [*self._close("completed"), self._added(item)]
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        events.append(self._on("response.content_part.added", item, content_index=0, part=dict(part)))
+        item["content"] = [part]
+        return events
+
+    def _text(self, text: str) -> Event:
+        item = self._current()
+        item["content"][0]["text"] += text
+        return self._on("response.output_text.delta", item, content_index=0, delta=text, logprobs=[])
+
+    def _add_call(self, delta: CallDelta) -> list[Event]:
+        item = {
+            "id": new_id("fc_"),
+            "type": "function_call",
+            "status": "in_progress",
+            "call_id": new_id("call_"),
+            "name": delta.name,
+            "arguments": "",
+        }
+        return [*self._close("completed"), self._added(item)]
+
+    def _arguments(self, delta: CallDelta) -> Event:
+        item = self._current()
+        item["arguments"] += delta.arguments
+        return self._on("response.function_call_arguments.delta", item, delta=delta.arguments)
+
+    def _added(self, item: dict[str, Any]) -> Event:
+        self._items.append(item)
+        self._open = len(self._items) - 1
+        return self._event("response.output_item.added", output_index=self._open, item=dict(item))
+
+    def _close(self, status: str) -> list[Event]:
+        if self._open is None:
+            return []
+        item = self._current()
+        item["status"] = status
+        events = self._message_done(item) if item["type"] == "message" else [self._call_done(item)]
+        events.append(self._event("response.output_item.done", output_index=self._open, item=dict(item)))
+        self._open = None
+        return events
+
+    def _message_done(self, item: dict[str, Any]) -> list[Event]:
+        part = item["content"][0]
+        return [
+            self._on("response.output_text.done", item, content_index=0, text=part["text"], logprobs=[]),
+            self._on("response.content_part.done", item, content_index=0, part=dict(part)),
+        ]
+
+    def _call_done(self, item: dict[str, Any]) -> Event:
+        return self._on("response.function_call_arguments.done", item, name=item["name"], arguments=item["arguments"])
+
+    def _current(self) -> dict[str, Any]:
+        assert self._open is not None  # noqa: S101 - for the type checker: deltas come after their item
+        return self._items[self._open]
+
+    def _on(self, kind: str, item: dict[str, Any], **fields: Any) -> Event:
+        return self._event(kind, item_id=item["id"], output_index=self._open, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        event = {"type": kind, "sequence_number": self._sequence, **fields}
+        self._sequence += 1
+        return kind, event
+
+
+def _echo(asked: ResponseRequest) -> dict[str, Any]:
+    choice = asked.tool_choice
+    return {
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "metadata": asked.metadata or {},
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "previous_response_id": asked.previous_response_id,
+        "conversation": {"id": conversation_id(asked)} if asked.conversation else None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": asked.store is not False,
+        "temperature": 1.0 if asked.temperature is None else asked.temperature,
+        "text": {"format": _format(asked)},
+        "tool_choice": choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
+        "tools": [_tool(tool.model_dump()) for tool in asked.tools or ()],
+        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "truncation": "disabled",
+        "background": False,
+        "user": asked.user,
+    }
+
+
+def conversation_id(asked: ResponseRequest) -> str | None:
+    """Of the conversation to go on with; clients name it by a string or by an object."""
+    return asked.conversation.id if isinstance(asked.conversation, ConversationRef) else asked.conversation
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {**tool, "strict": bool(tool["strict"]), "parameters": tool["parameters"] or {}}
+
+
+def _format(asked: ResponseRequest) -> dict[str, Any]:
+    if asked.text is None or asked.text.format is None:
+        return {"type": "text"}
+    return asked.text.format.model_dump(by_alias=True, exclude_none=True)
+
+
+def _usage(done: DoneEvent) -> dict[str, Any]:
+    return {
+        "input_tokens": done.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": done.cached_tokens},
+        "output_tokens": done.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": done.prompt_tokens + done.completion_tokens,
+    }

@@ -1,0 +1,83 @@
+"""What ``tools`` and ``tool_choice`` mean for the prompt, the constraint and the parser. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agent.core.inference import Capabilities, Guidance, GuidanceKind
+from agent.endpoint.openai.errors import invalid, unsupported
+from agent.endpoint.openai.jsonschema import check_schema, inlined
+from agent.endpoint.openai.shapes import Function, Tool, ToolChoice
+from agent.endpoint.openai.tools import ToolParser, calls_guidance
+
+Choice = str | ToolChoice | None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    """``tools`` go into the prompt; ``guidance`` forces a call; without names nothing is parsed."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    names: frozenset[str] = frozenset()
+    guidance: Guidance | None = None
+    limit: int = 128
+
+    def parser(self) -> ToolParser | None:
+        """A new one for each choice."""
+        return ToolParser(self.names, self.limit) if self.names else None
+
+
+def plan_tools(
+    tools: Sequence[Tool] | None, choice: Choice, capabilities: Capabilities, *, parallel: bool, where: str = "tools"
+) -> ToolPlan:
+    """Check the tools and decide.
+
+    Raises:
+        ApiError: 400, a tool is broken, the choice is none of them, or a call cannot be forced on this runtime.
+    """
+    functions = _functions(tools or (), where)
+    wanted = choice.function.name if isinstance(choice, ToolChoice) else choice
+    if not functions:
+        if wanted not in (None, "none", "auto"):
+            raise invalid("tool_choice asks for a call, and there are no tools", "tool_choice")
+        return ToolPlan()
+    if isinstance(choice, ToolChoice):
+        functions = [one for one in functions if one["name"] == wanted]
+        if not functions:
+            raise invalid(f"tool_choice names {wanted!r}, which is not among the tools", "tool_choice")
+    if wanted == "none":
+        return ToolPlan()
+    forced = wanted not in (None, "auto")
+    several = parallel and not isinstance(choice, ToolChoice)
+    return ToolPlan(
+        tools=tuple({"type": "function", "function": one} for one in functions),
+        names=frozenset(one["name"] for one in functions),
+        guidance=_forced(functions, capabilities, several=several) if forced else None,
+        limit=128 if several else 1,
+    )
+
+
+def _functions(tools: Sequence[Tool], where: str) -> list[dict[str, Any]]:
+    functions = [_function(tool.function, f"{where}[{index}].function") for index, tool in enumerate(tools)]
+    names = [one["name"] for one in functions]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise invalid(f"two tools are called {name!r}", f"{where}[{index}].function.name")
+    return functions
+
+
+def _function(function: Function, where: str) -> dict[str, Any]:
+    parameters = function.parameters or {"type": "object", "properties": {}}
+    check_schema(parameters, f"{where}.parameters")
+    if parameters.get("type", "object") != "object":
+        raise invalid(f"{where}.parameters must be the schema of an object", f"{where}.parameters.type")
+    described = {"name": function.name, "description": function.description, "parameters": inlined(parameters)}
+    return {key: value for key, value in described.items() if value is not None}
+
+
+def _forced(functions: list[dict[str, Any]], capabilities: Capabilities, *, several: bool) -> Guidance:
+    if GuidanceKind.JSON_SCHEMA not in capabilities.guidance:
+        raise unsupported("tool_choice", "the runtime that is loaded cannot force a call: use 'auto' or 'none'")
+    return Guidance(GuidanceKind.JSON_SCHEMA, calls_guidance(functions, several=several))

@@ -1,0 +1,124 @@
+"""``/v1/conversations``: items that responses go on from and add to, kept for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import Any
+
+from aiohttp import web
+
+from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_body
+from agent.endpoint.http.replies import json_reply
+from agent.endpoint.openai.answers import new_id
+from agent.endpoint.openai.errors import ApiError, invalid
+from agent.endpoint.openai.items import entries, messages
+from agent.endpoint.openai.response_shapes import AddItemsRequest, ConversationRequest, Item, UpdateConversationRequest
+from agent.endpoint.openai.shapes import parse
+from agent.endpoint.openai.stored import Conversation, Entry
+from agent.endpoint.routes.prompting import plain_messages
+
+
+async def create(request: web.Request) -> web.Response:
+    """``POST /v1/conversations``."""
+    asked = parse(ConversationRequest, await read_body(request))
+    listed = _checked(asked.items or [])
+    conversation = Conversation(new_id("conv_"), int(time.time()), asked.metadata or {}, tuple(listed))
+    keep(request, conversation)
+    return json_reply(conversation.to_dict())
+
+
+async def retrieve(request: web.Request) -> web.Response:
+    """``GET /v1/conversations/{id}``."""
+    return json_reply(find(request, request.match_info["id"]).to_dict())
+
+
+async def update(request: web.Request) -> web.Response:
+    """``POST /v1/conversations/{id}``: its metadata."""
+    asked = parse(UpdateConversationRequest, await read_body(request))
+    conversation = dataclasses.replace(find(request, request.match_info["id"]), metadata=asked.metadata or {})
+    keep(request, conversation)
+    return json_reply(conversation.to_dict())
+
+
+async def delete(request: web.Request) -> web.Response:
+    """``DELETE /v1/conversations/{id}``."""
+    identifier = find(request, request.match_info["id"]).id
+    request.app[CONTEXT].store.delete(request[REQUEST_CONTEXT].client, identifier, _now())
+    return json_reply({"id": identifier, "object": "conversation.deleted", "deleted": True})
+
+
+async def items(request: web.Request) -> web.Response:
+    """``GET /v1/conversations/{id}/items``, newest first unless ``order=asc``."""
+    return json_reply(listing(request, find(request, request.match_info["id"]).entries))
+
+
+async def add_items(request: web.Request) -> web.Response:
+    """``POST /v1/conversations/{id}/items``."""
+    asked = parse(AddItemsRequest, await read_body(request))
+    listed = _checked(asked.items)
+    conversation = find(request, request.match_info["id"])
+    keep(request, dataclasses.replace(conversation, entries=(*conversation.entries, *listed)))
+    return json_reply(_page(listed))
+
+
+def find(request: web.Request, identifier: str, param: str | None = None) -> Conversation:
+    """That client's.
+
+    Raises:
+        ApiError: 404.
+    """
+    found = request.app[CONTEXT].store.get(request[REQUEST_CONTEXT].client, identifier, _now())
+    if not isinstance(found, Conversation):
+        message = f"there is no conversation {identifier[:128]!r}: it was never made, is too old, or made room"
+        raise ApiError(404, message, param=param, code="not_found")
+    return found
+
+
+def keep(request: web.Request, conversation: Conversation) -> None:
+    """As it is now.
+
+    Raises:
+        ApiError: 413: it is larger than all the room for conversations.
+    """
+    store = request.app[CONTEXT].store
+    if not store.put(request[REQUEST_CONTEXT].client, conversation.id, conversation, conversation.size(), _now()):
+        raise ApiError(413, "the conversation is larger than all the room there is for them", code="body_too_large")
+
+
+def listing(request: web.Request, listed: tuple[Entry, ...]) -> dict[str, Any]:
+    """A page of items by the query's ``order``, ``after`` and ``limit``.
+
+    Raises:
+        ApiError: 400 naming the one that is wrong.
+    """
+    query = request.query
+    if query.get("order", "desc") not in ("asc", "desc"):
+        raise invalid("order is asc or desc", "order")
+    ordered = list(listed if query.get("order") == "asc" else reversed(listed))
+    names = [entry["id"] for entry in ordered]
+    if (after := query.get("after")) is not None:
+        if after not in names:
+            raise invalid("after names no item of this list", "after")
+        ordered = ordered[names.index(after) + 1 :]
+    limit = query.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= 100):
+        raise invalid("limit is a number from 1 to 100", "limit")
+    return _page(ordered[: int(limit)], more=len(ordered) > int(limit))
+
+
+def _page(listed: list[Entry], *, more: bool = False) -> dict[str, Any]:
+    first, last = (listed[0]["id"], listed[-1]["id"]) if listed else (None, None)
+    return {"object": "list", "data": listed, "first_id": first, "last_id": last, "has_more": more}
+
+
+def _checked(given: list[Item]) -> list[Entry]:
+    """Refuse now what no prompt could be made of later."""
+    listed = entries(given)
+    plain_messages(messages(listed), "items")
+    return listed
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

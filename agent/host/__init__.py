@@ -1,1 +1,0 @@
-"""The host: hardware facts, systemd, signals. The only place for what is particular to one OS."""

@@ -1,0 +1,60 @@
+"""Logging of both programs: JSON under systemd or when not on a terminal, readable on one; a small file beside it."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import sys
+from pathlib import Path
+
+import structlog
+
+#: Bytes of the log file before it is turned over; one older file is kept.
+FILE_BYTES = 4 * 1024 * 1024
+
+
+def configure(level: str = "info", form: str = "auto", folder: Path | None = None) -> None:
+    """Set structlog up. ``form`` is auto, json or console, for standard error; a ``folder`` keeps JSON lines too."""
+    number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    # systemd sets INVOCATION_ID; its journal wants JSON even where a terminal is attached.
+    on_terminal = form == "console" or (form == "auto" and sys.stderr.isatty() and "INVOCATION_ID" not in os.environ)
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if on_terminal
+        else structlog.processors.JSONRenderer(ensure_ascii=False)
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            *([_file_writer(folder)] if folder else []),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=folder is not None,
+    )
+    logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING), format="%(name)s: %(message)s")
+
+
+class _QuietFile(logging.handlers.RotatingFileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """A log that cannot be written is no reason to stop, nor to fill standard error."""
+
+
+def _file_writer(folder: Path) -> structlog.typing.Processor:
+    """So that `phifleet-agent logs` has something to show wherever the agent runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _QuietFile(folder / "agent.log", maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", delay=True)
+    render = structlog.processors.JSONRenderer(ensure_ascii=False)
+
+    def write(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        line = render(logger, name, dict(event))
+        file.handle(logging.LogRecord("agent", logging.INFO, "", 0, line, None, None))
+        return event
+
+    return write

@@ -1,0 +1,106 @@
+"""Constrained decoding for runtimes that give us their logits: which tokens may come next, by llguidance.
+
+It never raises for a bad grammar and is bounded in time and size; the reason comes from ``validate_grammar``.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from agent.core.inference import Guidance, GuidanceKind, InferenceError
+from agent.runtimes.engines.sampling import Drawn, Logits, TokenSampler
+from agent.runtimes.engines.schema import read, text_of
+
+#: Room to lay JSON out, but not for ever: small models like to fill an answer with white space.
+_JSON = {"whitespace_pattern": r"[ \n]{0,24}"}
+
+
+class Guide:
+    """What one sequence may say."""
+
+    def __init__(self, matcher: Any, size: int) -> None:
+        import llguidance.numpy as masks
+
+        self._matcher = matcher
+        self._masks = masks
+        self._bits = masks.allocate_token_bitmask(1, size)
+
+    def draw(self, sampler: TokenSampler, logits: Logits) -> Drawn:
+        """Draw freely, and only if that is not allowed among what is: the whole mask costs a millisecond."""
+        drawn = sampler.draw(logits)
+        if self._accepts(drawn.token):
+            return drawn
+        drawn = sampler.redraw(self._masked(logits), logits, drawn.token)
+        if not self._accepts(drawn.token):
+            raise InferenceError("crashed", f"the grammar is stuck: {self._matcher.get_error() or 'no token fits'}")
+        return drawn
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow, not even the end marker."""
+        return bool(self._matcher.is_stopped())
+
+    def _accepts(self, token: int) -> bool:
+        return bool(self._matcher.try_consume_tokens([token]) == 1)
+
+    def _masked(self, logits: Logits) -> Logits:
+        import numpy as np
+
+        self._masks.fill_next_token_bitmask(self._matcher, self._bits, 0)
+        allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: len(logits)]
+        masked: Logits = np.full(len(logits), -np.inf, np.float32)
+        open_ = allowed.astype(bool)
+        masked[: len(open_)][open_] = logits[: len(open_)][open_]
+        return masked
+
+
+class Guides:
+    """Makes guides for one model. The tokenizer is read when the first is asked for."""
+
+    KINDS = frozenset(GuidanceKind)
+
+    def __init__(self, tokenizer_file: Path, vocabulary: int, ends: frozenset[int]) -> None:
+        self._file = tokenizer_file
+        self._vocabulary = vocabulary
+        self._ends = sorted(ends)
+        self._tokenizer: Any = None
+
+    @cached_property
+    def kinds(self) -> frozenset[GuidanceKind]:
+        """None without the library, or without the tokenizer in the format it reads."""
+        return self.KINDS if find_spec("llguidance") is not None and self._file.is_file() else frozenset()
+
+    def guide(self, guidance: Guidance) -> Guide:
+        """Compile.
+
+        Raises:
+            InferenceError: it is no grammar, or the library is not there.
+        """
+        if not self.kinds:
+            reason = "guidance needs the package llguidance and the artifact's tokenizer.json"
+            raise InferenceError("unsupported", reason, param="response_format")
+        from llguidance import LLMatcher, LLTokenizer
+
+        grammar = _grammar(LLMatcher, guidance)
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(
+                self._file.read_text("utf-8"), n_vocab=self._vocabulary, eos_token=list(self._ends)
+            )
+        reason = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        if reason:
+            raise InferenceError("invalid", f"no {guidance.kind}: {reason[:300]}", param="response_format")
+        return Guide(LLMatcher(self._tokenizer, grammar, log_level=0), self._tokenizer.vocab_size)
+
+
+def _grammar(matcher: Any, guidance: Guidance) -> str:
+    if guidance.kind in (GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA):
+        schema = text_of(guidance.kind, guidance.data)
+        if not isinstance(read(schema), dict):
+            schema = "{}"
+        return str(matcher.grammar_from_json_schema(schema, overrides=_JSON))
+    if guidance.kind is GuidanceKind.REGEX:
+        return str(matcher.grammar_from_regex(guidance.data))
+    return str(matcher.grammar_from_lark(guidance.data))

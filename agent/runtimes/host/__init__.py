@@ -1,0 +1,1 @@
+"""The daemon's side: starts workers, proves artifacts, serves models and replaces them."""

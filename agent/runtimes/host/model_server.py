@@ -1,0 +1,269 @@
+"""One model that serves: its queue, its worker, and what happens when the worker dies, hangs or swells."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from agent.contract.failures import FailureCode
+from agent.core.inference import (
+    DoneEvent,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    InferenceError,
+    ModelInfo,
+)
+from agent.errors import RuntimeLoadError
+from agent.runtimes.host.fair_queue import FairQueue
+from agent.runtimes.host.loading import LoadedModel
+from agent.runtimes.host.settings import HostEvent, HostSettings
+from agent.runtimes.host.supervisor import Death, WorkerProcess
+
+log = structlog.get_logger(__name__)
+
+
+class Ticket:
+    """One request from its arrival to its end."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.events: asyncio.Queue[GenerationEvent | InferenceError] = asyncio.Queue()
+        self.begun = 0.0
+        self.ended = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """Figures of one model, for metrics."""
+
+    queued: int
+    active: int
+    restarts: int
+    memory_bytes: int
+    kv_used_tokens: float
+    kv_capacity_tokens: float
+
+
+class ModelServer:
+    """Takes requests as long as it is open; those that wait outlive a worker, those in flight do not."""
+
+    def __init__(self, loaded: LoadedModel, settings: HostSettings, on_event: Callable[[HostEvent], None]) -> None:
+        self.manifest = loaded.manifest
+        self.folder = loaded.folder
+        self.restarts = 0
+        self.failed = ""
+        self._loaded = loaded
+        self._settings = settings
+        self._on_event = on_event
+        self._queue: FairQueue[Ticket] = FairQueue(settings.queue_limit)
+        self._tickets: dict[str, Ticket] = {}
+        self._deaths: deque[float] = deque()
+        self._durations: deque[float] = deque(maxlen=32)
+        self._open = True
+        self._recycling = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._keeper = asyncio.create_task(self._keep(), name=f"keep-{loaded.manifest.id}")
+
+    @property
+    def worker(self) -> WorkerProcess:
+        """The process that holds it now."""
+        return self._loaded.worker
+
+    @property
+    def info(self) -> ModelInfo:
+        """As it was loaded last."""
+        return self._loaded.info
+
+    def stats(self) -> ModelStats:
+        """Now."""
+        figures = self.worker.stats
+        return ModelStats(
+            queued=len(self._queue),
+            active=self.worker.requests,
+            restarts=self.restarts,
+            memory_bytes=self.worker.memory_bytes(),
+            kv_used_tokens=figures.get("kv_used_tokens", 0.0),
+            kv_capacity_tokens=figures.get("kv_capacity_tokens", 0.0),
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Events of one request. Closing the iterator cancels it."""
+        ticket = self._enter(request)
+        try:
+            while True:
+                item = await ticket.events.get()
+                if isinstance(item, InferenceError):
+                    raise item
+                if isinstance(item, DoneEvent) and item.reason is FinishReason.ERROR:
+                    raise InferenceError(item.error_kind or "crashed", item.error)
+                yield item
+                if isinstance(item, DoneEvent):
+                    return
+        finally:
+            self._leave(ticket)
+
+    async def count_tokens(self, text: str) -> int:
+        """Tokens of ``text``; waits for a restart."""
+        deadline = asyncio.get_running_loop().time() + self._settings.load_timeout_s
+        while not self.worker.alive and not self.failed:
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.05)
+        return await self.worker.count_tokens(text)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new; whether everything ended within ``timeout_s``."""
+        self._open = False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self._idle.is_set()
+
+    async def close(self) -> None:
+        """Unload. What is still waiting is told so."""
+        self._open = False
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+        self._flush(InferenceError("unavailable", "the model is being unloaded", retry_after_s=1.0))
+        await self.worker.close()
+
+    def _enter(self, request: GenerationRequest) -> Ticket:
+        if self.failed:
+            raise InferenceError("unavailable", self.failed, retry_after_s=30.0)
+        if not self._open:
+            raise InferenceError("unavailable", "the model is being replaced", retry_after_s=1.0)
+        if request.id in self._tickets:
+            raise InferenceError("invalid", f"a request with the id {request.id} is running already")
+        ticket = Ticket(request)
+        if not self._queue.push(ticket, priority=request.priority, client=request.client):
+            wait = self._wait_s()
+            raise InferenceError(
+                "busy",
+                f"{len(self._queue)} requests are waiting already; try again in {wait:.0f} s",
+                retry_after_s=wait,
+            )
+        self._tickets[request.id] = ticket
+        self._idle.clear()
+        self._pump()
+        return ticket
+
+    def _leave(self, ticket: Ticket) -> None:
+        if ticket.ended:
+            return
+        if self._queue.remove(ticket):
+            self._end(ticket)
+        else:
+            self.worker.cancel(ticket.request.id)
+
+    def _end(self, ticket: Ticket) -> None:
+        ticket.ended = True
+        self._tickets.pop(ticket.request.id, None)
+        if not self._tickets:
+            self._idle.set()
+
+    def _pump(self) -> None:
+        """Hand over as many as the engine takes at once; the rest waits here, where a crash does not reach it."""
+        while self.worker.alive and not self._recycling:
+            if self.worker.requests >= self.info.capabilities.max_sequences:
+                return
+            ticket = self._queue.pop()
+            if ticket is None:
+                return
+            ticket.begun = asyncio.get_running_loop().time()
+            self.worker.submit(ticket.request, lambda event, ticket=ticket: self._arrive(ticket, event))  # type: ignore[misc]
+
+    def _arrive(self, ticket: Ticket, event: GenerationEvent | InferenceError) -> None:
+        ticket.events.put_nowait(event)
+        if isinstance(event, DoneEvent | InferenceError):
+            self._durations.append(asyncio.get_running_loop().time() - ticket.begun)
+            self._end(ticket)
+            self._pump()
+
+    def _wait_s(self) -> float:
+        mean = sum(self._durations) / len(self._durations) if self._durations else 2.0
+        rounds = (len(self._queue) + 1) / max(1, self.info.capabilities.max_sequences)
+        return min(60.0, max(1.0, mean * rounds))
+
+    def _flush(self, error: InferenceError) -> None:
+        for ticket in self._queue.drain():
+            ticket.events.put_nowait(error)
+            self._end(ticket)
+
+    async def _keep(self) -> None:
+        """Keep a worker running until told to close, or until it dies too often."""
+        while not self.failed:
+            death = await self._watch()
+            self._report("crashed", death)
+            loaded = await self._again(death)
+            if loaded is not None:
+                self._loaded = loaded
+                self.restarts += 1
+                self._event("restarted", None, f"serving again after {self.info.load_s:.2f} s of loading")
+                self._pump()
+
+    async def _watch(self) -> Death:
+        """Until the worker is dead, by itself or by our hand."""
+        settings = self._settings
+        while True:
+            done, _ = await asyncio.wait({self.worker.died}, timeout=settings.watch_s)
+            if done:
+                return self.worker.died.result()
+            silent = self.worker.silent_s()
+            if silent > settings.hang_s:
+                message = f"no sign of life for {silent:.1f} s with {self.worker.requests} sequences in flight"
+                await self.worker.kill(Death(FailureCode.RUNTIME_HUNG, message))
+            limit = settings.memory_limit_bytes
+            if limit and (held := self.worker.memory_bytes()) > limit:
+                await self._recycle(held, limit)
+
+    async def _recycle(self, held: int, limit: int) -> None:
+        """It grew past its limit: let those in flight finish if there is time, then start afresh."""
+        self._recycling = True
+        deadline = asyncio.get_running_loop().time() + self._settings.recycle_grace_s
+        while self.worker.requests and asyncio.get_running_loop().time() < deadline:
+            if self.worker.memory_bytes() > limit * 1.25:
+                break
+            await asyncio.sleep(0.05)
+        mib = 1 << 20
+        message = f"the worker holds {held // mib} MiB, past its limit of {limit // mib} MiB"
+        await self.worker.kill(Death(FailureCode.RUNTIME_MEMORY, message))
+        self._recycling = False
+
+    async def _again(self, death: Death) -> LoadedModel | None:
+        """A new worker, after a pause that grows with the deaths in the window; None when there were too many."""
+        while True:
+            now = asyncio.get_running_loop().time()
+            self._deaths.append(now)
+            while self._deaths[0] < now - self._settings.crash_window_s:
+                self._deaths.popleft()
+            count = len(self._deaths)
+            if count > self._settings.crash_limit:
+                self._give_up(death, count)
+                return None
+            await asyncio.sleep(self._settings.backoff_s(count))
+            try:
+                return await self._loaded.again()
+            except RuntimeLoadError as error:
+                death = Death(error.code, str(error))
+            except Exception as error:  # whatever it is: a keeper that ends leaves those who wait without an answer
+                death = Death(FailureCode.RUNTIME_CRASHED, f"{type(error).__name__}: {error}")
+            self._report("crashed", death)
+
+    def _give_up(self, death: Death, count: int) -> None:
+        window = self._settings.crash_window_s
+        self.failed = f"the model's process died {count} times in {window:.0f} s, last: {death.message}"
+        self._event("gave_up", death.code, self.failed)
+        self._flush(InferenceError("unavailable", self.failed, retry_after_s=30.0))
+
+    def _report(self, kind: str, death: Death) -> None:
+        self._event(kind, death.code, death.message)
+
+    def _event(self, kind: str, code: FailureCode | None, message: str) -> None:
+        log.warning(f"worker_{kind}", artifact=self.manifest.id, code=code, reason=message, restarts=self.restarts)
+        self._on_event(HostEvent(kind, self.manifest.digest, code, message, self.restarts))

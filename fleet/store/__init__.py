@@ -1,0 +1,1 @@
+"""Artifacts that were built, behind a Protocol."""

@@ -1,0 +1,176 @@
+"""A model to quantize: what it is, whether it is whole, and how it is spoken to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from agent.contract.base import canonical_json, sha256_hex
+from agent.contract.manifest import Chat, ModelFacts
+from fleet.core.phi_variants import find_variant
+from fleet.core.plan_shape import ModelFile, ModelShape, shape_of
+from fleet.errors import ModelError
+from fleet.toolchains.checkpoint.checkpoint_chat import chat_of
+from fleet.toolchains.checkpoint.checkpoint_files import local_path, read_as, read_json
+from fleet.toolchains.checkpoint.checkpoint_shape import completed
+from fleet.toolchains.checkpoint.safetensors_scan import Tensor, first_not_finite, read_tensors
+from fleet.toolchains.progress import Progress, ProgressCallback, silent
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+#: Beside the weights, whatever changes what a toolchain writes.
+_OTHER_INPUTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+class _Index(ModelFile):
+    """model.safetensors.index.json: which shard has a tensor. Shards lie beside it, where every toolchain looks."""
+
+    weight_map: Annotated[
+        dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}\.safetensors$")]], Field(min_length=1)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was found whole. ``weights_bytes`` as stored; ``config`` is config.json."""
+
+    path: Path
+    config: dict[str, Any]
+    facts: ModelFacts
+    shape: ModelShape
+    chat: Chat
+    weights_bytes: int
+
+    @property
+    def name(self) -> str:
+        """In artifact ids: lower case letters, digits, dots, dashes."""
+        return self.facts.name
+
+
+def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback = silent) -> Checkpoint:
+    """Read and check the checkpoint in the folder ``path``; ``name`` replaces the name that it has.
+
+    Every weight is looked at, once.
+
+    Raises:
+        ModelError: missing, no Phi, without tokenizer, truncated, or with weights that are no numbers.
+    """
+    if not path.is_dir():
+        what = "is a file, not a checkpoint's folder" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {what}; pass a folder with config.json and *.safetensors, or a hub id")
+    file = path / "config.json"
+    config = read_json(file, needed=True)
+    name = slug(name or _own_name(config) or path.resolve().name)
+    shape = shape_of(config, name=name, origin=str(file))
+    if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZERS):
+        raise ModelError(f"{path}: has no tokenizer ({', '.join(_TOKENIZERS)}); fetch the whole checkpoint")
+    shards = {shard: read_tensors(shard) for shard in _shards(path)}
+    _check_numbers(shards, progress)
+    tensors = [tensor for found in shards.values() for tensor in found]
+    parameters = sum(tensor.count for tensor in tensors)
+    if not parameters:
+        raise ModelError(f"{path}: its *.safetensors hold no weights; fetch the whole checkpoint")
+    facts = ModelFacts(
+        name=name,
+        architecture=shape.architecture,
+        parameters=parameters,
+        source_digest=_source_digest(path, list(shards), progress),
+        license=_license(path),
+        max_context=shape.max_context,
+    )
+    stored = sum(tensor.end - tensor.begin for tensor in tensors)
+    return Checkpoint(path, config, facts, completed(shape, path, tensors), chat_of(path, shape.architecture), stored)
+
+
+def resolve_model(model: str | Path, *, progress: ProgressCallback = silent) -> Checkpoint:
+    """The checkpoint in a folder, or of a hub id such as ``microsoft/Phi-4-mini-instruct``, downloaded when needed.
+
+    Raises:
+        ModelError: as ``inspect``; or the id cannot be had.
+    """
+    path = local_path(model)
+    if not path.exists() and (variant := find_variant(str(model))) and str(model) not in variant.hub_ids:
+        raise ModelError(f"{model} is no folder here; on the hub it is {' or '.join(variant.hub_ids)}")
+    if path.exists() or not isinstance(model, str) or not _HUB_ID.match(model) or model.startswith("."):
+        return inspect(path, progress=progress)
+    progress(Progress(f"downloading {model}"))
+    return inspect(_download(model), name=model.rpartition("/")[2], progress=progress)
+
+
+def slug(name: str) -> str:
+    """``name`` as it stands in an artifact id."""
+    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-._")[:60] or "model"
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    except ModuleNotFoundError:
+        raise ModelError(f"{hub_id} is no folder, and huggingface_hub, which would download it, is not installed; "
+                         "install phifleet[quantize-onnx]") from None  # fmt: skip
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ModelError(f"{hub_id} is gated: accept its terms on the hub, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"there is neither a folder nor a hub model named {hub_id}; check the spelling") from None
+    except Exception as error:  # the hub client raises its transport's errors
+        raise ModelError(
+            f"{hub_id} is no folder here, and cannot be downloaded ({type(error).__name__}: is there a network?). "
+            f"On a machine that has one, run `hf download {hub_id} --local-dir DIR`, copy DIR here and pass "
+            "--model DIR; "
+            "`phifleet sample-model DIR` makes a small speaking model without any hub"
+        ) from None
+
+
+def _own_name(config: dict[str, Any]) -> str:
+    return str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_as(_Index, index).weight_map.values()))
+        absent = [name for name in names if not (path / name).is_file()]
+        if absent:
+            raise ModelError(f"{index}: names {', '.join(absent)}, absent from the folder; fetch the whole checkpoint")
+        return [path / name for name in names]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        older = " (there are PyTorch .bin files; save it again as safetensors)" if any(path.glob("*.bin")) else ""
+        raise ModelError(f"{path}: has no *.safetensors{older}")
+    return found
+
+
+def _check_numbers(shards: dict[Path, tuple[Tensor, ...]], progress: ProgressCallback) -> None:
+    for done, (shard, tensors) in enumerate(shards.items()):
+        progress(Progress("checking the weights", done / len(shards)))
+        if bad := first_not_finite(shard, tensors):
+            raise ModelError(f"{shard}: tensor {bad} holds NaN or infinite weights; the checkpoint is damaged")
+
+
+def _source_digest(path: Path, shards: list[Path], progress: ProgressCallback) -> str:
+    inputs = [path / name for name in _OTHER_INPUTS if (path / name).is_file()] + shards
+    entries = []
+    for done, file in enumerate(inputs):
+        progress(Progress("hashing the checkpoint", done / len(inputs)))
+        with file.open("rb") as opened:
+            entries.append([file.name, hashlib.file_digest(opened, "sha256").hexdigest()])
+    return sha256_hex(canonical_json(sorted(entries)))
+
+
+def _license(path: Path) -> str:
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace")[:4096] if card.is_file() else ""
+    match = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
+    return match[1] if match else "unknown"

@@ -1,0 +1,1 @@
+"""One driver a toolchain, and the process that each runs in."""

@@ -1,0 +1,115 @@
+"""What a toolchain is to the rest: one Protocol, and the jobs that its child process is given."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.profile import Recipe
+from fleet.errors import BuildError
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint
+from fleet.toolchains.progress import ProgressCallback
+
+#: What a child calls an error of a full disk, which may have room again when the parent looks.
+DISK_FULL = "disk-full"
+
+
+class _Job(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ConvertJob(_Job):
+    """One conversion. ``out`` and ``scratch`` exist and are empty; ``options`` are complete, see ``resolve``.
+
+    ``calibration`` holds texts where the options ask for a calibration."""
+
+    toolchain: Toolchain
+    source: Path
+    out: Path
+    scratch: Path
+    name: str
+    precision: Precision
+    target: Target
+    options: dict[str, Any]
+    context: int
+    threads: int
+    calibration: tuple[str, ...] = ()
+
+
+class Converted(_Job):
+    """What a conversion says of its result.
+
+    ``entry`` is what the runtime opens, relative to ``out``; ``kv_element_bytes`` the bytes of one element of the KV
+    cache; ``notes`` are facts found out while converting (an accuracy level, tensors that fell back).
+    """
+
+    entry: str
+    kv_element_bytes: float
+    notes: dict[str, Any] = {}
+
+
+class SpeakJob(_Job):
+    """Generate greedily with a built artifact in its own runtime."""
+
+    toolchain: Toolchain
+    folder: Path
+    entry: str
+    prompt: str
+    max_tokens: int
+    context: int
+    threads: int
+
+
+class ToolchainDriver(Protocol):
+    """One toolchain. ``convert`` and ``speak`` run in a child process; the rest is cheap and imports nothing heavy."""
+
+    name: ClassVar[Toolchain]
+    #: What to install: ``phifleet[<extra>]``.
+    extra: ClassVar[str]
+    #: Whose versions decide the bytes that come out.
+    packages: ClassVar[tuple[str, ...]]
+
+    def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
+        """Every option that the conversion will be given, defaults filled in.
+
+        Raises:
+            ProfileError: an option is unknown, has a wrong value, or the combination cannot be built.
+        """
+        ...
+
+    def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
+        """Estimate of the conversion's resident memory at its peak."""
+        ...
+
+    def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
+        """Convert ``job.source`` into ``job.out``.
+
+        Raises:
+            BuildError: the toolchain refuses.
+        """
+        ...
+
+    def speak(self, job: SpeakJob) -> str:
+        """The text that follows ``job.prompt``, whose special tokens are parsed."""
+        ...
+
+
+def installed_versions(driver: ToolchainDriver) -> dict[str, str]:
+    """Package to version of everything that decides the driver's output: phifleet, which drives and mends, too.
+
+    Raises:
+        BuildError: one is not installed; names the extra.
+    """
+    found, missing = {}, []
+    for package in (*driver.packages, "phifleet"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        raise BuildError(f"toolchain {driver.name} needs {', '.join(missing)}; install phifleet[{driver.extra}]")
+    return found

@@ -1,0 +1,1 @@
+"""Rounding weights so that what the network computes changes least."""

@@ -1,0 +1,251 @@
+"""Quantizes a checkpoint layer by layer on calibration text, each layer making good what those before it lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.contract.profile import Recipe
+from fleet.errors import BuildError, ProfileError
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint
+from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, quantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SEQUENCE = 256
+#: Of the bundled calibration text, for estimates.
+_EXPECTED_TOKENS = 16_384
+#: How much of the difference between the inputs before and after quantization a layer makes good: all of it would
+#: fit the calibration text too closely.
+_CORRECTION = 0.6
+_DAMP = 0.02
+#: Weight of the embedding's own error beside that of the last layer, where they are one matrix.
+_AS_EMBEDDING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """``grid_of`` says how a matrix of that name is to be quantized; None leaves it. ``output`` is for the last one."""
+
+    grid_of: Callable[[str], Grid | None]
+    output: Grid | None = None
+
+
+def check_recovery(what: str, options: dict[str, Any], model: Checkpoint) -> None:
+    """Whether the option ``recover`` can be had.
+
+    Raises:
+        ProfileError: no calibration text is named, or the network is built otherwise than this module knows.
+    """
+    if not options.get("recover"):
+        return
+    if not options["calibration"]:
+        raise ProfileError(f"{what}: recover needs a calibration: 'bundled', or a text file")
+    if model.facts.architecture != "Phi3ForCausalLM":
+        raise ProfileError(f"{what}: recover is for Phi3ForCausalLM, not for {model.facts.architecture}")
+
+
+def recovery_bytes(recipe: Recipe, model: Checkpoint, *, output: bool) -> int:
+    """What a recovery adds to a build's memory, ``output`` if the last product is among it; 0 where none is asked for.
+
+    The model in float32, activations, the Gram matrix of the widest rows as float64 with its factors, and the largest
+    matrix when it is put together again from values, scales and zeros.
+    """
+    if not recipe.options.get("recover"):
+        return 0
+    shape = model.shape
+    activations = _EXPECTED_TOKENS * 4 * (4 * shape.hidden + 3 * shape.intermediate)
+    grams = 48 * max(matrix.columns for matrix in shape.linears()) ** 2
+    last = [shape.embedding] if output else []  # of the same size, where it is not the same matrix
+    largest = 16 * max(matrix.weights for matrix in [*last, *shape.linears()])
+    return 4 * model.facts.parameters + activations + max(grams + LEAST_SQUARES_BYTES, largest)
+
+
+class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass that has shown what was wanted
+    pass
+
+
+def recover(
+    source: Path, texts: Sequence[str], wanted: Wanted, *, threads: int, progress: ProgressCallback
+) -> dict[str, Quantized]:
+    """Name of the weight in the checkpoint to its quantized form, for every matrix that ``wanted`` names.
+
+    Raises:
+        BuildError: the calibration text is too short.
+    """
+    import torch
+
+    use_threads(threads)
+    with torch.inference_mode():
+        model, ids = _load(source, texts)
+        return _Walk(model, ids, wanted, progress).run()
+
+
+def _load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
+    """The model in float32, and the texts end to end, as sequences: shape (sequences, tokens)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokens = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
+    rows = len(tokens) // _SEQUENCE
+    if rows < 4:
+        raise BuildError(f"the calibration text has {len(tokens)} tokens; at least {4 * _SEQUENCE} are needed")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    return model, torch.tensor(tokens[: rows * _SEQUENCE]).reshape(rows, _SEQUENCE)
+
+
+class _Walk:
+    """Two streams of hidden states go through the layers: as they were, and as they are after quantization."""
+
+    def __init__(self, model: Any, ids: Tensor, wanted: Wanted, progress: ProgressCallback) -> None:
+        import torch
+
+        self._model, self._wanted, self._progress = model, wanted, progress
+        body = model.model
+        self._layers = body.layers
+        self._whole = list(body.embed_tokens(ids).split(4))
+        self._rounded: list[Tensor] = []
+        position = torch.arange(ids.shape[1])[None]
+        self._rotary = {"position_ids": position, "position_embeddings": body.rotary_emb(self._whole[0], position)}
+        self._ids = ids
+        self.found: dict[str, Quantized] = {}
+
+    def run(self) -> dict[str, Quantized]:
+        self._output()
+        self._rounded = list(self._model.model.embed_tokens(self._ids).split(4))
+        for number, layer in enumerate(self._layers):
+            self._progress(Progress("recovering", number / len(self._layers)))
+            self._layer(f"model.layers.{number}", layer)
+        return self.found
+
+    def _output(self) -> None:
+        """The last matrix, on what reaches it in the unquantized model; where tied, it is the embedding too."""
+        import torch
+
+        if self._wanted.output is None:
+            return
+        hidden = self._whole
+        for number, layer in enumerate(self._layers):
+            self._progress(Progress("running the model", number / len(self._layers)))
+            hidden = [self._through(layer, part) for part in hidden]
+        states = torch.cat([self._model.model.norm(part).flatten(0, 1) for part in hidden])
+        gram = states.T @ states
+        head = self._model.lm_head
+        if head.weight.data_ptr() == self._model.model.embed_tokens.weight.data_ptr():
+            # As an embedding every column counts alike.
+            gram.diagonal().add_(_AS_EMBEDDING * gram.diagonal().mean())
+        self._progress(Progress("recovering the last layer"))
+        with _one_thread():
+            result = quantize(head.weight, gram, self._wanted.output, damp=_DAMP)
+        self.found["lm_head.weight"] = result
+        head.weight.data.copy_(result.dequantized())
+
+    def _layer(self, prefix: str, layer: Any) -> None:
+        """Quantize each matrix in the order in which it runs, on inputs that those before it have shaped."""
+        linears = [(name, part) for name, part in layer.named_modules() if type(part).__name__ == "Linear"]
+        before: dict[str, list[Tensor]] = {}
+        after = []
+        for part in self._whole:
+            taken, out = self._inputs(layer, part, [module for _, module in linears])
+            after.append(out)
+            for (name, _), value in zip(linears, taken, strict=True):
+                before.setdefault(name, []).append(value)
+        for name, module in linears:
+            grid = self._wanted.grid_of(f"{prefix}.{name}.weight")
+            if grid is None:
+                continue
+            gram, cross = self._grams(layer, module, before.pop(name))
+            with _one_thread():
+                target = _corrected(module.weight, gram, cross)
+                result = quantize(target, gram, grid, damp=_DAMP)
+            self.found[f"{prefix}.{name}.weight"] = result
+            module.weight.data.copy_(result.dequantized())
+        self._whole = after
+        self._rounded = [self._through(layer, part) for part in self._rounded]
+
+    def _grams(self, layer: Any, module: Any, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """``X^T X`` of the inputs as they are now, and ``(X_before - X)^T X``."""
+        import torch
+
+        columns = module.weight.shape[1]
+        gram, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
+        for part, whole in zip(self._rounded, before, strict=True):
+            now = self._input(layer, part, module)
+            gram += now.T @ now
+            cross += (whole - now).T @ now
+        return gram, cross
+
+    def _through(self, layer: Any, hidden: Tensor) -> Tensor:
+        out = layer(hidden, attention_mask=None, **self._rotary)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def _inputs(self, layer: Any, hidden: Tensor, modules: list[Any]) -> tuple[list[Tensor], Tensor]:
+        taken: dict[Any, Tensor] = {}
+
+        def take(module: Any, args: tuple[Tensor, ...]) -> None:
+            taken[module] = args[0].flatten(0, 1)
+
+        hooks = [module.register_forward_pre_hook(take) for module in modules]
+        try:
+            out = self._through(layer, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [taken[module] for module in modules], out
+
+    def _input(self, layer: Any, hidden: Tensor, module: Any) -> Tensor:
+        taken: list[Tensor] = []
+
+        def take(_: Any, args: tuple[Tensor, ...]) -> None:
+            taken.append(args[0].flatten(0, 1))
+            raise _Captured
+
+        hook = module.register_forward_pre_hook(take)
+        try:
+            self._through(layer, hidden)
+        except _Captured:
+            pass
+        finally:
+            hook.remove()
+        return taken[0]
+
+
+def use_threads(threads: int) -> None:
+    """A power of two: work then divides into whole vectors. What is left over is computed one by one, and rounds
+    otherwise, so that 3 threads give other bytes than 1, 2 and 4, which give the same."""
+    import torch
+
+    torch.set_num_threads(1 << (threads.bit_length() - 1))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK's solvers sum in an order that depends on the number of threads, whatever MKL is told.
+
+    Nothing is lost by it: handing out many small steps takes longer than doing them.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _corrected(weights: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """Weights that give for the inputs as they are what the original gave for the inputs as they were."""
+    import torch
+
+    damped = gram.double()
+    damped.diagonal().add_(_DAMP * damped.diagonal().mean())
+    change = torch.linalg.solve(damped, cross.T.double()).T.float()
+    return weights + _CORRECTION * (weights @ change)
