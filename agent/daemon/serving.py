@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 import structlog
 
 from agent.contract.failures import FailureCode
-from agent.contract.messages import ArtifactRef, Failure, State
+from agent.contract.messages import Failure, State
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
+from agent.core.supervision import after_failed_serve
 from agent.daemon.steps import Works
 from agent.errors import AgentError
 
 log = structlog.get_logger()
-
-#: Attempts with the newest artifact before the one before it is tried, where there is one.
-PATIENT_ATTEMPTS = 3
-#: After so many there is no more trying until the next restart or order.
-MOST_ATTEMPTS = 30
 
 
 class Serving:
@@ -58,7 +55,7 @@ class Serving:
     async def _serve(self, turn: int, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
-        for attempt in range(MOST_ATTEMPTS):
+        for attempt in itertools.count():
             if turn != self._turn:
                 return
             self._woken.clear()
@@ -67,13 +64,13 @@ class Serving:
             if failure is None:
                 self._on_change()
                 return
-            lost = failure.code is FailureCode.STORE_CORRUPT
-            last = lost or (attempt + 1 == PATIENT_ATTEMPTS and deployment.previous is not None)
+            decision = after_failed_serve(attempt, failure.code, has_previous=deployment.previous is not None)
             wait = self._wait_s(attempt)
-            log.error("not serving", code=failure.code.value, reason=failure.message, retry_in_s=None if last else wait)
-            if attempt == 0 or last:
-                self._tell(deployment.committed, failure, lose=last)
-            if last:
+            retry_in_s = wait if decision.retry else None
+            log.error("not serving", code=failure.code.value, error=failure.message, retry_in_s=retry_in_s)
+            if decision.report and deployment.committed is not None:
+                self._post(core.Unhealthy(deployment.committed.digest, failure))
+            if not decision.retry:
                 return
             await self._sleep(wait)
 
@@ -86,10 +83,6 @@ class Serving:
             log.exception("serving broke")
             return Failure(code=FailureCode.INTERNAL, message=f"{type(error).__name__}: {error}")
         return None
-
-    def _tell(self, committed: ArtifactRef | None, failure: Failure, *, lose: bool) -> None:
-        if committed is not None and (lose or self._current().previous is None):
-            self._post(core.Unhealthy(committed.digest, failure))
 
     async def _sleep(self, seconds: float) -> None:
         try:

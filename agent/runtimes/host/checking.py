@@ -8,15 +8,21 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from agent.contract.messages import RuntimeFact
+from agent.runtimes.host.child import ChildProcess, describe_exit
+from agent.runtimes.host.supervisor import KILL_TIMEOUT_S
 from agent.runtimes.protocol.registry import RuntimeSpec, missing, versions
 
 log = structlog.get_logger(__name__)
+
+#: How long the output of a check that has ended is waited for, where a process of its own holds the pipe.
+_LAST_OUTPUT_S = 2.0
 
 
 class Checker:
@@ -99,36 +105,34 @@ def _drivers() -> str:
 
 
 async def _check(spec: RuntimeSpec, timeout_s: float) -> dict[str, Any]:
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    command = [sys.executable, "-P", "-m", "agent.runtimes.engines.worker", spec.module, "--check"]
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "agent.runtimes.engines.worker",
-            spec.module,
-            "--check",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        child = await ChildProcess.start(
+            spec.name, command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, stdin=null, stdout=pipe, stderr=pipe
         )
     except OSError as error:
         return {"error": f"cannot start a process to check it: {error}"}
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), timeout_s)
-    except TimeoutError:
-        return {"error": f"importing it took longer than {timeout_s:.0f} s"}
+        status = await child.ended(timeout_s)
+        if status is None:
+            return {"error": f"importing it took longer than {timeout_s:.0f} s"}
+        await child.drained(_LAST_OUTPUT_S)
+        return _answer(bytes(child.output), child.last_lines, status)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-    return _answer(output, errors, process.returncode)
+        child.kill()
+        await child.ended(KILL_TIMEOUT_S)
+        child.close()
 
 
-def _answer(output: bytes, errors: bytes, status: int | None) -> dict[str, Any]:
+def _answer(output: bytes, errors: Sequence[str], status: int) -> dict[str, Any]:
     try:
         answer = json.loads(output.splitlines()[-1])
     except (ValueError, IndexError):
-        last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no output"]
-        return {"error": f"importing it ended with status {status}: {last[0][:300]}"}
-    return answer if isinstance(answer, dict) else {"error": f"unexpected answer {answer!r}"}
+        last = errors[-1][:300] if errors else "no output"
+        return {"error": f"importing it failed ({describe_exit(status)}): {last}"}
+    return (
+        answer
+        if isinstance(answer, dict) and ("error" in answer or _is_answer(answer))
+        else {"error": f"checking it gave an unexpected answer: {str(answer)[:300]}"}
+    )

@@ -79,14 +79,14 @@ class WorkerHost:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         """Events of one request; see ``ports.Inference``."""
-        events = self._serving().generate(request)
+        events = self._model_server().generate(request)
         async with contextlib.aclosing(events):
             async for event in events:
                 yield event
 
     async def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` for the active model."""
-        return await self._serving().count_tokens(text)
+        return await self._model_server().count_tokens(text)
 
     def displaces(self, manifest: Manifest) -> bool:
         """Whether there is no memory for it beside what serves; see ``ports.ModelHost``."""
@@ -148,7 +148,7 @@ class WorkerHost:
             reason=self._active.failed,
         )
 
-    def _serving(self) -> ModelServer:
+    def _model_server(self) -> ModelServer:
         if self._active is not None:
             return self._active
         if self._parked is not None:
@@ -207,7 +207,7 @@ class WorkerHost:
         self._reason = "the model was retired"
         if model is not None:
             await self._drain(model)
-            self._tell("retired", model.manifest)
+            self._report("retired", model.manifest)
 
     @contextlib.asynccontextmanager
     async def _undone(self) -> AsyncIterator[None]:
@@ -297,7 +297,7 @@ class WorkerHost:
         if model is None:
             return
         await asyncio.to_thread(read_ahead, folder)
-        self._tell("swap_begun", model.manifest)
+        self._report("swap_begun", model.manifest)
         self._parked, self._active = (model.manifest, model.folder), None
         self._swap_s = model.info.load_s + 2.0
         await self._drain(model)
@@ -312,20 +312,20 @@ class WorkerHost:
             loaded = await self._load(spec, manifest, folder, self._plan(spec, manifest))
         except AgentError as error:
             self._reason = f"the model that served before does not load any more: {error}"
-            log.error("restore_failed", artifact=manifest.id, reason=str(error))
+            log.error("restore_failed", artifact=manifest.id, error=str(error), code=error.code)
             self._on_event(HostEvent("gave_up", manifest.digest, error.code, self._reason))
         else:
             self._active = self._serve(loaded)
         self._parked = None
-        self._tell("swap_ended", manifest)
+        self._report("swap_ended", manifest)
 
     def _exchange(self, model: ModelServer) -> None:
         old, self._active = self._active, model
         self._swaps += 1
         if self._parked is not None:
             self._parked = None
-            self._tell("swap_ended", model.manifest)
-        self._tell("activated", model.manifest)
+            self._report("swap_ended", model.manifest)
+        self._report("activated", model.manifest)
         if old is not None:
             task = asyncio.create_task(self._drain(old), name=f"drain-{old.manifest.id}")
             self._draining.add(task)
@@ -361,6 +361,6 @@ class WorkerHost:
             self._expiry.cancel()
             self._expiry = None
 
-    def _tell(self, kind: str, manifest: Manifest) -> None:
+    def _report(self, kind: str, manifest: Manifest) -> None:
         log.info(f"model_{kind}", artifact=manifest.id, digest=manifest.digest)
         self._on_event(HostEvent(kind, manifest.digest))

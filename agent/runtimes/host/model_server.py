@@ -19,6 +19,7 @@ from agent.core.inference import (
     InferenceError,
     ModelInfo,
 )
+from agent.core.supervision import GiveUp, after_death
 from agent.errors import RuntimeLoadError
 from agent.runtimes.host.fair_queue import FairQueue
 from agent.runtimes.host.loading import LoadedModel
@@ -63,13 +64,13 @@ class ModelServer:
         self._on_event = on_event
         self._queue: FairQueue[Ticket] = FairQueue(settings.queue_limit)
         self._tickets: dict[str, Ticket] = {}
-        self._deaths: deque[float] = deque()
+        self._deaths: tuple[float, ...] = ()
         self._durations: deque[float] = deque(maxlen=32)
         self._open = True
         self._recycling = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._keeper = asyncio.create_task(self._keep(), name=f"keep-{loaded.manifest.id}")
+        self._supervision = asyncio.create_task(self._supervise(), name=f"supervise-{loaded.manifest.id}")
 
     @property
     def worker(self) -> WorkerProcess:
@@ -128,8 +129,8 @@ class ModelServer:
     async def close(self) -> None:
         """Unload. What is still waiting is told so."""
         self._open = False
-        self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
+        self._supervision.cancel()
+        await asyncio.gather(self._supervision, return_exceptions=True)
         self._flush(InferenceError("unavailable", "the model is being unloaded", retry_after_s=1.0))
         await self.worker.close()
 
@@ -195,17 +196,22 @@ class ModelServer:
             ticket.events.put_nowait(error)
             self._end(ticket)
 
-    async def _keep(self) -> None:
+    async def _supervise(self) -> None:
         """Keep a worker running until told to close, or until it dies too often."""
-        while not self.failed:
-            death = await self._watch()
-            self._report("crashed", death)
-            loaded = await self._again(death)
-            if loaded is not None:
-                self._loaded = loaded
-                self.restarts += 1
-                self._event("restarted", None, f"serving again after {self.info.load_s:.2f} s of loading")
-                self._pump()
+        try:
+            while not self.failed:
+                death = await self._watch()
+                self._report("crashed", death)
+                loaded = await self._again(death)
+                if loaded is not None:
+                    self._loaded = loaded
+                    self.restarts += 1
+                    self._event("restarted", None, f"serving again after {self.info.load_s:.2f} s of loading")
+                    self._pump()
+        except Exception as error:  # a fault of ours: without supervision, those who wait would wait for ever
+            log.exception("supervision_failed", artifact=self.manifest.id)
+            message = f"the supervision of the model's process failed: {type(error).__name__}: {error}"
+            self._give_up(FailureCode.INTERNAL, message)
 
     async def _watch(self) -> Death:
         """Until the worker is dead, by itself or by our hand."""
@@ -237,33 +243,35 @@ class ModelServer:
 
     async def _again(self, death: Death) -> LoadedModel | None:
         """A new worker, after a pause that grows with the deaths in the window; None when there were too many."""
+        policy = self._settings.restart_policy
         while True:
-            now = asyncio.get_running_loop().time()
-            self._deaths.append(now)
-            while self._deaths[0] < now - self._settings.crash_window_s:
-                self._deaths.popleft()
-            count = len(self._deaths)
-            if count > self._settings.crash_limit:
-                self._give_up(death, count)
+            decision = after_death(self._deaths, death.code, asyncio.get_running_loop().time(), policy)
+            self._deaths = decision.deaths
+            if isinstance(decision, GiveUp):
+                count = len(decision.deaths)
+                message = f"the model's process died {count} times in {policy.window_s:.0f} s, last: {death.message}"
+                self._give_up(death.code, message)
                 return None
-            await asyncio.sleep(self._settings.backoff_s(count))
+            await asyncio.sleep(decision.pause_s)
             try:
                 return await self._loaded.again()
             except RuntimeLoadError as error:
                 death = Death(error.code, str(error))
-            except Exception as error:  # whatever it is: a keeper that ends leaves those who wait without an answer
+            except Exception as error:  # whatever it is: supervision that ends leaves those who wait without an answer
                 death = Death(FailureCode.RUNTIME_CRASHED, f"{type(error).__name__}: {error}")
             self._report("crashed", death)
 
-    def _give_up(self, death: Death, count: int) -> None:
-        window = self._settings.crash_window_s
-        self.failed = f"the model's process died {count} times in {window:.0f} s, last: {death.message}"
-        self._event("gave_up", death.code, self.failed)
-        self._flush(InferenceError("unavailable", self.failed, retry_after_s=30.0))
+    def _give_up(self, code: FailureCode, message: str) -> None:
+        self.failed = message
+        self._event("gave_up", code, message)
+        self._flush(InferenceError("unavailable", message, retry_after_s=30.0))
 
     def _report(self, kind: str, death: Death) -> None:
         self._event(kind, death.code, death.message)
 
     def _event(self, kind: str, code: FailureCode | None, message: str) -> None:
-        log.warning(f"worker_{kind}", artifact=self.manifest.id, code=code, reason=message, restarts=self.restarts)
-        self._on_event(HostEvent(kind, self.manifest.digest, code, message, self.restarts))
+        log.warning(f"worker_{kind}", artifact=self.manifest.id, code=code, error=message, restarts=self.restarts)
+        try:
+            self._on_event(HostEvent(kind, self.manifest.digest, code, message, self.restarts))
+        except Exception:  # whoever listens must not end the supervision
+            log.exception("host_event_not_taken", kind=kind, artifact=self.manifest.id)

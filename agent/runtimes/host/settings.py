@@ -9,6 +9,7 @@ from typing import Any
 
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
+from agent.core.supervision import RestartPolicy
 
 Render = Callable[[Manifest, list[dict[str, Any]]], str]
 """Messages to a prompt, through the manifest's chat template; given by whoever composes the agent."""
@@ -53,9 +54,10 @@ class HostSettings:
         """What was set, or what ``suits`` the runtime."""
         return self.max_sequences or suits
 
-    def backoff_s(self, deaths: int) -> float:
-        """Pause before the next start: none after the first death, then doubling."""
-        return 0.0 if deaths <= 1 else float(min(self.backoff_max_s, self.backoff_first_s * 2 ** (deaths - 2)))
+    @property
+    def restart_policy(self) -> RestartPolicy:
+        """When a worker that died is started again, and when no more."""
+        return RestartPolicy(self.crash_window_s, self.crash_limit, self.backoff_first_s, self.backoff_max_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,8 @@ import asyncio
 import base64
 import contextlib
 import os
-import signal
 import socket
 import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ import structlog
 from agent.contract.failures import FailureCode
 from agent.core.inference import DoneEvent, GenerationEvent, GenerationRequest, InferenceError
 from agent.errors import RuntimeLoadError
+from agent.runtimes.host.child import ChildProcess, describe_exit
 from agent.runtimes.protocol import wire
 from agent.runtimes.protocol.engine import LoadOptions, ModelSource
 from agent.runtimes.protocol.registry import RuntimeSpec
@@ -29,7 +28,10 @@ log = structlog.get_logger(__name__)
 Sink = Callable[[GenerationEvent | InferenceError], None]
 """Where the events of one request go; an ``InferenceError`` is its end."""
 
-_STDERR_LINES = 20
+#: How long a killed process may take to end: the operating system needs a moment to free its memory.
+KILL_TIMEOUT_S = 10.0
+#: How long the last messages and the last lines of a worker that has ended are waited for.
+_LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +45,22 @@ class Death:
 class WorkerProcess:
     """A child that holds one model. All methods belong to the event loop that started it."""
 
-    def __init__(self, spec: RuntimeSpec, process: asyncio.subprocess.Process, sock: socket.socket) -> None:
+    def __init__(self, spec: RuntimeSpec, child: ChildProcess, sock: socket.socket) -> None:
         self.spec = spec
-        self.pid = process.pid
+        self.pid = child.pid
         self.last_message_at = asyncio.get_running_loop().time()
         self.steps = 0
         self.stats: dict[str, float] = {}
         self.died: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
-        self._process = process
+        self._child = child
         self._sock = sock
         self._writer: asyncio.StreamWriter | None = None
         self._sinks: dict[str, Sink] = {}
         self._counts: dict[int, asyncio.Future[int]] = {}
         self._count_ref = 0
         self._loaded: asyncio.Future[wire.Loaded | wire.LoadFailed] = asyncio.get_running_loop().create_future()
-        self._errors: deque[str] = deque(maxlen=_STDERR_LINES)
         self._verdict: Death | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._attending: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, spec: RuntimeSpec, memory_limit_bytes: int = 0) -> WorkerProcess:
@@ -73,9 +74,9 @@ class WorkerProcess:
                 ours, theirs = socket.socketpair()
                 undo.callback(ours.close)
                 with theirs:
-                    process = await _spawn(spec, theirs, memory_limit_bytes)
-                undo.push_async_callback(_end, process)
-                worker = cls(spec, process, ours)
+                    child = await _spawn(spec, theirs, memory_limit_bytes)
+                undo.push_async_callback(_end, child)
+                worker = cls(spec, child, ours)
                 await worker._connect()
             except OSError as error:
                 raise RuntimeLoadError(f"cannot start a worker for {spec.name}: {error}") from error
@@ -107,7 +108,7 @@ class WorkerProcess:
             if isinstance(answer, wire.Loaded):
                 return answer
             await self.close()
-            raise RuntimeLoadError(answer.message, FailureCode(answer.code))
+            raise RuntimeLoadError(answer.message, _failure_code(answer.code))
         if not done:
             await self.kill(
                 Death(FailureCode.RUNTIME_LOAD, f"{self.spec.name} did not load {source.path} in {timeout_s:.0f} s")
@@ -172,44 +173,57 @@ class WorkerProcess:
         await self.kill()
 
     async def kill(self, verdict: Death | None = None) -> None:
-        """End it at once; ``verdict`` is why, for those who see it die."""
+        """End it at once; ``verdict`` is why, for those who see it die. Returns within about KILL_TIMEOUT_S."""
         if self.alive:
             self._verdict = self._verdict or verdict
-            self._signal_kill()
-        await self.died
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _signal_kill(self) -> None:
-        # Not Process.kill(): it reaps a child that is dead already, and its exit status is lost to who waits for it.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(self.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            self._child.kill()
+            await asyncio.wait({self.died}, timeout=KILL_TIMEOUT_S + 3 * _LAST_WORDS_S)
+        if self._attending is not None:
+            self._attending.cancel()  # it books the death on its way out, if it has not done so
+            await asyncio.gather(self._attending, return_exceptions=True)
 
     async def _connect(self) -> None:
         reader, self._writer = await asyncio.open_connection(sock=self._sock, limit=wire.MAX_LINE_BYTES)
-        self._tasks = [
-            asyncio.create_task(self._receive(reader), name=f"worker-{self.pid}-messages"),
-            asyncio.create_task(self._log_errors(), name=f"worker-{self.pid}-stderr"),
-        ]
+        self._attending = asyncio.create_task(self._attend(reader), name=f"worker-{self.pid}")
 
     def _send(self, message: wire.ToWorker) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(wire.encode(message))
 
-    async def _receive(self, reader: asyncio.StreamReader) -> None:
+    async def _attend(self, reader: asyncio.StreamReader) -> None:
+        """Take in its messages until it ends, and book its death, whatever it died of and whatever fails here."""
+        reading = asyncio.create_task(self._read(reader), name=f"worker-{self.pid}-messages")
+        try:
+            # Its exit alone ends it too: a process that it has forked may hold the socket open for ever.
+            ends: set[asyncio.Future[Any]] = {reading, self._child.exited}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._child.exited.done():
+                await asyncio.wait({reading}, timeout=_LAST_WORDS_S)
+            self._child.kill()
+            if await self._child.ended(KILL_TIMEOUT_S) is not None:
+                await self._child.drained(_LAST_WORDS_S)
+        finally:
+            reading.cancel()
+            self._child.close()
+            if self._writer is not None:
+                self._writer.close()
+            self._bury(self._verdict or self._post_mortem())
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
             while line := await reader.readline():
                 self._handle(wire.decode(line))
+        except OSError:
+            return  # the socket is gone, and so is the worker
         except (wire.WireError, ValueError) as error:
-            self._verdict = Death(
+            self._verdict = self._verdict or Death(
                 FailureCode.RUNTIME_CRASHED, f"the worker of {self.spec.name} broke its protocol: {error}"
             )
-        except OSError:
-            pass
-        self._signal_kill()
-        status = await self._process.wait()
-        if self._writer is not None:
-            self._writer.close()
-        self._bury(self._verdict or self._post_mortem(status))
+        except Exception as error:  # a fault of ours: without its messages the worker is of no use
+            log.exception("worker_messages_failed", runtime=self.spec.name, pid=self.pid)
+            self._verdict = self._verdict or Death(
+                FailureCode.INTERNAL, f"a message of the worker could not be handled: {type(error).__name__}: {error}"
+            )
 
     def _handle(self, message: wire.Wire) -> None:
         self.last_message_at = asyncio.get_running_loop().time()
@@ -236,60 +250,58 @@ class WorkerProcess:
         if sink is not None:
             sink(event)
 
-    def _post_mortem(self, status: int) -> Death:
-        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        last = "; its last words: " + " | ".join(list(self._errors)[-3:]) if self._errors else ""
-        return Death(FailureCode.RUNTIME_CRASHED, f"the worker of {self.spec.name} (pid {self.pid}) died: {how}{last}")
+    def _post_mortem(self) -> Death:
+        lines = self._child.last_lines
+        last = "; its last output: " + " | ".join(lines[-3:]) if lines else ""
+        who = f"the worker of {self.spec.name} (pid {self.pid})"
+        if not self._child.exited.done():
+            message = f"{who} was killed and has not ended in {KILL_TIMEOUT_S:.0f} s: the operating system holds it"
+            return Death(FailureCode.RUNTIME_HUNG, message)
+        how = describe_exit(self._child.exited.result())
+        return Death(FailureCode.RUNTIME_CRASHED, f"{who} died: {how}{last}")
 
     def _bury(self, death: Death) -> None:
+        """Tell everybody who waits. One who cannot take it must not keep the others from hearing it."""
+        if self.died.done():
+            return
         self.died.set_result(death)
         sinks, self._sinks = self._sinks, {}
         kind = "timeout" if death.code is FailureCode.RUNTIME_HUNG else "crashed"
-        for sink in sinks.values():
-            sink(InferenceError(kind, f"the model's process ended during the answer: {death.message}"))
+        for request_id, sink in sinks.items():
+            try:
+                sink(InferenceError(kind, f"the model's process ended during the answer: {death.message}"))
+            except Exception:
+                log.exception("request_not_told", request=request_id, pid=self.pid)
         for answer in self._counts.values():
             if not answer.done():
                 answer.set_exception(InferenceError("crashed", "the model's process has ended"))
 
-    async def _log_errors(self) -> None:
-        errors = self._process.stderr
-        while errors is not None:
-            try:
-                line = await errors.readline()
-            except ValueError:  # a line past the limit
-                continue
-            if not line:
-                return
-            text = line.decode("utf-8", "replace").rstrip()
-            if text:
-                self._errors.append(text[:500])
-                log.debug("worker_output", runtime=self.spec.name, pid=self.pid, line=text[:500])
+
+def _failure_code(text: str) -> FailureCode:
+    """As the worker names it; RUNTIME_LOAD for a name that is none."""
+    try:
+        return FailureCode(text)
+    except ValueError:
+        return FailureCode.RUNTIME_LOAD
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    await process.wait()
+async def _end(child: ChildProcess) -> None:
+    child.kill()
+    await child.ended(KILL_TIMEOUT_S)
+    child.close()
 
 
-async def _spawn(spec: RuntimeSpec, theirs: socket.socket, memory_limit_bytes: int) -> asyncio.subprocess.Process:
+async def _spawn(spec: RuntimeSpec, theirs: socket.socket, memory_limit_bytes: int) -> ChildProcess:
     command = [sys.executable, "-P", "-m", "agent.runtimes.engines.worker", spec.module, "--parent", str(os.getpid())]
     if memory_limit_bytes:
         command += ["--memory-limit", str(memory_limit_bytes)]
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     if sys.platform == "win32":
         # Not run here: a socket is shared with a process that exists already, so its handle follows on standard input.
-        pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=null, stderr=pipe)
-        if process.stdin is not None:
-            process.stdin.write(base64.b64encode(theirs.share(process.pid)) + b"\n")
-            await process.stdin.drain()
-        return process
-    return await asyncio.create_subprocess_exec(
-        *command,
-        "--fd",
-        str(theirs.fileno()),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        pass_fds=(theirs.fileno(),),
+        child = await ChildProcess.start(spec.name, command, stdin=pipe, stdout=null, stderr=pipe)
+        child.write_input(base64.b64encode(theirs.share(child.pid)) + b"\n")
+        return child
+    command += ["--fd", str(theirs.fileno())]
+    return await ChildProcess.start(
+        spec.name, command, stdin=null, stdout=null, stderr=pipe, pass_fds=(theirs.fileno(),)
     )
