@@ -58,6 +58,7 @@ MODELS: list[type[BaseModel]] = [
     manifest.ModelFacts,
     manifest.MemoryNeed,
     manifest.Chat,
+    manifest.SamplingDefaults,
     manifest.Probe,
     manifest.Quality,
     manifest.BuildSpeed,

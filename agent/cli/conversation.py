@@ -18,7 +18,7 @@ _PATIENCE_S = 600.0
 class Conversation:
     """Keeps what was said, so that the model does too."""
 
-    def __init__(self, endpoint: str, model: str, key: str | None, max_tokens: int, temperature: float) -> None:
+    def __init__(self, endpoint: str, model: str, key: str | None, max_tokens: int, temperature: float | None) -> None:
         self._endpoint = endpoint
         self._model = model
         self._key = key
@@ -56,14 +56,15 @@ class Conversation:
 
     def _events(self) -> Iterator[dict[str, Any]]:
         connection = _connection(self._endpoint)
-        body = {
+        body: dict[str, Any] = {
             "model": self._model,
             "messages": self._messages,
             "max_tokens": self._max_tokens,
-            "temperature": self._temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self._temperature is not None:  # else the model's own setting holds
+            body["temperature"] = self._temperature
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"

@@ -156,11 +156,15 @@ def resume(outer: Outer, /, state_dir: Path | None) -> None:
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option(
-    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: the likeliest word."
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    help="How freely words are drawn; 0 takes the likeliest. Without it the model's own setting holds.",
 )
 @state_dir_option
 @click.pass_obj
-def chat(outer: Outer, /, state_dir: Path | None, prompt: str | None, max_tokens: int, temperature: float) -> None:
+def chat(
+    outer: Outer, /, state_dir: Path | None, prompt: str | None, max_tokens: int, temperature: float | None
+) -> None:
     """Talk to the model that serves: one PROMPT, or line by line until end of file."""
     settings = settings_of(outer, state_dir=state_dir)
     found = ask(settings.state_dir, "status")

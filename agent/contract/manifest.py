@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from agent.contract.base import ArtifactId, Bytes, Digest, WireModel, canonical_json, sha256_hex
 
@@ -139,6 +139,19 @@ class Chat(WireModel):
     stop: tuple[str, ...] = ()
 
 
+class SamplingDefaults(WireModel):
+    """How the checkpoint's authors want tokens to be drawn where a request does not say; from generation_config.json.
+
+    None: not stated, so the parameter is off. An artifact that was built before manifests had this draws greedily.
+    """
+
+    temperature: Annotated[float, Field(ge=0, le=2, description="0 is greedy: the likeliest token")] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(gt=0, description="tokens")] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+
+
 class Probe(WireModel):
     """A signed prompt that the model must answer on the device before it may serve."""
 
@@ -165,10 +178,18 @@ class Manifest(WireModel):
     entry: Annotated[str, Field(description="what the runtime opens, relative to the artifact; '.' is the folder")]
     memory: MemoryNeed
     chat: Chat
+    sampling: Annotated[
+        SamplingDefaults | None, Field(description="absent in manifests of 0.1.0: greedy, and nothing else")
+    ] = None
     probes: tuple[Probe, ...] = ()
     quality: Quality | None = None
     speed: BuildSpeed | None = None
     files: Annotated[tuple[ArtifactFile, ...], Field(min_length=1)]
+
+    @property
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """What holds for a sampling parameter that a request leaves out; one that is not in it is off."""
+        return (self.sampling or SamplingDefaults()).model_dump(exclude_none=True)
 
     @model_validator(mode="after")
     def _digest_and_size_are_of_the_files(self) -> Self:
@@ -180,6 +201,14 @@ class Manifest(WireModel):
         if self.size != sum(file.size for file in self.files):
             raise ValueError("size is not the sum of the files' sizes")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_it_was_signed(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A manifest of 0.1.0 stays the bytes that were signed: what it did not have is not written as null."""
+        fields: dict[str, Any] = dump(self)
+        if self.sampling is None:
+            fields.pop("sampling", None)
+        return fields
 
 
 def artifact_digest(name: str, files: tuple[ArtifactFile, ...]) -> str:

@@ -6,6 +6,7 @@ of the sampling parameters it can honour, so that the endpoint can refuse the ot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -153,6 +154,8 @@ class ModelInfo:
     memory_bytes: int
     capabilities: Capabilities
     facts: dict[str, Any] = field(default_factory=dict)
+    #: Of its signed manifest: what holds for a sampling parameter, by its name, that a request leaves out.
+    defaults: Mapping[str, float | int] = field(default_factory=dict)
 
 
 class InferenceError(Exception):

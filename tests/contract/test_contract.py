@@ -21,6 +21,7 @@ from agent.contract.manifest import (
     ModelFacts,
     Precision,
     Probe,
+    SamplingDefaults,
     Target,
     Toolchain,
     artifact_digest,
@@ -88,6 +89,9 @@ EXAMPLES: dict[str, WireModel] = {
     "want": Want(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
     "metadata_want": MetadataWant(device="pi-1", name="3.targets.json", offset=131072),
     "manifest": MANIFEST,
+    "manifest_sampling": MANIFEST.model_copy(
+        update={"sampling": SamplingDefaults(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.1)}
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +159,22 @@ def test_the_digest_is_of_id_and_files():
     assert Manifest.model_validate(measured).digest == MANIFEST.digest
     assert artifact_digest(REF.id, tuple(reversed(FILES))) == MANIFEST.digest
     assert artifact_digest("the-same-for-a-longer-context", FILES) != MANIFEST.digest
+
+
+def test_a_manifest_of_the_first_release_is_the_same_bytes_and_draws_greedily():
+    signed = (GOLDEN / "manifest.v1.json").read_bytes().rstrip(b"\n")
+    old = Manifest.from_json(signed)
+    assert b"sampling" not in signed
+    assert old.to_json() == signed
+    assert (old.sampling or SamplingDefaults()) == SamplingDefaults(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": -0.1}, {"temperature": 2.1}, {"top_p": 0}, {"top_k": 0}, {"repetition_penalty": 0}]
+)
+def test_sampling_that_nothing_can_draw_with_is_no_manifest(sampling: dict[str, float]):
+    with pytest.raises(ValidationError, match=next(iter(sampling))):
+        Manifest.model_validate(MANIFEST.model_dump() | {"sampling": sampling})
 
 
 def test_canonical_json_is_one_spelling():

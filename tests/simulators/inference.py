@@ -142,6 +142,7 @@ class SimulatedInference:
             load_s=0.5,
             memory_bytes=1 << 20,
             capabilities=self.capabilities,
+            defaults=self.manifest.sampling_defaults,
         )
 
     def active_manifest(self) -> Manifest | None:

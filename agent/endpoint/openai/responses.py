@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from agent.core.inference import DoneEvent, FinishReason, TokenEvent
+from agent.core.inference import DoneEvent, FinishReason, ModelInfo, TokenEvent
 from agent.endpoint.openai.answers import new_id
 from agent.endpoint.openai.response_shapes import ConversationRef, FunctionChoice, ResponseRequest
+from agent.endpoint.openai.sampling import effective_defaults, temperature_of
 from agent.endpoint.openai.tools import CallDelta, Delta, TextDelta, ToolParser
 
 Event = tuple[str, dict[str, Any]]
@@ -19,7 +20,7 @@ Event = tuple[str, dict[str, Any]]
 class ResponseBuilder:
     """Feed it the model's events; it keeps the response and gives the stream's events."""
 
-    def __init__(self, asked: ResponseRequest, model: str, created: int, parser: ToolParser | None) -> None:
+    def __init__(self, asked: ResponseRequest, info: ModelInfo, created: int, parser: ToolParser | None) -> None:
         self._asked = asked
         self._parser = parser
         self._items: list[dict[str, Any]] = []
@@ -33,10 +34,10 @@ class ResponseBuilder:
             "status": "in_progress",
             "error": None,
             "incomplete_details": None,
-            "model": model,
+            "model": info.name,
             "output": [],
             "usage": None,
-            **_echo(asked),
+            **_echo(asked, info),
         }
 
     def begin(self) -> list[Event]:
@@ -159,7 +160,7 @@ class ResponseBuilder:
         return kind, event
 
 
-def _echo(asked: ResponseRequest) -> dict[str, Any]:
+def _echo(asked: ResponseRequest, info: ModelInfo) -> dict[str, Any]:
     choice = asked.tool_choice
     return {
         "instructions": asked.instructions,
@@ -170,11 +171,11 @@ def _echo(asked: ResponseRequest) -> dict[str, Any]:
         "conversation": {"id": conversation_id(asked)} if asked.conversation else None,
         "reasoning": {"effort": None, "summary": None},
         "store": asked.store is not False,
-        "temperature": 1.0 if asked.temperature is None else asked.temperature,
+        "temperature": temperature_of(asked.temperature, info),
         "text": {"format": _format(asked)},
         "tool_choice": choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
         "tools": [_tool(tool.model_dump()) for tool in asked.tools or ()],
-        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "top_p": effective_defaults(info).get("top_p", 1.0) if asked.top_p is None else asked.top_p,
         "truncation": "disabled",
         "background": False,
         "user": asked.user,

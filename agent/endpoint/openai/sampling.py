@@ -22,6 +22,8 @@ _NEUTRAL: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "logit_bias": {},
 }
+#: Parameters that not every runtime has.
+_OPTIONAL = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
 #: OpenAI's default for completions.
 _COMPLETION_TOKENS = 16
 _ANY_OBJECT = '{"type": "object"}'
@@ -68,9 +70,10 @@ def _sampling(
     guidance: Guidance | None,
 ) -> Sampling:
     honoured = info.capabilities.parameters
+    defaults = effective_defaults(info)
     values = {
-        name: _supported(name, getattr(asked, name), honoured)
-        for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
+        name: defaults.get(name) if getattr(asked, name) is None else _supported(name, getattr(asked, name), honoured)
+        for name in _OPTIONAL
     }
     if top_logprobs is not None and not honoured & {"logprobs", "top_logprobs"}:
         raise unsupported(logprobs_name, f"{info.name} on {info.runtime} cannot give logprobs")
@@ -78,7 +81,7 @@ def _sampling(
     seed = values.pop("seed")
     return Sampling(
         max_tokens=min(max_tokens, info.context),
-        temperature=1.0 if asked.temperature is None else asked.temperature,
+        temperature=temperature_of(asked.temperature, info),
         # Runtimes take an unsigned 32-bit seed; OpenAI a signed 64-bit one.
         seed=None if seed is None else seed % 2**32,
         logit_bias={int(token): value for token, value in bias.items()},
@@ -87,6 +90,20 @@ def _sampling(
         guidance=guidance,
         **values,
     )
+
+
+def effective_defaults(info: ModelInfo) -> dict[str, float | int]:
+    """What holds for each parameter that a request leaves out: as signed, but for what the runtime does not have.
+
+    ``temperature`` is always in it; a parameter that is not in it is off.
+    """
+    stated = {name: value for name, value in info.defaults.items() if name in info.capabilities.parameters}
+    return {**stated, "temperature": info.defaults.get("temperature", 0.0)}
+
+
+def temperature_of(asked: float | None, info: ModelInfo) -> float:
+    """What the client sends wins; else what the manifest states, which is 0 (greedy) where it states nothing."""
+    return info.defaults.get("temperature", 0.0) if asked is None else asked
 
 
 def _supported(name: str, value: Any, honoured: frozenset[str]) -> Any:

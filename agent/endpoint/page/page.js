@@ -41,6 +41,7 @@ function show(props) {
     ["Memory", size(props.memory_bytes)],
     ["Loaded in", `${props.load_s.toFixed(1)} s`],
   ]);
+  $("temperature").placeholder = props.ready ? props.sampling_defaults.temperature : "";
   const quality = props.quality;
   list($("signed"), !props.quantization ? [] : [
     ["Precision", props.quantization.precision.toUpperCase()],
@@ -112,7 +113,8 @@ async function answer(item) {
       messages: turns,
       stream: true,
       stream_options: { include_usage: true },
-      temperature: Number($("temperature").value),
+      // Without one the model's own setting holds, as for every client.
+      ...($("temperature").value === "" ? {} : { temperature: Number($("temperature").value) }),
       max_tokens: Number($("tokens").value),
     }),
   });

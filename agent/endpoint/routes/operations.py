@@ -13,6 +13,7 @@ from agent.endpoint.http.context import CONTEXT, read_body
 from agent.endpoint.http.metrics import CONTENT_TYPE
 from agent.endpoint.http.replies import json_reply
 from agent.endpoint.openai.errors import ApiError
+from agent.endpoint.openai.sampling import effective_defaults
 
 _STARTED = int(time.time())
 
@@ -42,6 +43,7 @@ def _model(info: ModelInfo) -> dict[str, Any]:
         "digest": info.digest,
         "runtime": info.runtime,
         "context": info.context,
+        "sampling_defaults": effective_defaults(info),
     }
 
 
@@ -102,6 +104,7 @@ def _loaded(info: ModelInfo) -> dict[str, Any]:
             "prefix_reuse": can.prefix_reuse,
             "max_sequences": can.max_sequences,
         },
+        "sampling_defaults": effective_defaults(info),
         "facts": info.facts,
     }
 

@@ -103,7 +103,7 @@ def _prepare(request: web.Request, asked: ResponseRequest, info: ModelInfo) -> _
     turns = [*plain_messages(system), *plain_messages(messages(before)), *plain_messages(messages(inputs), "input")]
     prompt = prompt_of(request.app[CONTEXT], turns, plan.tools, "input")
     sampling = for_response(asked, info, plan.guidance or guidance)
-    builder = ResponseBuilder(asked, info.name, int(time.time()), plan.parser())
+    builder = ResponseBuilder(asked, info, int(time.time()), plan.parser())
     generation = sequence(builder.response["id"], 0, prompt, sampling, request[REQUEST_CONTEXT].client)
     return _Job(asked, info, generation, builder, inputs, (*before, *inputs), conversation_id(asked))
 

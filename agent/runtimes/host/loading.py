@@ -74,6 +74,7 @@ async def load_model(
         memory_bytes=loaded.memory_bytes,
         capabilities=loaded.capabilities,
         facts={"kv_tokens": options.kv_tokens, "threads": options.threads},
+        defaults=manifest.sampling_defaults,
     )
     log.info("model_loaded", artifact=manifest.id, runtime=spec.name, seconds=round(loaded.load_s, 3))
     return LoadedModel(spec, manifest, folder, kv_tokens, settings, worker, info)

@@ -218,6 +218,7 @@ def _manifest(
             update={"kv_bytes_per_token": int(plan.model.shape.kv_elements_per_token * converted.kv_element_bytes)}
         ),
         chat=plan.model.chat,
+        sampling=plan.model.sampling,
         probes=probes,
         files=files,
     )

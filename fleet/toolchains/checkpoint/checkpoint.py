@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from agent.contract.base import canonical_json, sha256_hex
-from agent.contract.manifest import Chat, ModelFacts
+from agent.contract.manifest import Chat, ModelFacts, SamplingDefaults
 from fleet.core.phi_variants import find_variant
 from fleet.core.plan_shape import ModelFile, ModelShape, shape_of
 from fleet.errors import ModelError
-from fleet.toolchains.checkpoint.checkpoint_chat import chat_of
+from fleet.toolchains.checkpoint.checkpoint_chat import chat_of, sampling_of
 from fleet.toolchains.checkpoint.checkpoint_files import local_path, read_as, read_json
 from fleet.toolchains.checkpoint.checkpoint_shape import completed
 from fleet.toolchains.checkpoint.safetensors_scan import Tensor, first_not_finite, read_tensors
@@ -48,6 +48,7 @@ class Checkpoint:
     shape: ModelShape
     chat: Chat
     weights_bytes: int
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     @property
     def name(self) -> str:
@@ -87,7 +88,8 @@ def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback =
         max_context=shape.max_context,
     )
     stored = sum(tensor.end - tensor.begin for tensor in tensors)
-    return Checkpoint(path, config, facts, completed(shape, path, tensors), chat_of(path, shape.architecture), stored)
+    chat, sampling = chat_of(path, shape.architecture), sampling_of(path)
+    return Checkpoint(path, config, facts, completed(shape, path, tensors), chat, stored, sampling)
 
 
 def resolve_model(model: str | Path, *, progress: ProgressCallback = silent) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""How a checkpoint is spoken to: its chat template and the tokens that end a turn."""
+"""How a checkpoint is spoken to: its chat template, the tokens that end a turn, and its sampling defaults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from agent.contract.base import explain
-from agent.contract.manifest import Chat
+from agent.contract.manifest import Chat, SamplingDefaults
 from fleet.core.plan_shape import ModelFile
 from fleet.errors import ModelError
 from fleet.toolchains.checkpoint.chat import render
@@ -56,6 +56,12 @@ class _Generation(ModelFile):
     """generation_config.json."""
 
     eos_token_id: int | list[int] | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(description="0 or -1: off")] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
 
 
 def chat_of(path: Path, architecture: str) -> Chat:
@@ -86,6 +92,31 @@ def chat_of(path: Path, architecture: str) -> Chat:
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
     return chat
+
+
+def sampling_of(path: Path) -> SamplingDefaults:
+    """How the authors of the checkpoint in ``path`` want tokens to be drawn.
+
+    Greedy where they state ``do_sample: false`` or nothing, which is what transformers does too. ``do_sample: true``
+    without a temperature is temperature 1. A temperature without ``do_sample`` is meant as it stands.
+
+    Raises:
+        ModelError: generation_config.json has a value that no runtime can draw with.
+    """
+    stated = read_as(_Generation, path / "generation_config.json")
+    temperature = stated.temperature if stated.temperature is not None else float(stated.do_sample is True)
+    return SamplingDefaults(
+        temperature=0.0 if stated.do_sample is False else temperature,
+        top_p=_unless(stated.top_p, 1.0),
+        top_k=stated.top_k if stated.top_k is not None and stated.top_k > 0 else None,
+        min_p=_unless(stated.min_p, 0.0),
+        repetition_penalty=_unless(stated.repetition_penalty, 1.0),
+    )
+
+
+def _unless(value: float | None, off: float) -> float | None:
+    """None for the value that means "off", which many files state."""
+    return None if value == off else value
 
 
 def _template(path: Path, config: _TokenizerConfig) -> tuple[Path, str]:

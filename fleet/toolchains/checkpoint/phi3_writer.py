@@ -57,6 +57,7 @@ def write_config(folder: Path, config: dict[str, Any], vocabulary: Vocabulary) -
     write_json(folder / "config.json", config)
     generation = {
         "bos_token_id": vocabulary.bos_id,
+        "do_sample": False,  # drawn at temperature 1, a model as small as these answers nonsense
         "eos_token_id": vocabulary.eos_id,
         "pad_token_id": vocabulary.pad_id,
     }

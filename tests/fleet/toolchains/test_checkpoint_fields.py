@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.contract.manifest import SamplingDefaults
 from fleet.errors import ModelError
 from fleet.toolchains.checkpoint.checkpoint import inspect, resolve_model
 from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
@@ -105,6 +106,12 @@ REFUSED: tuple[tuple[str, Steps, Any, str], ...] = (
     (TOKENIZER, ("added_tokens", 0), "<|end|>", r"added_tokens\.0: .*\(found '<\|end\|>'\)"),
     (TOKENIZER, ("added_tokens", 1, "id"), None, r"added_tokens\.1\.id: .*integer \(found None\)"),
     (TOKENIZER, ("added_tokens", 1, "content"), [], r"added_tokens\.1\.content: .*string \(found \[\]\)"),
+    (GENERATION, ("temperature",), -1, r"temperature: .*equal to 0 \(found -1\)"),
+    (GENERATION, ("temperature",), "hot", r"temperature: .*number \(found 'hot'\)"),
+    (GENERATION, ("do_sample",), "yes", r"do_sample: .*boolean \(found 'yes'\)"),
+    (GENERATION, ("top_p",), 1.5, r"top_p: .*equal to 1 \(found 1.5\)"),
+    (GENERATION, ("top_k",), 0.5, r"top_k: .*integer \(found 0.5\)"),
+    (GENERATION, ("repetition_penalty",), 0, r"repetition_penalty: .*greater than 0 \(found 0\)"),
     (TOKENIZER, ("model",), "BPE", r"model: .*\(found 'BPE'\)"),
     (TOKENIZER, ("model", "vocab"), 7, r"model\.vocab.*\(found 7\)"),
     (TOKENIZER, ("model", "merges"), [["a", 1]], r"model\.merges\.0.*string \(found 1\)"),
@@ -183,6 +190,35 @@ def test_a_home_of_nobody_is_refused(use: Callable[[str], Any]) -> None:
 def test_end_tokens_may_be_one_many_or_none(copy: Path, ids: Any, stop: tuple[str, ...]) -> None:
     _write(copy, GENERATION, {"eos_token_id": ids})
     assert inspect(copy).chat.stop == stop
+
+
+GREEDY = SamplingDefaults(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("stated", "defaults"),
+    [
+        ({}, GREEDY),
+        ({"do_sample": False}, GREEDY),
+        ({"do_sample": None, "temperature": None, "top_p": None}, GREEDY),
+        ({"do_sample": False, "temperature": 0.7}, GREEDY),
+        ({"do_sample": True}, SamplingDefaults(temperature=1.0)),
+        ({"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},
+         SamplingDefaults(temperature=0.8, top_k=50, top_p=0.95)),
+        ({"temperature": 1}, SamplingDefaults(temperature=1.0)),
+        ({"do_sample": False, "repetition_penalty": 1.1}, SamplingDefaults(temperature=0.0, repetition_penalty=1.1)),
+        ({"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}, GREEDY),
+        ({"top_k": -1}, GREEDY),
+    ],
+)  # fmt: skip
+def test_sampling_defaults_are_the_checkpoints(copy: Path, stated: Any, defaults: SamplingDefaults) -> None:
+    _write(copy, GENERATION, {"eos_token_id": 0} | stated)
+    assert inspect(copy).sampling == defaults
+
+
+def test_without_a_generation_config_a_checkpoint_is_greedy(copy: Path) -> None:
+    (copy / GENERATION).unlink()
+    assert inspect(copy).sampling == GREEDY
 
 
 @pytest.mark.parametrize("token", [{"content": "<|end|>", "lstrip": True}, "<|end|>"], ids=["object", "text"])
