@@ -71,7 +71,7 @@ def _sampling(
 ) -> Sampling:
     honoured = info.capabilities.parameters
     defaults = effective_defaults(info)
-    values = {
+    values: dict[str, Any] = {
         name: defaults.get(name) if getattr(asked, name) is None else _supported(name, getattr(asked, name), honoured)
         for name in _OPTIONAL
     }
