@@ -4,6 +4,9 @@ const $ = (id) => document.getElementById(id);
 const turns = [];
 let running = null;
 let model = null;
+let context = 0;
+// The text of an answer that is being written.
+let partial = "";
 
 const key = () => $("key").value.trim();
 const headers = () => ({ "Content-Type": "application/json", ...(key() ? { Authorization: `Bearer ${key()}` } : {}) });
@@ -28,6 +31,7 @@ function list(target, pairs) {
 
 function show(props) {
   model = props.ready ? props.model : null;
+  context = props.ready ? props.context : 0;
   $("state").className = props.ready ? "ready" : "down";
   $("state").textContent = props.ready ? `${props.model} on ${props.runtime}` : "no model serves now";
   $("turns").dataset.empty = props.ready
@@ -73,13 +77,72 @@ async function look() {
   }
 }
 
+function button(label, action) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.className = "plain";
+  made.textContent = label;
+  made.addEventListener("click", () => action(made));
+  return made;
+}
+
+async function copy(text, shown) {
+  const label = shown.textContent;
+  shown.textContent = (await copied(text)) ? "Copied" : "Not copied";
+  setTimeout(() => { shown.textContent = label; }, 1500);
+}
+
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { // no secure origin, or no permission: the older way needs a selection
+    const area = document.createElement("textarea");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}
+
 function bubble(role, text) {
   const item = document.createElement("li");
+  const body = document.createElement("div");
   item.className = `turn ${role}`;
-  item.textContent = text;
+  body.className = "body";
+  if (role.startsWith("assistant")) body.append(markdown(text));
+  else body.textContent = text;
+  item.append(body);
   $("turns").append(item);
   item.scrollIntoView({ block: "end" });
   return item;
+}
+
+function render(item, text) {
+  const turns = $("turns");
+  const stuck = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 80;
+  item.querySelector(".body").replaceChildren(markdown(text));
+  if (stuck) item.scrollIntoView({ block: "end" });
+}
+
+// The end of an answer: what can be copied, and why it is not whole.
+function close(item, turn) {
+  for (const code of item.querySelectorAll("pre")) {
+    const text = code.textContent;
+    code.append(button("Copy", (shown) => copy(text, shown)));
+  }
+  const foot = document.createElement("p");
+  foot.className = "foot";
+  if (turn.note) {
+    const note = document.createElement("span");
+    note.className = "note";
+    note.textContent = turn.note;
+    foot.append(note);
+  }
+  foot.append(button("Copy", (shown) => copy(turn.content, shown)));
+  item.append(foot);
 }
 
 async function* chunks(response) {
@@ -99,39 +162,61 @@ async function* chunks(response) {
   }
 }
 
+function request() {
+  const system = $("system").value.trim();
+  const said = turns.map(({ role, content }) => ({ role, content }));
+  const given = (name, id) => ($(id).value === "" ? {} : { [name]: Number($(id).value) });
+  return {
+    model,
+    messages: system ? [{ role: "system", content: system }, ...said] : said,
+    stream: true,
+    stream_options: { include_usage: true },
+    // Without one the model's own setting holds, as for every client.
+    ...given("temperature", "temperature"),
+    ...given("max_tokens", "tokens"),
+  };
+}
+
 async function answer(item) {
   running = new AbortController();
   const since = performance.now();
   let first = null;
   let count = 0;
-  const response = await fetch("v1/chat/completions", {
-    method: "POST",
-    headers: headers(),
-    signal: running.signal,
-    body: JSON.stringify({
-      model,
-      messages: turns,
-      stream: true,
-      stream_options: { include_usage: true },
-      // Without one the model's own setting holds, as for every client.
-      ...($("temperature").value === "" ? {} : { temperature: Number($("temperature").value) }),
-      max_tokens: Number($("tokens").value),
-    }),
-  });
-  if (!response.ok) throw new Error((await response.json()).error.message);
-  for await (const chunk of chunks(response)) {
-    if (chunk.error) throw new Error(chunk.error.message);
-    const text = chunk.choices[0]?.delta.content;
-    if (text) {
-      first ??= performance.now();
-      count += 1;
-      const stuck = $("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 80;
-      item.append(text);
-      if (stuck) item.scrollIntoView({ block: "end" });
+  let usage = null;
+  let reason = null;
+  let drawing = null;
+  const draw = () => { drawing = null; render(item, partial); };
+  try {
+    const response = await fetch("v1/chat/completions", {
+      method: "POST", headers: headers(), signal: running.signal, body: JSON.stringify(request()),
+    });
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    for await (const chunk of chunks(response)) {
+      if (chunk.error) throw new Error(chunk.error.message);
+      const text = chunk.choices[0]?.delta.content;
+      reason = chunk.choices[0]?.finish_reason ?? reason;
+      if (text) {
+        first ??= performance.now();
+        count += 1;
+        partial += text;
+        drawing ??= setTimeout(draw, 50);
+      }
+      usage = chunk.usage ?? usage;
+      if (first) figures(usage?.completion_tokens ?? count, first - since, (performance.now() - first) / 1000);
     }
-    if (chunk.usage) count = chunk.usage.completion_tokens;
-    if (first) figures(count, first - since, (performance.now() - first) / 1000);
+  } finally {
+    clearTimeout(drawing);
+    draw();
   }
+  return reason === "length" ? cut(usage) : "";
+}
+
+function cut(usage) {
+  const tokens = usage?.completion_tokens ?? 0;
+  if (usage && context && usage.total_tokens >= context) {
+    return `The answer was cut: the context of ${context} tokens is full. Begin a new conversation.`;
+  }
+  return `The answer was cut after ${tokens} tokens, the limit under Settings.`;
 }
 
 function figures(tokens, ttft, seconds) {
@@ -149,19 +234,51 @@ async function ask(text) {
   turns.push({ role: "user", content: text });
   bubble("user", text);
   const item = bubble("assistant waiting", "");
+  let note = "";
+  partial = "";
   busy(true);
   try {
-    await answer(item);
+    note = await answer(item);
   } catch (error) {
+    note = error.name === "AbortError" ? "You stopped this answer." : "The answer broke off.";
     if (error.name !== "AbortError") bubble("error", error.message);
   }
   item.classList.remove("waiting");
-  if (item.textContent) turns.push({ role: "assistant", content: item.textContent });
-  else { item.remove(); turns.pop(); }
+  if (partial) {
+    turns.push({ role: "assistant", content: partial, note });
+    close(item, turns.at(-1));
+  } else { item.remove(); turns.pop(); }
+  partial = "";
   running = null;
+  keep();
   busy(false);
   $("prompt").focus();
   look();
+}
+
+// A reload of the tab keeps the conversation; closing the tab forgets it.
+function keep() {
+  const said = partial ? [...turns, { role: "assistant", content: partial, note: "The page was left." }] : turns;
+  try {
+    sessionStorage.setItem("conversation", JSON.stringify({ turns: said, system: $("system").value }));
+  } catch { /* no storage, or it is full: only a reload loses something */ }
+}
+
+function restore() {
+  let kept;
+  try {
+    kept = JSON.parse(sessionStorage.getItem("conversation"));
+  } catch {
+    return;
+  }
+  if (!Array.isArray(kept?.turns)) return;
+  $("system").value = kept.system ?? "";
+  if (kept.turns.at(-1)?.role === "user") $("prompt").value = kept.turns.pop().content;
+  for (const turn of kept.turns) {
+    turns.push(turn);
+    const item = bubble(turn.role, turn.content);
+    if (turn.role === "assistant") close(item, turn);
+  }
 }
 
 $("ask").addEventListener("submit", (event) => {
@@ -186,6 +303,7 @@ $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
   turns.length = 0;
   $("turns").replaceChildren();
+  keep();
   $("figures").textContent = "\u00a0";
 });
 $("facts-button").addEventListener("click", () => {
@@ -193,6 +311,9 @@ $("facts-button").addEventListener("click", () => {
   $("facts-button").setAttribute("aria-expanded", open);
 });
 $("key").addEventListener("change", look);
+$("system").addEventListener("change", keep);
+addEventListener("pagehide", keep);
 
+restore();
 look();
 setInterval(() => { if (!running) look(); }, 4000);

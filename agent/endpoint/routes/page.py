@@ -11,10 +11,20 @@ from aiohttp import web
 from agent.endpoint.openai.errors import ApiError
 
 _KINDS = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
-_FILES = frozenset({"icon.svg", "index.html", "page.css", "page.js"})
+#: By the name under /static/: the file in the package's folder.
+_FILES = {
+    "icon.svg": "icon.svg",
+    "index.html": "index.html",
+    "markdown.js": "markdown.js",
+    "marked.umd.js": "vendor/marked.umd.js",
+    "page.css": "page.css",
+    "page.js": "page.js",
+    "purify.min.js": "vendor/purify.min.js",
+}
+#: The sanitiser alone may turn text into markup: a browser with Trusted Types refuses everything else.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
 )
 
 
@@ -45,5 +55,5 @@ def _file(request: web.Request, name: str) -> web.Response:
 
 @functools.cache
 def _read(name: str) -> tuple[bytes, str]:
-    body = (resources.files("agent.endpoint") / "page" / name).read_bytes()
+    body = resources.files("agent.endpoint").joinpath("page", *_FILES[name].split("/")).read_bytes()
     return body, f'"{hashlib.sha256(body).hexdigest()[:16]}"'
