@@ -256,36 +256,34 @@ async def test_hostile_markdown_does_nothing(serve: Serve, tmp_path: Path):
         assert not [one for one in page.events if one["method"] == "Page.frameRequestedNavigation"]
 
 
-ELEMENTS = set(
-    [
-        "a",
-        "blockquote",
-        "br",
-        "button",
-        "code",
-        "del",
-        "em",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "hr",
-        "li",
-        "ol",
-        "p",
-        "pre",
-        "strong",
-        "table",
-        "tbody",
-        "td",
-        "th",
-        "thead",
-        "tr",
-        "ul",
-    ]
-)
+ELEMENTS = {
+    "a",
+    "blockquote",
+    "br",
+    "button",
+    "code",
+    "del",
+    "em",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "hr",
+    "li",
+    "ol",
+    "p",
+    "pre",
+    "strong",
+    "table",
+    "tbody",
+    "td",
+    "th",
+    "thead",
+    "tr",
+    "ul",
+}
 ATTRIBUTES = {"align", "class", "href", "rel", "start", "target", "title", "type"}
 
 
