@@ -222,13 +222,14 @@ def plain_publish(options: argparse.Namespace) -> None:
 def serve(options: argparse.Namespace) -> None:
     from agent.link import LinkSettings, MqttLink
     from fleet.delivery.chunk_server import ChunkServer
+    from fleet.store.local import LocalArtifact
 
     manifest = Manifest.from_json((options.folder / "manifest.json").read_bytes())
 
     async def run() -> None:
         async with MqttLink(LinkSettings(options.url, "server")) as link:
             await link.wait_connected(10)
-            server = ChunkServer(link, lambda digest: (manifest, options.folder / "source"))
+            server = ChunkServer(link, lambda digest: LocalArtifact(manifest, options.folder / "source"))
             await server.start()
             say("ready")
             await asyncio.to_thread(until_told)

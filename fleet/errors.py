@@ -35,6 +35,10 @@ class BuildError(FleetError):
     exit_code = 5
 
 
+class StoreError(BuildError):
+    """An artifact that was built is missing or damaged, or the store cannot be read or written."""
+
+
 class RepositoryError(FleetError):
     """The TUF repository, its keys or the device CA cannot be used."""
 

@@ -21,7 +21,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from fleet.errors import UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.store import folder as artifacts
+from fleet.store import FolderStore
 from fleet.toolchains.build.build import build
 from fleet.toolchains.checkpoint import gguf_source, phi3_writer, sample_model
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint, inspect
@@ -111,7 +111,7 @@ def built(
     home = _home()
     recipe = Recipe(toolchain=toolchain, precision=precision, target=target, options=options)
     manifest = build(checkpoint(folder), profile or load_profile("iot-x86"), recipe, home)
-    return Built(manifest, artifacts.files_of(home, manifest.id), home)
+    return Built(manifest, FolderStore(home.artifacts).files(manifest.id), home)
 
 
 @pytest.fixture(scope="session")

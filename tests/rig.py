@@ -24,13 +24,14 @@ import psutil
 from agent.contract.manifest import ArtifactFile, Manifest, artifact_digest
 from agent.contract.messages import ArtifactRef, Desired, Reported, State
 from agent.contract.profile import HealthLimits, QualityGate
-from fleet.cli.context import Context
-from fleet.cli.devices import add_device
 from fleet.delivery.chunking import chunk_file
 from fleet.demo.processes import Process
 from fleet.home import Home
+from fleet.operations.devices import add_device
+from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
-from fleet.registry import Actor
+from fleet.registry import Actor, open_registry
+from fleet.settings import load
 from fleet.trust.repository import Repository
 from tests.models import Built
 from tests.simulators import broker as brokers
@@ -55,10 +56,12 @@ class Rig:
     def __enter__(self) -> Self:
         start = brokers.mosquitto(self.folder) if self._broker_kind == "mosquitto" else brokers.embedded()
         self.broker = self._stack.enter_context(start)
-        self.context = Context.load({"home": self.folder / "fleet", "broker": self.broker.url}, None)
+        self.fleet = self._stack.enter_context(
+            Fleet(load({"home": self.folder / "fleet", "broker": self.broker.url}, None)[0])
+        )
         Repository(self.home).init()
         profile = load_profile("iot-x86").model_copy(update={"quality": QualityGate()})
-        add_device(self.context, self.device, profile, self.bundle, custom=True)
+        add_device(self.fleet, self.device, profile, self.bundle, Actor("rig", datetime.now(UTC)), custom=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,7 +72,7 @@ class Rig:
 
     @property
     def home(self) -> Home:
-        return self.context.home
+        return self.fleet.home
 
     @property
     def broker_url(self) -> str:
@@ -137,7 +140,7 @@ class Rig:
         self.take_over(manifest, files)
         return manifest
 
-    def order(self, *manifests: Manifest, **wishes: Any) -> None:
+    def order(self, *manifests: Manifest, **changes: Any) -> None:
         """Publish and order, with anything of ``Desired`` as wished."""
         repository = Repository(self.home)
         for manifest in manifests:
@@ -153,27 +156,27 @@ class Rig:
 
         def draft(device: str, sequence: int, deployment: str) -> Desired:
             return Desired.model_validate(
-                fields | {"device": device, "sequence": sequence, "deployment": deployment} | wishes
+                fields | {"device": device, "sequence": sequence, "deployment": deployment} | changes
             )
 
-        with contextlib.closing(self.context.open_registry()) as registry:
+        with contextlib.closing(open_registry(self.fleet.settings.database_url)) as registry:
             for manifest in manifests:
-                registry.record_artifact(manifest, Actor("rig", now))
-            registry.deploy([self.device], draft, repository.sign_desired, Actor("rig", now))
+                registry.artifacts.record(manifest, Actor("rig", now))
+            registry.deployments.create([self.device], draft, repository.sign_desired, Actor("rig", now))
 
     def reported(self) -> Reported | None:
         """What the controller recorded of the device."""
-        with contextlib.closing(self.context.open_registry()) as registry:
-            found = registry.device(self.device).reported
+        with contextlib.closing(open_registry(self.fleet.settings.database_url)) as registry:
+            found = registry.devices.get(self.device).reported
         return Reported.model_validate(found) if found else None
 
     def health(self) -> dict[str, Any] | None:
-        with contextlib.closing(self.context.open_registry()) as registry:
-            return registry.device(self.device).health
+        with contextlib.closing(open_registry(self.fleet.settings.database_url)) as registry:
+            return registry.devices.get(self.device).health
 
     def online(self) -> bool:
-        with contextlib.closing(self.context.open_registry()) as registry:
-            return bool(registry.device(self.device).online)
+        with contextlib.closing(open_registry(self.fleet.settings.database_url)) as registry:
+            return bool(registry.devices.get(self.device).online)
 
     def journal(self) -> dict[str, Any]:
         """The device's own memory, as it is on its disk now."""

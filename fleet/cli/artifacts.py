@@ -15,7 +15,7 @@ from fleet.core.frontier import choose, frontier
 from fleet.errors import UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.store.folder import Listing, list_artifacts, load
+from fleet.store import FolderStore, Listing, find
 
 _WIDTH = 170
 
@@ -54,7 +54,7 @@ def list_command(obj: HasHome, as_json: bool) -> None:
 @click.pass_obj
 def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
     """Show one artifact, by id, digest, or the beginning of either."""
-    manifest = load(obj.home, artifact)
+    manifest = find(FolderStore(obj.home.artifacts), artifact)
     if as_json:
         click.echo(manifest.to_json().decode())
         return
@@ -80,7 +80,7 @@ def compare_command(
 ) -> None:
     """Compare artifacts (all, or those named) by loss and size; * marks the frontier."""
     listing = _listed(obj.home)
-    chosen = [load(obj.home, one) for one in wanted] or list(listing.manifests)
+    chosen = [find(FolderStore(obj.home.artifacts), one) for one in wanted] or list(listing.manifests)
     if not chosen and listing.damaged:
         raise UsageError(f"{obj.home.root} holds no artifact that can be read; see above")
     if not chosen:
@@ -115,7 +115,7 @@ def compare_command(
 
 def _listed(home: Home) -> Listing:
     """Every artifact; what cannot be read is told."""
-    listing = list_artifacts(home)
+    listing = FolderStore(home.artifacts).list()
     for problem in listing.damaged:
         click.echo(f"warning: {problem}", err=True)
     return listing

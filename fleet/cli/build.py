@@ -23,7 +23,7 @@ from fleet.core.plan import choose_recipes, describe, first_legal, judge, recipe
 from fleet.errors import FleetError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.store.folder import save_manifest
+from fleet.store.folder import FolderStore
 from fleet.toolchains import progress as work
 from fleet.toolchains.build.jobs import Outcome, Request, build_all
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint, resolve_model
@@ -170,7 +170,7 @@ class _Measured:
         except FleetError as error:
             return error
         manifest = manifest.model_copy(update={"quality": quality, "speed": speed})
-        save_manifest(self.home, manifest)
+        FolderStore(self.home.artifacts).save_manifest(manifest)
         return manifest
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from agent.contract.manifest import Precision, Toolchain
-from fleet.demo.run import Options, run_demo
+from fleet.cli.demo_progress import DrawnProgress
+from fleet.demo.outcome import DemoOptions
+from fleet.demo.run import STEPS, run_demo
 
 
 @click.command()
@@ -21,5 +23,5 @@ from fleet.demo.run import Options, run_demo
 @click.option("--json", "as_json", is_flag=True, help="Progress to standard error; one JSON object to standard output.")
 def demo(toolchain: str, precision: str, port: int | None, broker: str, keep: bool, as_json: bool) -> None:
     """The whole way on one machine: a Phi model quantized, signed, delivered, proven, served, and asked a question."""
-    options = Options(Toolchain(toolchain), Precision(precision), port, broker, keep, as_json)
-    run_demo(options, click.echo)
+    options = DemoOptions(Toolchain(toolchain), Precision(precision), port, broker, keep)
+    run_demo(options, DrawnProgress(STEPS, as_json=as_json))

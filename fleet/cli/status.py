@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.context import Context
-from fleet.cli.describe import describe, held, paused
 from fleet.core.deployments import Stage
-from fleet.registry import Registry
-from fleet.registry.models import DeploymentRow, DeviceRow
+from fleet.operations.fleet import Fleet
+from fleet.operations.views import DeviceView, describe_fleet, device_views
 
 MIB = 1024 * 1024
 REFRESH_S = 1.0
 HELD = "held: the person at the device paused it"
+EMPTY = "no devices yet; add one with `phifleet device add`"
 PAUSED = "paused by the person at the device: new orders are held"
 #: Columns of a terminal that has room for digest and runtime.
 WIDE = 115
@@ -38,40 +38,23 @@ _STYLES = {Stage.COMMITTED: "green", Stage.FAILED: "red", Stage.ROLLED_BACK: "ye
 @click.pass_obj
 def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool) -> None:
     """Show the fleet: presence, deployment, speed. Live on a terminal until interrupted; DEVICES narrows it."""
-    with contextlib.closing(context.open_registry()) as registry:
+    with Fleet(context.settings) as fleet:
         if as_json:
-            click.echo(json.dumps(document(_rows(registry, devices))))
+            click.echo(json.dumps(describe_fleet(device_views(fleet.registry, devices), datetime.now(UTC))))
             return
         console = Console()
         if once or not console.is_terminal:
-            rows = _rows(registry, devices)
-            console.print(view(rows, console.width) if rows else "no devices yet; add one with `phifleet device add`")
+            views = device_views(fleet.registry, devices)
+            console.print(table(views, console.width) if views else EMPTY)
             return
         # An interrupt is how a person ends it, and no failure.
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(view(_rows(registry, devices), console.width), refresh=True)
+                live.update(table(device_views(fleet.registry, devices), console.width), refresh=True)
                 time.sleep(REFRESH_S)
 
 
-Row = tuple[DeviceRow, DeploymentRow | None]
-
-
-def _rows(registry: Registry, names: tuple[str, ...]) -> list[Row]:
-    devices = [registry.device(name) for name in names] if names else registry.devices()
-    newest = registry.newest()
-    return [(row, newest.get(row.id)) for row in devices]
-
-
-def document(rows: Sequence[Row]) -> dict[str, Any]:
-    """The same as JSON; names of fields are those of the wire contract."""
-    return {
-        "at": datetime.now(UTC).isoformat(),
-        "devices": [describe(row, order) | {"health": row.health} for row, order in rows],
-    }
-
-
-def view(rows: Sequence[Row], width: int) -> RenderableType:
+def table(views: Sequence[DeviceView], width: int) -> RenderableType:
     """One line a device, and below the table why something failed: a reason is longer than any column."""
     made = Table(box=None, pad_edge=False)
     wide = width >= WIDE
@@ -79,32 +62,35 @@ def view(rows: Sequence[Row], width: int) -> RenderableType:
         made.add_column(name, no_wrap=True)
     for name in ("TTFT ms", "TPOT ms", "tokens/s") if wide else ("TTFT", "TPOT", "tok/s"):
         made.add_column(name, justify="right", no_wrap=True)
-    for row, order in rows:
-        made.add_row(*_cells(row, order, wide))
-    reasons = [
-        Text.assemble((row.id, "yellow"), f": {HELD if held(row, order) else PAUSED}")
-        for row, order in rows
-        if paused(row)
-    ]
-    reasons += [
-        Text.assemble((f"{row.id}: {order.failure_code}", "red"), f": {order.failure_message}")
-        for row, order in rows
-        if order and order.failure_code
-    ]
-    return Group(made, *reasons)
+    for view in views:
+        made.add_row(*_cells(view, wide))
+    return Group(made, *_reasons(views))
 
 
-def _cells(row: DeviceRow, order: DeploymentRow | None, wide: bool) -> list[str | Text]:
-    health, proof = row.health or {}, (order.proof if order else None) or {}
+def _reasons(views: Sequence[DeviceView]) -> Iterator[Text]:
+    for view in views:
+        if view.paused:
+            yield Text.assemble((view.device.id, "yellow"), f": {HELD if view.held else PAUSED}")
+    for view in views:
+        row = view.deployment
+        if row and row.failure_code:
+            yield Text.assemble((f"{row.device}: {row.failure_code}", "red"), f": {row.failure_message}")
+
+
+def _cells(view: DeviceView, wide: bool) -> list[str | Text]:
+    row, deployment = view.device, view.deployment
+    health, proof = row.health or {}, (deployment.proof if deployment else None) or {}
     words = ("online", "offline") if wide else ("on", "off")
+    transferring = deployment is not None and deployment.stage == Stage.TRANSFERRING
     cells: list[str | Text] = [
         row.id,
         Text(words[0], "green") if row.online else Text(words[1], "dim"),
-        _state(row, order),
-        progress_text(order.progress) if order and order.stage == Stage.TRANSFERRING else "",
+        _state(view),
+        progress_text(deployment.progress) if deployment and transferring else "",
     ]
     if wide:
-        cells += [(order.served_digest or "-")[:12] if order else "-", (order.runtime if order else None) or "-"]
+        digest, runtime = (deployment.served_digest, deployment.runtime) if deployment else (None, None)
+        cells += [(digest or "-")[:12], runtime or "-"]
     return [
         *cells,
         _figure(health.get("ttft_ms_p50") or proof.get("ttft_ms")),
@@ -113,10 +99,11 @@ def _cells(row: DeviceRow, order: DeploymentRow | None, wide: bool) -> list[str 
     ]
 
 
-def _state(row: DeviceRow, order: DeploymentRow | None) -> str | Text:
-    if held(row, order):
+def _state(view: DeviceView) -> str | Text:
+    if view.held:
         return Text("paused", "yellow")
-    return Text(order.stage, _STYLES.get(Stage(order.stage), "cyan")) if order else "-"
+    row = view.deployment
+    return Text(row.stage, _STYLES.get(Stage(row.stage), "cyan")) if row else "-"
 
 
 def progress_text(progress: dict[str, Any] | None) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import structlog
@@ -19,16 +17,35 @@ from agent.contract.manifest import Manifest
 from agent.contract.messages import Want
 from agent.link import BulkSource, Handler, Message
 from fleet.delivery.send_queue import SendQueue
+from fleet.errors import StoreError
 
 #: Artifacts with open files; the least recently wanted is closed.
 MAX_OPEN = 16
 #: Distinct complaints that are logged; each is logged once.
 MAX_COMPLAINTS = 1000
 
-Artifacts = Callable[[str], "tuple[Manifest, Path] | None"]
-"""From a digest to the manifest and the folder of its files. Called on the link's thread, seldom."""
-
 _log = structlog.get_logger(__name__)
+
+
+class Artifact(Protocol):
+    """The bytes of one artifact; ``fleet.store.ArtifactReader`` has it."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bytes are."""
+        ...
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset`` of the manifest's file number ``file``; raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """Release what reading has opened."""
+        ...
+
+
+Artifacts = Callable[[str], Artifact | None]
+"""Opens an artifact by its digest, None where there is none. Called on the link's thread, seldom."""
 
 
 class BulkLink(Protocol):
@@ -131,7 +148,7 @@ class ChunkServer:
             self._complain("want_malformed", message.topic, str(error))
             return
         with self._lock:
-            artifact = self._artifact(digest) if digest is not None else None
+            artifact = self._opened(digest) if digest is not None else None
             if digest is None or artifact is None:
                 self._unknown += 1
                 self._complain("want_unknown_artifact", message.topic, f"asked for by {want.device}")
@@ -152,13 +169,20 @@ class ChunkServer:
                     return topic or topics.own_chunk(str(device), digest, index), data
         return None
 
+    def _opened(self, digest: str) -> _OpenArtifact | None:
+        try:
+            return self._artifact(digest)
+        except StoreError as error:
+            self._complain("artifact_unreadable", digest, str(error))
+            return None
+
     def _artifact(self, digest: str) -> _OpenArtifact | None:
         artifact = self._open.get(digest)
         if artifact is None:
             found = self._artifacts(digest)
             if found is None:
                 return None
-            artifact = self._open[digest] = _OpenArtifact(*found)
+            artifact = self._open[digest] = _OpenArtifact(found)
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(digest)
@@ -169,17 +193,17 @@ class ChunkServer:
             artifact = self._artifact(digest)
             if artifact is not None:
                 return artifact.read(index)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             self._complain("chunk_unreadable", digest, str(error))
         self._unreadable += 1
         return None
 
-    def _complain(self, event: str, about: str, why: str) -> None:
+    def _complain(self, event: str, about: str, error: str) -> None:
         # Anyone who may publish wants could fill the log otherwise.
         key = f"{event} {about}"
         if key not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
             self._complaints.add(key)
-            _log.warning(event, about=about, why=why)
+            _log.warning(event, about=about, error=error)
 
 
 def _indices(want: Want, count: int) -> Iterator[int]:
@@ -194,13 +218,12 @@ def _indices(want: Want, count: int) -> Iterator[int]:
 
 
 class _OpenArtifact:
-    """Where each chunk is; files are opened when first read."""
+    """An artifact, and where each of its chunks is."""
 
-    def __init__(self, manifest: Manifest, folder: Path) -> None:
-        self._paths = [folder / file.path for file in manifest.files]
-        self._descriptors: dict[int, int] = {}
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
         self._chunks: list[tuple[int, int, int]] = []
-        for number, file in enumerate(manifest.files):
+        for number, file in enumerate(artifact.manifest.files):
             offset = 0
             for size, _digest in file.chunks:
                 self._chunks.append((number, offset, size))
@@ -211,21 +234,7 @@ class _OpenArtifact:
         return len(self._chunks)
 
     def read(self, index: int) -> bytes:
-        number, offset, size = self._chunks[index]
-        descriptor = self._descriptors.get(number)
-        if descriptor is None:
-            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-            descriptor = self._descriptors[number] = os.open(self._paths[number], flags)
-        if hasattr(os, "pread"):
-            data = os.pread(descriptor, size, offset)
-        else:  # Windows; the lock of the server holds
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            data = os.read(descriptor, size)
-        if len(data) != size:
-            raise OSError(f"{self._paths[number]} ends before chunk {index}: it is not what was published")
-        return data
+        return self._artifact.read(*self._chunks[index])
 
     def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._artifact.close()

@@ -1,32 +1,30 @@
-"""The demo's steps. Each uses the same code as the command that an operator would type."""
+"""The demo's steps. Each uses the same operation as the command that an operator would type."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
-
-from agent.contract.manifest import Manifest, Precision, Target, Toolchain
-from agent.contract.messages import HealthReport, Reported, State
+from agent.contract.manifest import Manifest, Precision, Target
+from agent.contract.messages import Reported, State
 from agent.contract.profile import DeviceClass, DeviceProfile, QualityGate, Recipe
-from fleet.cli.context import Context
-from fleet.cli.deploy import DeployOptions, order
-from fleet.cli.devices import add_device
+from fleet.demo.outcome import DemoOptions, Outcome
 from fleet.demo.processes import Process, free_port, port_is_free, running
-from fleet.demo.teller import Step, Teller
-from fleet.errors import FleetError, UsageError
+from fleet.demo.progress import DemoProgress, Step
+from fleet.demo.watch import DemoError, Watch, chat
+from fleet.errors import UsageError
+from fleet.operations.deploy import DeployOptions, deploy
+from fleet.operations.devices import add_device
+from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
+from fleet.registry import Actor
+from fleet.settings import FleetSettings, load
 from fleet.toolchains.build.build import build
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint, resolve_model
 from fleet.toolchains.checkpoint.sample_model import make_sample
@@ -38,72 +36,12 @@ PROFILE = "iot-x86"
 QUESTION = "What is the capital of France?"
 STEPS = 9
 PROBATION_S = 3.0
-_POLL_S = 0.1
-_PATIENCE_S = 240.0
+KEEP_CHECK_S = 1.0
+
+_STATES = list(State)
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command was told. ``broker`` is embedded, or the URL of one."""
-
-    toolchain: Toolchain = Toolchain.ONNX_GENAI
-    precision: Precision = Precision.INT4
-    port: int | None = None
-    broker: str = "embedded"
-    keep: bool = False
-    as_json: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the demo saw, for the table and for ``--json``."""
-
-    answer: str
-    endpoint: str
-    manifest: Manifest
-    reported: Reported
-    health: HealthReport
-    seconds: float
-
-    def to_json(self) -> str:
-        """The object of ``--json``, on one line."""
-        progress, health = self.reported.progress, self.health
-        return json.dumps(
-            {
-                "answer": self.answer,
-                "endpoint": self.endpoint,
-                "deployment": {
-                    "state": self.reported.state.value,
-                    "device": self.reported.device,
-                    "digest": self.reported.digest,
-                    "runtime": self.reported.runtime,
-                },
-                "artifact": {
-                    "id": self.manifest.id,
-                    "toolchain": self.manifest.toolchain.value,
-                    "precision": self.manifest.precision.value,
-                    "bytes": self.manifest.size,
-                },
-                "transfer": {
-                    "bytes": progress.bytes_received if progress else 0,
-                    "seconds": round(progress.seconds, 3) if progress else 0.0,
-                },
-                "health": {
-                    "ttft_ms": round(health.ttft_ms_p50 or 0.0, 2),
-                    "tpot_ms": round(health.tpot_ms_p50 or 0.0, 2),
-                    "tokens_per_s": round(health.tokens_per_s or 0.0, 2),
-                },
-                "seconds": round(self.seconds, 2),
-            },
-            ensure_ascii=False,
-        )
-
-
-class DemoError(FleetError):
-    """A step did not come to its end."""
-
-
-def run_demo(options: Options, tell_json: Callable[[str], None]) -> None:
+def run_demo(options: DemoOptions, progress: DemoProgress) -> None:
     """All of it; what was made is removed again, also when interrupted.
 
     Raises:
@@ -112,46 +50,126 @@ def run_demo(options: Options, tell_json: Callable[[str], None]) -> None:
     """
     if options.port is not None and not port_is_free(options.port):
         raise UsageError(f"port {options.port} is in use; name another with --port, or leave it out for a free one")
-    teller = Teller(STEPS, to_stderr=options.as_json)
     with _ended_by_signals(), _temporary_home() as folder:
-        teller.say(f"phifleet demo: one machine, nothing simulated, in {folder}")
-        _run(options, folder, teller, tell_json)
-    teller.say("cleaned up: the processes are ended, the folder is removed")
+        progress.note(f"phifleet demo: one machine, nothing simulated, in {folder}")
+        with Fleet(_settings(options, folder)) as fleet:
+            _Demo(options, folder, fleet, progress).run()
+    progress.note("cleaned up: the processes are ended, the folder is removed")
 
 
-def _run(options: Options, folder: Path, teller: Teller, tell_json: Callable[[str], None]) -> None:
-    broker_port = free_port()
-    context = Context.load({"home": folder / "fleet", "broker": options.broker, "broker_port": broker_port}, None)
-    checkpoint = _sample(teller, folder)
-    profile = _profile(options)
-    manifest = _build(teller, context, checkpoint, profile)
-    _trust(teller, context)
-    with contextlib.ExitStack() as stack:
-        controller = stack.enter_context(running(_controller(context, folder)))
-        agent = _device(teller, context, profile, options, folder, stack, controller)
-        watch = _Watch(context, (controller, agent))
-        _deploy(teller, context, manifest, watch)
-        endpoint = f"{watch.reported().endpoint}/v1"
-        outcome = _ask(teller, endpoint, manifest, watch)
-        if options.as_json:
-            tell_json(outcome.to_json())
-        teller.table(_health_table(outcome))
-        teller.say(f"the whole demo took {outcome.seconds:.0f} s")
-        if options.keep:
-            _keep(teller, endpoint, context, watch)
+def _settings(options: DemoOptions, folder: Path) -> FleetSettings:
+    """Of a fleet of its own: the operator's configuration must not bring the demo into a real fleet's database."""
+    own = {
+        "home": folder / "fleet",
+        "broker": options.broker,
+        "broker_port": free_port(),
+        "database": f"sqlite:///{folder.as_posix()}/fleet.db",
+    }
+    return load(own, None)[0]
 
 
-def _sample(teller: Teller, folder: Path) -> Checkpoint:
-    with teller.step("model") as step:
-        report = make_sample(folder / "sample", progress=step.progress)
-        step.done(
-            f"{report.name}: {report.parameters / 1e6:.0f} million weights as Phi-3, {report.bytes / 1e6:.0f} MB FP32, "
-            f"logits {report.logits_difference:g} from its source's"
-        )
-    return resolve_model(str(folder / "sample"), progress=lambda _: None)
+class _Demo:
+    """The steps in their order; each reports what came of it."""
+
+    def __init__(self, options: DemoOptions, folder: Path, fleet: Fleet, progress: DemoProgress) -> None:
+        self._options, self._folder, self._fleet, self._progress = options, folder, fleet, progress
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        checkpoint = self._model()
+        profile = _profile(self._options)
+        manifest = self._build(checkpoint, profile)
+        self._trust()
+        with running(self._controller()) as controller, running(self._agent(profile)) as agent:
+            watch = Watch(self._fleet, DEVICE, (controller, agent))
+            self._online(watch, profile)
+            self._deploy(watch, manifest)
+            endpoint = f"{watch.reported().endpoint}/v1"
+            self._progress.outcome(self._ask(watch, manifest, endpoint))
+            if self._options.keep:
+                self._keep(watch, endpoint)
+
+    def _model(self) -> Checkpoint:
+        with self._progress.step("model") as step:
+            report = make_sample(self._folder / "sample", progress=step.progress)
+            step.done(
+                f"{report.name}: {report.parameters / 1e6:.0f} million weights as Phi-3, {report.bytes / 1e6:.0f} MB "
+                f"FP32, logits {report.logits_difference:g} from its source's"
+            )
+        return resolve_model(str(self._folder / "sample"), progress=lambda _: None)
+
+    def _build(self, checkpoint: Checkpoint, profile: DeviceProfile) -> Manifest:
+        recipe = profile.recipes[0]
+        with self._progress.step("build") as step:
+            manifest = build(checkpoint, profile, recipe, self._fleet.home, progress=step.progress)
+            chunks = sum(len(file.chunks) for file in manifest.files)
+            step.done(
+                f"{recipe.toolchain} {recipe.precision} for {profile.name}: {manifest.size / 1e6:.1f} MB in {chunks} "
+                f"chunks, {manifest.id}"
+            )
+        return manifest
+
+    def _trust(self) -> None:
+        with self._progress.step("trust") as step:
+            Repository(self._fleet.home).init()
+            step.done("TUF repository: root 2 of 3, targets, snapshot, timestamp; director; device CA")
+
+    def _controller(self) -> Process:
+        settings = self._fleet.settings
+        environment = {
+            "PHIFLEET_HOME": str(settings.home),
+            "PHIFLEET_BROKER": settings.broker,
+            "PHIFLEET_BROKER_PORT": str(settings.broker_port),
+            "PHIFLEET_DATABASE": settings.database_url,
+        }
+        return Process("controller", ["fleet", "serve"], self._folder / "controller.log", environment)
+
+    def _agent(self, profile: DeviceProfile) -> Process:
+        bundle = self._folder / "device.bundle.json"
+        add_device(self._fleet, DEVICE, profile, bundle, Actor("demo", datetime.now(UTC)), custom=True)
+        arguments = ["agent", "run", "--bundle", str(bundle), "--state-dir", str(self._folder / "device")]
+        arguments += ["--port", str(self._options.port or 0)]
+        environment = {"PHIFLEET_AGENT_HEALTH_INTERVAL_S": "1"}
+        return Process("agent", arguments, self._folder / "agent.log", environment)
+
+    def _online(self, watch: Watch, profile: DeviceProfile) -> None:
+        with self._progress.step("device") as step:
+            watch.until(watch.online, "the device to come online")
+            step.done(f"{DEVICE} ({profile.name}) enrolled and online over {self._fleet.settings.broker_url}")
+
+    def _deploy(self, watch: Watch, manifest: Manifest) -> None:
+        with self._progress.step("deploy") as step:
+            devices, options = [self._fleet.registry.devices.get(DEVICE)], DeployOptions(probation_s=PROBATION_S)
+            deploy(self._fleet, [manifest], devices, options, Actor("demo", datetime.now(UTC)))
+            step.done(f"manifest signed into TUF, order 1 signed for {DEVICE}")
+        with self._progress.step("transfer") as step:
+            watch.until(lambda: _past(State.TRANSFERRING, watch, step), "the transfer")
+            step.done(_transfer_line(watch.reported()))
+        with self._progress.step("commit") as step:
+            watch.until(lambda: _past(State.PROBATION, watch, step), "the deployment to commit")
+            step.done(_commit_line(watch.reported()))
+
+    def _ask(self, watch: Watch, manifest: Manifest, endpoint: str) -> Outcome:
+        with self._progress.step("ask") as step:
+            answer = chat(endpoint, manifest.model.name, QUESTION)
+            step.done(f"{QUESTION} -> {answer}")
+        with self._progress.step("health") as step:
+            watch.until(lambda: watch.judged_health() is not None, "a verdict on health")
+            health = watch.judged_health()
+            assert health is not None  # noqa: S101 - the line above waited for it
+            step.done(f"{health.verdict}, after {health.requests} requests in the window")
+        return Outcome(answer, endpoint, manifest, watch.reported(), health, time.monotonic() - self._began)
+
+    def _keep(self, watch: Watch, endpoint: str) -> None:
+        self._progress.note(f"serving on {endpoint}; try:  curl {endpoint}/models")
+        self._progress.note(f"the fleet's view:  phifleet --home {self._fleet.home.root} status")
+        self._progress.note("Ctrl-C ends it")
+        while True:
+            watch.check()
+            time.sleep(KEEP_CHECK_S)
 
 
-def _profile(options: Options) -> DeviceProfile:
+def _profile(options: DemoOptions) -> DeviceProfile:
     """The x86 IoT box, or an AI PC where the precision is not for IoT; the recipe is the one asked for."""
     # The gate would ask for a measured loss, which takes longer than the rest of the demo together.
     profile = load_profile(PROFILE).model_copy(update={"quality": QualityGate()})
@@ -164,198 +182,30 @@ def _profile(options: Options) -> DeviceProfile:
     return profile.model_copy(update={"name": "demo", "device_class": kind, "recipes": (recipe,)})
 
 
-def _build(teller: Teller, context: Context, checkpoint: Checkpoint, profile: DeviceProfile) -> Manifest:
-    recipe = profile.recipes[0]
-    with teller.step("build") as step:
-        manifest = build(checkpoint, profile, recipe, context.home, progress=step.progress)
-        chunks = sum(len(file.chunks) for file in manifest.files)
-        step.done(
-            f"{recipe.toolchain} {recipe.precision} for {profile.name}: {manifest.size / 1e6:.1f} MB in {chunks} "
-            f"chunks, {manifest.id}"
-        )
-    return manifest
-
-
-def _trust(teller: Teller, context: Context) -> None:
-    with teller.step("trust") as step:
-        Repository(context.home).init()
-        step.done("TUF repository: root 2 of 3, targets, snapshot, timestamp; director; device CA")
-
-
-def _controller(context: Context, folder: Path) -> Process:
-    settings = context.settings
-    environment = {
-        "PHIFLEET_HOME": str(settings.home),
-        "PHIFLEET_BROKER": settings.broker,
-        "PHIFLEET_BROKER_PORT": str(settings.broker_port),
-    }
-    return Process("controller", ["fleet", "serve"], folder / "controller.log", environment)
-
-
-def _device(
-    teller: Teller,
-    context: Context,
-    profile: DeviceProfile,
-    options: Options,
-    folder: Path,
-    stack: contextlib.ExitStack,
-    controller: Process,
-) -> Process:
-    with teller.step("device") as step:
-        bundle = folder / "device.bundle.json"
-        add_device(context, DEVICE, profile, bundle, custom=True)
-        arguments = ["agent", "run", "--bundle", str(bundle), "--state-dir", str(folder / "device")]
-        arguments += ["--port", str(options.port or 0)]
-        environment = {"PHIFLEET_AGENT_HEALTH_INTERVAL_S": "1"}
-        agent = stack.enter_context(running(Process("agent", arguments, folder / "agent.log", environment)))
-        watch = _Watch(context, (controller, agent))
-        watch.until(watch.online, "the device to come online")
-        step.done(f"{DEVICE} ({profile.name}) enrolled and online over {context.settings.broker_url}")
-    return agent
-
-
-def _deploy(teller: Teller, context: Context, manifest: Manifest, watch: _Watch) -> None:
-    with teller.step("deploy") as step:
-        with contextlib.closing(context.open_registry()) as registry:
-            order(context, registry, manifest, [registry.device(DEVICE)], DeployOptions(probation_s=PROBATION_S))
-        step.done(f"manifest signed into TUF, order 1 signed for {DEVICE}")
-    with teller.step("transfer") as step:
-        watch.until(lambda: _moved(watch, step, State.TRANSFERRING), "the transfer")
-        progress = watch.reported().progress
-        if progress is not None:
-            rate = progress.bytes_received / 2**20 / max(progress.seconds, 1e-6)
-            moved = f"{progress.bytes_received / 1e6:.1f} MB in {progress.seconds:.2f} s, {rate:.0f} MiB/s"
-            step.done(f"{moved}, every chunk verified")
-    with teller.step("commit") as step:
-        watch.until(lambda: _moved(watch, step, State.PROBATION), "the deployment to commit")
-        reported = watch.reported()
-        _refuse_failure(reported)
-        proof = reported.proof
-        proven = f"TTFT {proof.ttft_ms:.0f} ms, {proof.tpot_ms:.1f} ms a token" if proof else ""
-        step.done(f"verified, proven by {reported.runtime} ({proven}), {PROBATION_S:g} s of probation, serving")
-
-
-_ORDER = list(State)
-
-
-def _moved(watch: _Watch, step: Step, past: State) -> bool:
+def _past(state: State, watch: Watch, step: Step) -> bool:
     reported = watch.reported()
     progress = reported.progress
     share = progress.bytes_done / progress.bytes_total if progress and progress.bytes_total else None
     step.progress(Progress(reported.state.value, share if reported.state is State.TRANSFERRING else None))
-    return reported.sequence > 0 and _ORDER.index(reported.state) > _ORDER.index(past)
+    return reported.sequence > 0 and _STATES.index(reported.state) > _STATES.index(state)
 
 
-def _refuse_failure(reported: Reported) -> None:
+def _transfer_line(reported: Reported) -> str:
+    progress = reported.progress
+    if progress is None:
+        return ""
+    rate = progress.bytes_received / 2**20 / max(progress.seconds, 1e-6)
+    moved = f"{progress.bytes_received / 1e6:.1f} MB in {progress.seconds:.2f} s, {rate:.0f} MiB/s"
+    return f"{moved}, every chunk verified"
+
+
+def _commit_line(reported: Reported) -> str:
     if reported.state is not State.COMMITTED:
         why = f"{reported.failure.code.value}: {reported.failure.message}" if reported.failure else "no reason told"
         raise DemoError(f"the deployment ended {reported.state.value}: {why}")
-
-
-def _ask(teller: Teller, endpoint: str, manifest: Manifest, watch: _Watch) -> Outcome:
-    with teller.step("ask") as step:
-        answer = chat(endpoint, manifest.model.name, QUESTION)
-        step.done(f"{QUESTION} -> [bold]{answer}[/bold]")
-    with teller.step("health") as step:
-        # A report may tell of the first requests before they were judged.
-        watch.until(lambda: (told := watch.health()) is not None and told.verdict != "unknown", "a verdict on health")
-        health = watch.health()
-        assert health is not None  # noqa: S101 - the line above waited for it
-        step.done(f"{health.verdict}, after {health.requests} requests in the window")
-    return Outcome(answer, endpoint, manifest, watch.reported(), health, teller.seconds)
-
-
-def chat(endpoint: str, model: str, question: str) -> str:
-    """Ask over HTTP, as any client would.
-
-    Raises:
-        DemoError: the endpoint refuses or does not answer.
-    """
-    body = {"model": model, "temperature": 0, "max_tokens": 40, "messages": [{"role": "user", "content": question}]}
-    request = urllib.request.Request(  # noqa: S310 - our own endpoint, over http
-        f"{endpoint}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:  # noqa: S310 - as above
-            reply: dict[str, Any] = json.load(response)
-    except urllib.error.HTTPError as error:
-        raise DemoError(f"{endpoint} answered {error.code}: {error.read()[:300].decode(errors='replace')}") from None
-    except OSError as error:
-        raise DemoError(f"{endpoint} does not answer: {error}") from None
-    return str(reply["choices"][0]["message"]["content"]).strip()
-
-
-def _health_table(outcome: Outcome) -> Table:
-    table = Table(title="health, as the device reported it over MQTT")
-    for column in ("device", "runtime", "digest", "TTFT p50", "per token", "tokens/s", "requests", "errors", "memory"):
-        table.add_column(column)
-    health, reported = outcome.health, outcome.reported
-    table.add_row(
-        reported.device,
-        reported.runtime or "",
-        (reported.digest or "")[:12],
-        f"{health.ttft_ms_p50 or 0:.0f} ms",
-        f"{health.tpot_ms_p50 or 0:.1f} ms",
-        f"{health.tokens_per_s or 0:.0f}",
-        str(health.requests),
-        str(health.errors),
-        f"{health.worker_memory_bytes / 2**20:.0f} MiB",
-    )
-    return table
-
-
-def _keep(teller: Teller, endpoint: str, context: Context, watch: _Watch) -> None:
-    teller.say(f"serving on {endpoint}; try:  curl {endpoint}/models")
-    teller.say(f"the fleet's view:  phifleet --home {context.settings.home} status")
-    teller.say("Ctrl-C ends it")
-    while True:
-        watch.check()
-        time.sleep(1)
-
-
-class _Watch:
-    """Looks at what the controller recorded of the device, and that both processes live."""
-
-    def __init__(self, context: Context, processes: tuple[Process, ...]) -> None:
-        self._context = context
-        self._processes = processes
-
-    def check(self) -> None:
-        for process in self._processes:
-            process.check()
-
-    def _row(self) -> Any:
-        with contextlib.closing(self._context.open_registry()) as registry:
-            return registry.device(DEVICE)
-
-    def online(self) -> bool:
-        return bool(self._row().online)
-
-    def reported(self) -> Reported:
-        found = self._row().reported
-        return Reported.model_validate(found) if found else Reported.model_validate(_NOTHING)
-
-    def health(self) -> HealthReport | None:
-        found = self._row().health
-        report = HealthReport.model_validate(found) if found else None
-        return report if report is not None and report.requests and report.tpot_ms_p50 else None
-
-    def until(self, reached: Callable[[], bool], what: str) -> None:
-        """Wait for it.
-
-        Raises:
-            DemoError: it did not come about; with the agent's last words.
-        """
-        end = time.monotonic() + _PATIENCE_S
-        while not reached():
-            self.check()
-            if time.monotonic() > end:
-                words = "\n".join(f"  {process.name}:\n{process.tail()}" for process in self._processes)
-                raise DemoError(f"waited {_PATIENCE_S:.0f} s for {what}\n{words}")
-            time.sleep(_POLL_S)
-
-
-_NOTHING = {"device": DEVICE, "state": "idle", "at": "1970-01-01T00:00:00Z"}
+    proof = reported.proof
+    proven = f"TTFT {proof.ttft_ms:.0f} ms, {proof.tpot_ms:.1f} ms a token" if proof else ""
+    return f"verified, proven by {reported.runtime} ({proven}), {PROBATION_S:g} s of probation, serving"
 
 
 @contextlib.contextmanager

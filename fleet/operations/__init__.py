@@ -1,1 +1,1 @@
-"""What the operator's commands do, free of the command line: deploy, devices, views."""
+"""What the commands do, free of any user interface: the command line, the demo, and whatever comes call the same."""

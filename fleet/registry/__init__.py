@@ -1,8 +1,9 @@
-"""Devices, artifacts, deployments, audit: SQLAlchemy, SQLite by default, PostgreSQL by URL."""
+"""Devices, artifacts, deployments, audit, health: SQLAlchemy, SQLite by default, PostgreSQL by URL."""
 
 from fleet.registry.database import Database
 from fleet.registry.recorder import Received, Recorder
-from fleet.registry.registry import Actor, Registry
+from fleet.registry.registry import Registry
+from fleet.registry.rows import Actor
 
 __all__ = ["Actor", "Database", "Received", "Recorder", "Registry", "open_registry"]
 

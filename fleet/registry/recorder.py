@@ -1,11 +1,12 @@
-"""What devices say, parsed off their topics and written down in batches: one transaction for many messages."""
+"""What devices report, parsed off their topics and written down in batches: one transaction for many messages."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 import structlog
 from sqlalchemy import select
@@ -17,18 +18,19 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.messages import Facts, HealthReport, Presence, Reported
 from fleet.core import deployments as core
 from fleet.errors import RegistryError
+from fleet.registry.health import keep_newest_health
 from fleet.registry.models import DeploymentRow, DeviceRow, HealthRow
-from fleet.registry.registry import Registry, keep_newest_health, store, view
+from fleet.registry.rows import apply
 
 _log = structlog.get_logger("recorder")
 
-Said = Presence | Facts | Reported | HealthReport
+Report = Presence | Facts | Reported | HealthReport
 #: Devices whose faulty messages are counted one by one; what comes past that is counted as "*".
 MAX_NAMES = 10_000
 #: A device's old health reports are deleted at its first batch and then at every so many.
 PRUNE_EVERY = 32
 
-_TYPES: dict[str, type[Said]] = {
+_TYPES: dict[str, type[Report]] = {
     "presence": Presence,
     "facts": Facts,
     "reported": Reported,
@@ -38,7 +40,7 @@ _TYPES: dict[str, type[Said]] = {
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One publication of a device, and when it came. ``retained``: said before the controller was listening."""
+    """One publication of a device, and when it came. ``retained``: it was published before the controller listened."""
 
     topic: str
     payload: bytes
@@ -48,17 +50,25 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A publication that was parsed; ``said`` is None when it was malformed."""
+    """A publication that was parsed; ``report`` is None when it was malformed."""
 
     device: str
-    said: Said | None
+    report: Report | None
     received: Received
+
+
+class Sink(Protocol):
+    """What the recorder needs of the registry."""
+
+    def record(self, write: Callable[[Session], None]) -> None:
+        """One transaction."""
+        ...
 
 
 class Recorder:
     """Turns publications into rows. Malformed ones are counted, and logged once per device."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Sink) -> None:
         self._registry = registry
         self.malformed: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
@@ -83,7 +93,7 @@ class Recorder:
             if not isinstance(error.__cause__, (DataError, IntegrityError)):
                 raise
             if len(read) == 1:
-                _log.warning("message dropped", device=read[0].device, reason=str(error))
+                _log.warning("message dropped", device=read[0].device, error=str(error))
             return False
         return True
 
@@ -93,34 +103,34 @@ class Recorder:
             return None
         device, leaf = found
         try:
-            said = _TYPES[leaf].from_json(received.payload)
+            report = _TYPES[leaf].from_json(received.payload)
         except (MalformedMessageError, KeyError) as error:
             return self._malformed(device, received, str(error))
-        if said.device != device:
-            return self._malformed(device, received, f"device is {said.device!r}")
-        return _Read(device, said, received)
+        if report.device != device:
+            return self._malformed(device, received, f"device is {report.device!r}")
+        return _Read(device, report, received)
 
-    def _malformed(self, device: str, received: Received, reason: str) -> _Read:
+    def _malformed(self, device: str, received: Received, error: str) -> _Read:
         if _count(self.malformed, device):
-            _log.warning("malformed message ignored", device=device, topic=received.topic, reason=reason[:500])
+            _log.warning("malformed message ignored", device=device, topic=received.topic, error=error[:500])
         return _Read(device, None, received)
 
     def _write(self, session: Session, read: Sequence[_Read]) -> None:
         names = {one.device for one in read}
         query = select(DeviceRow).where(DeviceRow.id.in_(names), DeviceRow.removed_at.is_(None))
         devices = {row.id: row for row in session.scalars(query)}
-        ordered = {one.said.deployment for one in read if isinstance(one.said, Reported)}
+        ordered = {one.report.deployment for one in read if isinstance(one.report, Reported)}
         orders = {row.id: row for row in session.scalars(select(DeploymentRow).where(DeploymentRow.id.in_(ordered)))}
         for one in read:
             row = devices.get(one.device)
             if row is None:
                 if _count(self.unknown, one.device):
                     _log.warning("message of a device that was not added", device=one.device, topic=one.received.topic)
-            elif one.said is None:
+            elif one.report is None:
                 row.malformed += 1
             else:
-                _apply(session, row, one.said, one.received, orders)
-        self._prune(session, {one.device for one in read if isinstance(one.said, HealthReport)} & devices.keys())
+                _apply(session, row, one.report, one.received, orders)
+        self._prune(session, {one.device for one in read if isinstance(one.report, HealthReport)} & devices.keys())
 
     def _prune(self, session: Session, devices: Collection[str]) -> None:
         for device in devices:
@@ -131,24 +141,24 @@ class Recorder:
 
 
 def _apply(
-    session: Session, row: DeviceRow, said: Said, received: Received, orders: Mapping[str, DeploymentRow]
+    session: Session, row: DeviceRow, report: Report, received: Received, orders: Mapping[str, DeploymentRow]
 ) -> None:
-    match said:
+    match report:
         case Presence():
-            row.online, row.presence_at = said.online, said.at or received.at
-            row.agent_version = said.agent_version or row.agent_version
-            _log.info("presence", device=row.id, online=said.online)
+            row.online, row.presence_at = report.online, report.at or received.at
+            row.agent_version = report.agent_version or row.agent_version
+            _log.info("presence", device=row.id, online=report.online)
         case Facts():
-            row.facts = said.model_dump(mode="json")
+            row.facts = report.model_dump(mode="json")
         case Reported():
-            row.reported = said.model_dump(mode="json")
-            order = orders.get(said.deployment)
-            if order is not None and (order.device, order.sequence) == (said.device, said.sequence):
-                _apply_report(order, said, received)
+            row.reported = report.model_dump(mode="json")
+            order = orders.get(report.deployment)
+            if order is not None and (order.device, order.sequence) == (report.device, report.sequence):
+                _apply_report(order, report, received)
         case HealthReport():
-            row.health = said.model_dump(mode="json")
+            row.health = report.model_dump(mode="json")
             session.add(HealthRow(device=row.id, at=received.at, report=row.health))
-    row.last_seen = _seen(row.last_seen, said, received)
+    row.last_seen = _seen(row.last_seen, report, received)
 
 
 def _count(counter: Counter[str], device: str) -> bool:
@@ -158,28 +168,27 @@ def _count(counter: Counter[str], device: str) -> bool:
     return counter[key] == 1
 
 
-def _seen(before: datetime | None, said: Said, received: Received) -> datetime | None:
+def _seen(before: datetime | None, report: Report, received: Received) -> datetime | None:
     """When the device last spoke: its will is the broker's word, and a retained message is an old one."""
-    if isinstance(said, Presence) and not said.online:
+    if isinstance(report, Presence) and not report.online:
         return before
     if not received.retained:
         return received.at
-    newest = max((at for at in (before, said.at) if at is not None), default=None)
+    newest = max((at for at in (before, report.at) if at is not None), default=None)
     return min(newest, received.at) if newest else None
 
 
-def _apply_report(row: DeploymentRow, said: Reported, received: Received) -> None:
+def _apply_report(row: DeploymentRow, report: Reported, received: Received) -> None:
     stage = row.stage
     try:
-        decided = core.decide(view(row), core.Report(said.state, said.failure, received.at))
+        apply(row, core.Report(report.state, report.failure, received.at), received.at)
     except core.TransitionError as error:
-        _log.debug("report not taken", deployment=row.id, device=row.device, reason=str(error))
+        _log.debug("report not taken", deployment=row.id, device=row.device, error=str(error))
         return
-    store(row, decided, received.at)
     row.reported_at = received.at
-    row.progress = said.progress.model_dump(mode="json") if said.progress else row.progress
-    row.proof = said.proof.model_dump(mode="json") if said.proof else row.proof
-    row.runtime, row.endpoint, row.served_digest = said.runtime, said.endpoint, said.digest
+    row.progress = report.progress.model_dump(mode="json") if report.progress else row.progress
+    row.proof = report.proof.model_dump(mode="json") if report.proof else row.proof
+    row.runtime, row.endpoint, row.served_digest = report.runtime, report.endpoint, report.digest
     if row.stage != stage:
-        failure = {"failure": row.failure_code, "reason": row.failure_message} if row.failure_code else {}
+        failure = {"code": row.failure_code, "error": row.failure_message} if row.failure_code else {}
         _log.info("deployment", deployment=row.id, device=row.device, state=row.stage, artifact=row.artifact, **failure)

@@ -1,122 +1,157 @@
-"""The artifacts that were built: ``<home>/artifacts/<id>/manifest.json`` and ``files/`` beside it."""
+"""Artifacts in a folder of this machine: ``<folder>/<id>/manifest.json``, and ``files/`` beside it."""
 
 from __future__ import annotations
 
+import builtins
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from agent.contract.base import MalformedMessageError
-from agent.contract.manifest import Manifest
-from agent.platform.files import write_atomic
-from fleet.errors import BuildError, UsageError
-from fleet.home import Home
+from agent.contract.manifest import ArtifactFile, Manifest
+from agent.platform.files import reason, write_atomic
+from fleet.errors import StoreError
+from fleet.store.local import LocalArtifact
+from fleet.store.protocol import Listing
 
 #: Prefix of folders that are being made; nobody looks into them.
 HALF_MADE = ".building-"
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What is there; ``damaged`` says of each folder that is none why."""
+class FolderStore:
+    """An ``ArtifactStore`` over a folder. Builds go on while it is read: a new artifact appears in one rename."""
 
-    manifests: tuple[Manifest, ...]
-    damaged: tuple[str, ...]
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        self._by_digest: dict[str, Manifest] = {}
+        self._changed_ns = -1
 
+    def folder(self, artifact: str) -> Path:
+        """Where an artifact is, whether or not it is there."""
+        return self.root / artifact
 
-def files_of(home: Home, artifact: str) -> Path:
-    """The folder with the artifact's files, which a manifest's paths are relative to."""
-    return home.artifacts / artifact / "files"
+    def files(self, artifact: str) -> Path:
+        """The folder that a manifest's paths are relative to."""
+        return self.root / artifact / "files"
 
+    def list(self) -> Listing:
+        """Every artifact, sorted by id.
 
-def find(home: Home, artifact: str) -> Manifest | None:
-    """The manifest of the artifact with this id, or None.
+        Raises:
+            StoreError: the folder cannot be read.
+        """
+        manifests, damaged = [], []
+        for folder in self._folders():
+            try:
+                manifests.append(_read(folder / "manifest.json"))
+            except StoreError as error:
+                damaged.append(str(error))
+        return Listing(tuple(manifests), tuple(damaged))
 
-    Raises:
-        BuildError: it is there and cannot be read, or a file has another length than was built.
-    """
-    folder = home.artifacts / artifact
-    if not folder.exists():
-        return None
-    manifest = _read(folder / "manifest.json")
-    _check_lengths(home, manifest)
-    return manifest
+    def get(self, artifact: str) -> Manifest | None:
+        """The manifest of the artifact with this id, or None.
 
+        Raises:
+            StoreError: it cannot be read, or a file is missing or has another length than was built.
+        """
+        folder = self.folder(artifact)
+        if not folder.exists():
+            return None
+        manifest = _read(folder / "manifest.json")
+        self._check_lengths(manifest)
+        return manifest
 
-def load(home: Home, wanted: str) -> Manifest:
-    """By id, by digest, or by a beginning of either (of at least 4 characters) that only one has.
+    def save_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest of an artifact that is there.
 
-    Raises:
-        UsageError: none has it, or several.
-    """
-    manifests = list_artifacts(home).manifests
-    exact = [one for one in manifests if wanted in (one.id, one.digest)]
-    if exact:
-        return exact[0]
-    near = [
-        one for one in manifests if len(wanted) >= 4 and (one.id.startswith(wanted) or one.digest.startswith(wanted))
-    ]
-    if len(near) == 1:
-        return near[0]
-    if near:
-        raise UsageError(f"several artifacts begin with {wanted}: {', '.join(one.id for one in near)}")
-    there = ", ".join(one.id for one in manifests) or "none yet; `phifleet build` makes one"
-    raise UsageError(f"no artifact is named {wanted}; there are: {there}")
-
-
-def list_artifacts(home: Home) -> Listing:
-    """Every artifact, sorted by id."""
-    manifests, damaged = [], []
-    folders = sorted(home.artifacts.iterdir()) if home.artifacts.is_dir() else []
-    for folder in folders:
-        if folder.name.startswith(HALF_MADE) or not folder.is_dir():
-            continue
+        Raises:
+            StoreError: it cannot be written; the one before is still there.
+        """
+        folder = self.folder(manifest.id)
         try:
-            manifests.append(_read(folder / "manifest.json"))
-        except BuildError as error:
-            damaged.append(str(error))
-    return Listing(tuple(manifests), tuple(damaged))
+            write_atomic(folder / "manifest.json", manifest.to_json())
+        except OSError as error:
+            raise StoreError(f"{folder / 'manifest.json'}: cannot be written: {reason(error, folder)}") from None
+
+    def verify(self, manifest: Manifest) -> None:
+        """Compare the files with the manifest, byte for byte.
+
+        Raises:
+            StoreError: a file is missing, cannot be read, or has other bytes than were built.
+        """
+        self._check_lengths(manifest)
+        for entry in manifest.files:
+            path = self.files(manifest.id) / entry.path
+            if _digest(path) != entry.sha256:
+                raise StoreError(f"{path} is not what was built; {_again(path, manifest)}")
+
+    def open(self, digest: str) -> LocalArtifact | None:
+        """A reader of the artifact with this digest, or None. The folder is listed only when it has changed.
+
+        Raises:
+            StoreError: the folder cannot be read.
+        """
+        changed_ns = self._folder_changed_ns()
+        if changed_ns != self._changed_ns:
+            self._by_digest = {manifest.digest: manifest for manifest in self.list().manifests}
+            self._changed_ns = changed_ns
+        manifest = self._by_digest.get(digest)
+        return LocalArtifact(manifest, self.files(manifest.id)) if manifest else None
+
+    def _folders(self) -> builtins.list[Path]:
+        try:
+            found = sorted(self.root.iterdir())
+            return [folder for folder in found if not folder.name.startswith(HALF_MADE) and folder.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _folder_changed_ns(self) -> int:
+        try:
+            return self.root.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: OSError) -> StoreError:
+        return StoreError(f"the artifacts in {self.root} cannot be read: {error.strerror or error}")
+
+    def _check_lengths(self, manifest: Manifest) -> None:
+        for entry in manifest.files:
+            self._check_length(manifest, entry)
+
+    def _check_length(self, manifest: Manifest, entry: ArtifactFile) -> None:
+        path = self.files(manifest.id) / entry.path
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if size is None:
+            raise StoreError(f"{path} is missing; {_again(path, manifest)}")
+        if size != entry.size:
+            raise StoreError(f"{path} has {size} bytes, its manifest says {entry.size}; {_again(path, manifest)}")
 
 
-def save_manifest(home: Home, manifest: Manifest) -> None:
-    """Replace the manifest of an artifact that is there, for example with its measured quality."""
-    write_atomic(home.artifacts / manifest.id / "manifest.json", manifest.to_json())
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def validate(home: Home, manifest: Manifest) -> None:
-    """Compare the files on disk with the manifest, byte for byte.
-
-    Raises:
-        BuildError: a file is missing, has another length or other bytes.
-    """
-    _check_lengths(home, manifest)
-    folder = files_of(home, manifest.id)
-    for entry in manifest.files:
-        with (folder / entry.path).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                raise BuildError(f"{folder / entry.path} is not what was built; {_again(folder)}")
-
-
-def _check_lengths(home: Home, manifest: Manifest) -> None:
-    folder = files_of(home, manifest.id)
-    for entry in manifest.files:
-        path = folder / entry.path
-        if not path.is_file():
-            raise BuildError(f"{path} is missing; {_again(folder)}")
-        if (size := path.stat().st_size) != entry.size:
-            raise BuildError(f"{path} has {size} bytes, its manifest says {entry.size}; {_again(folder)}")
-
-
-def _again(files: Path) -> str:
-    return f"remove {files.parent} and build it again"
+def _again(path: Path, manifest: Manifest) -> str:
+    folder = next(parent for parent in path.parents if parent.name == manifest.id)
+    return f"remove {folder} and build it again"
 
 
 def _read(path: Path) -> Manifest:
     try:
         return Manifest.from_json(path.read_bytes())
     except OSError as error:
-        raise BuildError(
-            f"{path}: cannot be read: {error.strerror or error}; remove its folder and build again"
+        raise StoreError(
+            f"{path}: cannot be read: {error.strerror or error}; remove its folder and build it again"
         ) from None
     except MalformedMessageError as error:
-        raise BuildError(f"{path}: {error}; remove its folder and build again") from None
+        raise StoreError(f"{path}: {error}; remove its folder and build it again") from None

@@ -52,17 +52,17 @@ class World:
 
     def add(self, *devices: str) -> None:
         for device in devices:
-            self.registry.add_device(device, self.profile, None, self.actor)
+            self.registry.devices.add(device, self.profile, None, self.actor)
 
     def deploy(self, *devices: str, **changes: Any) -> list[DeploymentRow]:
         self.repository.publish(self.manifest)
-        self.registry.record_artifact(self.manifest, self.actor)
+        self.registry.artifacts.record(self.manifest, self.actor)
 
         def draft(device: str, sequence: int, deployment: str) -> Desired:
             named = {"device": device, "sequence": sequence, "deployment": deployment}
             return make_desired(self.clock, ref(self.manifest), **(named | changes))
 
-        return self.registry.deploy(devices, draft, self.repository.sign_desired, self.actor)
+        return self.registry.deployments.create(devices, draft, self.repository.sign_desired, self.actor)
 
     def reported(self, order: DeploymentRow, state: State, **fields: Any) -> Reported:
         named = {"device": order.device, "sequence": order.sequence, "deployment": order.id}

@@ -17,7 +17,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES, RUNTIME_OF, Manifest, Precision, Toolchain
 from agent.contract.messages import State, TransferLimits, Window
 from agent.store.artifacts import ArtifactStore
-from fleet.demo.run import chat
+from fleet.demo.watch import chat
 from tests.models import Built, built
 from tests.rig import Rig
 

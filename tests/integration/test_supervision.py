@@ -16,7 +16,7 @@ import pytest
 
 from agent.contract.failures import FailureCode
 from agent.contract.messages import Reported, State
-from fleet.demo.run import DemoError, chat
+from fleet.demo.watch import DemoError, chat
 from tests.load import Load
 from tests.models import Built
 from tests.rig import Rig

@@ -24,6 +24,7 @@ from agent.link import LinkSettings, MqttLink
 from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher
 from fleet.delivery.chunk_server import ChunkServer, ChunkServerStats
+from fleet.store.local import LocalArtifact
 
 FAST = BackoffPolicy(base_s=0.1, cap_s=0.5)
 
@@ -42,7 +43,7 @@ async def linked(url: str, name: str = "device") -> AsyncIterator[MqttLink]:
 @asynccontextmanager
 async def serving(url: str, artifacts: dict[str, tuple[Manifest, Path]]) -> AsyncIterator[ChunkServer]:
     async with linked(url, "server") as link:
-        server = ChunkServer(link, artifacts.get)
+        server = ChunkServer(link, lambda digest: LocalArtifact(*artifacts[digest]) if digest in artifacts else None)
         await server.start()
         yield server
         await server.stop()

@@ -20,7 +20,7 @@ from fleet.core.plan_size import predicted_bytes, recorded
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError
 from fleet.home import Home
-from fleet.store import folder as artifacts
+from fleet.store.folder import HALF_MADE, FolderStore
 from fleet.toolchains.quality import calibration
 from agent.platform.files import reason, sync_folder, sync_tree, write_atomic
 from fleet.toolchains.drivers import process
@@ -113,7 +113,7 @@ def build(
         ProfileError: the toolchain cannot build this recipe.
     """
     plan = plan_build(model, profile, recipe)
-    if found := artifacts.find(home, plan.id):
+    if found := FolderStore(home.artifacts).get(plan.id):
         progress(Progress("already built", 1.0))
         return found
     try:
@@ -161,7 +161,7 @@ def _put_in_place(made: Path, home: Home, manifest: Manifest) -> Manifest:
         made.rename(home.artifacts / manifest.id)
     except OSError:
         # Someone else built the same meanwhile: the same inputs, so theirs is as good.
-        if found := artifacts.find(home, manifest.id):
+        if found := FolderStore(home.artifacts).get(manifest.id):
             return found
         raise
     sync_folder(home.artifacts)
@@ -230,7 +230,7 @@ def _half_made(home: Home, name: str) -> Iterator[Path]:
     home.artifacts.mkdir(parents=True, exist_ok=True)
     with FileLock(home.root / "build.lock"):  # else a folder could be swept before it is locked
         _sweep(home)
-        folder = Path(tempfile.mkdtemp(prefix=f"{artifacts.HALF_MADE}{name}-", dir=home.artifacts))
+        folder = Path(tempfile.mkdtemp(prefix=f"{HALF_MADE}{name}-", dir=home.artifacts))
         mine = FileLock(folder / "lock")
         mine.acquire()
     try:
@@ -241,7 +241,7 @@ def _half_made(home: Home, name: str) -> Iterator[Path]:
 
 
 def _sweep(home: Home) -> None:
-    for folder in home.artifacts.glob(f"{artifacts.HALF_MADE}*"):
+    for folder in home.artifacts.glob(f"{HALF_MADE}*"):
         try:
             with FileLock(folder / "lock", timeout=0):
                 pass

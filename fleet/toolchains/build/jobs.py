@@ -12,7 +12,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from agent.platform.resources import available_bytes
 from fleet.errors import BuildError, FleetError
 from fleet.home import Home
-from fleet.store import folder as artifacts
+from fleet.store.folder import FolderStore
 from fleet.toolchains.drivers import process
 from fleet.toolchains.build.build import BuildPlan, build, plan_build
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
@@ -101,7 +101,7 @@ class _Queue:
     def _need(self, plan: BuildPlan, wanted_by: tuple[int, ...]) -> int | None:
         """Bytes of memory; None where there is nothing to build, and the outcome is noted."""
         try:
-            if found := artifacts.find(self._home, plan.id):
+            if found := FolderStore(self._home.artifacts).get(plan.id):
                 self._note(wanted_by, found, reused=True)
                 return None
             need = plan.peak_memory_bytes

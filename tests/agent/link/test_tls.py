@@ -18,6 +18,7 @@ from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher
 from fleet.delivery.chunk_server import ChunkServer
 from fleet.home import Home
+from fleet.store.local import LocalArtifact
 from fleet.trust.ca import DeviceCA
 from tests.simulators.artifacts import make_artifact, noise
 from tests.simulators.broker import have_mosquitto, mosquitto
@@ -76,7 +77,7 @@ async def test_artifact_over_mutual_tls(secured: Secured, tmp_path: Path) -> Non
     ):
         for link in (controller, device, other):
             await link.wait_connected(10)
-        await ChunkServer(controller, {manifest.digest: (manifest, tmp_path / "source")}.get).start()
+        await ChunkServer(controller, {manifest.digest: LocalArtifact(manifest, tmp_path / "source")}.get).start()
         heard: list[Message] = []
         await other.subscribe(topics.own_chunks("pi-1", manifest.digest), heard.append)
         await other.subscribe(f"{topics.PREFIX}/devices/#", heard.append)

@@ -216,7 +216,7 @@ def test_removal_asks_first(phifleet: Phifleet, world: World, monkeypatch: pytes
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     result = phifleet("device", "remove", "pi-1")
     assert result.code == 130
-    assert len(world.registry.devices()) == 1
+    assert len(world.registry.devices.all()) == 1
 
 
 @pytest.mark.parametrize("command", [("add", "pi-2", "--profile", PROFILE), ("bundle", "pi-1")])
@@ -228,7 +228,7 @@ def test_a_bundle_in_a_folder_that_is_not_there_is_refused(
     result = phifleet("device", *command, "--bundle", str(path))
     assert result.code == 2 and f"the folder {path.parent} does not exist" in result.err
     assert not path.parent.parent.exists()
-    assert [row.id for row in world.registry.devices()] == ["pi-1"]
+    assert [row.id for row in world.registry.devices.all()] == ["pi-1"]
 
 
 def test_the_bundle_of_a_device_is_issued_again_with_a_new_certificate(
@@ -249,7 +249,7 @@ def test_the_bundle_of_a_device_is_issued_again_with_a_new_certificate(
     assert (new.device, new.profile, new.broker, new.root) == (old.device, old.profile, old.broker, old.root)
     assert new.certificate and new.certificate != old.certificate and new.private_key != old.private_key
     assert stat.S_IMODE(second.stat().st_mode) == 0o600
-    assert ("device.bundle", "pi-1") in [(row.action, row.subject) for row in world.registry.audit_trail()]
+    assert ("device.bundle", "pi-1") in [(row.action, row.subject) for row in world.registry.audit.trail()]
     twice = phifleet(*again)
     assert twice.code == 2 and "never overwritten" in twice.err
     unknown = phifleet("device", "bundle", "pi-9", "--bundle", str(tmp_path / "c"))
@@ -268,11 +268,11 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
         ("pi-2", 1, "queued"),
     ]
     assert world.repository.published() == (world.manifest.digest,)
-    desired = payload_of(world.registry.to_publish(False, world.clock.now())[0].envelope)
+    desired = payload_of(world.registry.deployments.to_publish(False, world.clock.now())[0].envelope)
     assert (desired.device, desired.sequence, desired.probation_s) == ("pi-1", 1, 5)
     assert desired.artifacts[0].digest == world.manifest.digest
     assert desired.transfer.window_bytes == world.profile.delivery.window_bytes
-    audit = [(row.action, row.subject) for row in world.registry.audit_trail()]
+    audit = [(row.action, row.subject) for row in world.registry.audit.trail()]
     assert ("artifact.publish", world.manifest.id) in audit and len(
         [a for a, _ in audit if a == "deployment.create"]
     ) == 2
@@ -286,7 +286,7 @@ def test_a_window_is_part_of_the_order_and_the_deadline_counts_from_its_opening(
     window = ("--not-before", opens.isoformat(), "--not-after", (opens + timedelta(hours=1)).isoformat())
     result = phifleet("deploy", world.manifest.id, "--device", "pi-1", *window)
     assert result.code == 0, result.err
-    desired = payload_of(world.registry.to_publish(False, world.clock.now())[0].envelope)
+    desired = payload_of(world.registry.deployments.to_publish(False, world.clock.now())[0].envelope)
     assert desired.window.not_before == opens
     assert 15.9 * 3600 < desired.deadline_s <= 16 * 3600
 
@@ -306,7 +306,7 @@ def test_a_window_that_cannot_be_is_refused(
     result = phifleet("deploy", world.manifest.id, "--device", "pi-1", *options)
     assert result.code == 2
     assert says in result.err
-    assert world.registry.newest() == {}
+    assert world.registry.deployments.newest() == {}
     assert world.repository.published() == (), "nothing was signed for an order that could not be"
 
 
@@ -314,8 +314,8 @@ def test_each_order_to_a_device_has_a_larger_sequence(phifleet: Phifleet, world:
     world.add("pi-1")
     for sequence in (1, 2, 3):
         phifleet("deploy", world.manifest.digest, "--device", "pi-1")
-        assert world.registry.newest()["pi-1"].sequence == sequence
-    assert [row.stage for row in world.registry.history("pi-1")] == ["queued", "superseded", "superseded"]
+        assert world.registry.deployments.newest()["pi-1"].sequence == sequence
+    assert [row.stage for row in world.registry.deployments.history("pi-1")] == ["queued", "superseded", "superseded"]
 
 
 def test_an_artifact_that_does_not_fit_is_refused_with_every_reason(phifleet: Phifleet, world: World) -> None:
@@ -325,10 +325,10 @@ def test_an_artifact_that_does_not_fit_is_refused_with_every_reason(phifleet: Ph
     result = phifleet("deploy", wrong.id, "--device", "pi-1")
     assert result.code == 2
     assert f"pi-1: {wrong.id}: it was built for cuda" in result.err and "MiB free" in result.err
-    assert world.repository.published() == () and world.registry.newest() == {}
+    assert world.repository.published() == () and world.registry.deployments.newest() == {}
     forced = phifleet("deploy", wrong.id, "--device", "pi-1", "--force", "trying the new card")
     assert forced.code == 0
-    (entry,) = [row for row in world.registry.audit_trail() if row.action == "deployment.force"]
+    (entry,) = [row for row in world.registry.audit.trail() if row.action == "deployment.force"]
     assert entry.details is not None and entry.details["reason"] == "trying the new card"
 
 
@@ -336,7 +336,7 @@ def test_none_is_ordered_when_one_of_many_does_not_fit(phifleet: Phifleet, world
     world.add("pi-1", "pi-2")
     hear(world, world.facts("pi-2", disk_free_bytes=1))
     assert phifleet("deploy", world.manifest.id, "--profile", PROFILE).code == 2
-    assert world.registry.newest() == {}
+    assert world.registry.deployments.newest() == {}
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_of_several_variants_each_device_is_ordered_those_that_fit_it(phifleet: 
     wrong = put_artifact(world.home, b"cuda", target="cuda")
     result = phifleet("deploy", wrong.id, other.id, world.manifest.id, "--device", "pi-1")
     assert result.code == 0, result.err
-    (row,) = world.registry.to_publish(False, world.clock.now())
+    (row,) = world.registry.deployments.to_publish(False, world.clock.now())
     expected = [one.digest for one in (other, world.manifest) if fits(world, one)]
     assert [ref.digest for ref in payload_of(row.envelope).artifacts] == expected
     assert world.manifest.digest in expected and wrong.digest not in expected
@@ -415,10 +415,10 @@ def settle(world: World, phifleet: Phifleet, monkeypatch: pytest.MonkeyPatch, st
     """The device answers between two looks of --wait."""
 
     def answer(_: float) -> None:
-        order = world.registry.newest()["pi-1"]
+        order = world.registry.deployments.newest()["pi-1"]
         hear(world, world.reported(order, state, **fields))
 
-    monkeypatch.setattr("fleet.cli.deploy.time.sleep", answer)
+    monkeypatch.setattr("fleet.operations.deploy.time.sleep", answer)
 
 
 def test_wait_ends_with_0_when_all_have_committed(

@@ -86,7 +86,7 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def newest(world: World) -> DeploymentRow:
-    return world.registry.newest()[DEVICE]
+    return world.registry.deployments.newest()[DEVICE]
 
 
 async def retained(url: str, topic: str, timeout_s: float = 20) -> Message:
@@ -274,8 +274,8 @@ def test_on_the_documented_broker_each_device_has_its_own_topics_and_no_others(
         with serve(world, url, **environment) as served:
             wait_until(served.ready, "it is ready")
             order, _ = world.deploy("pi-3", "pi-2")
-            wait_until(lambda: world.registry.deployment(order.id).stage == "published", "the order is published")
+            wait_until(lambda: world.registry.deployments.get(order.id).stage == "published", "the order is published")
             mine, foreign = asyncio.run(devices_talk(url, Bundle.from_json(bundle.read_bytes()), folder))
             assert mine.payload == order.envelope and foreign == []
-            wait_until(lambda: world.registry.device("pi-3").online, "its own word is taken")
-            assert not world.registry.device("pi-2").online
+            wait_until(lambda: world.registry.devices.get("pi-3").online, "its own word is taken")
+            assert not world.registry.devices.get("pi-2").online

@@ -16,7 +16,7 @@ from fleet.cli.plan import plan
 from fleet.cli.profiles import profiles
 from fleet.errors import FleetError, ModelError, ProfileError, UsageError
 from fleet.home import Home
-from fleet.store.folder import save_manifest
+from fleet.store import FolderStore
 from tests.simulators.repository import make_manifest
 
 FIELDS = [
@@ -49,7 +49,7 @@ def add(home: Home, name: str, size: int, loss: float | None, toolchain: Toolcha
     made = make_manifest(name.encode() * size, id=name, quality=quality, speed=speed, toolchain=toolchain)
     made = made.model_copy(update={"model": made.model.model_copy(update={"source_digest": "0" * 64})})
     (home.artifacts / name).mkdir(parents=True)
-    save_manifest(home, made)
+    FolderStore(home.artifacts).save_manifest(made)
     return made
 
 
@@ -136,7 +136,7 @@ def test_artifacts_scored_on_two_texts_are_not_compared(home: Home) -> None:
     mine = add(home, "mine", 5, 0.01)
     assert mine.quality is not None
     quality = mine.quality.model_copy(update={"evaluation": "text-mine:1"})
-    save_manifest(home, mine.model_copy(update={"quality": quality}))
+    FolderStore(home.artifacts).save_manifest(mine.model_copy(update={"quality": quality}))
     refused = str(call(home, "compare").exception)
     assert "different texts" in refused and "text-mine:1: mine" in refused
     assert call(home, "compare", "mine").exit_code == 0
@@ -153,7 +153,7 @@ def test_artifacts_of_two_models_are_not_compared(home: Home) -> None:
     add(home, "small", 10, 0.4)
     other = add(home, "other", 5, 0.01)
     facts = other.model.model_copy(update={"name": "phi-other", "source_digest": "ab" * 32})
-    save_manifest(home, other.model_copy(update={"model": facts}))
+    FolderStore(home.artifacts).save_manifest(other.model_copy(update={"model": facts}))
     refused = str(call(home, "compare").exception)
     assert "name one with --model" in refused and "phi-other (abababababab)" in refused
     for named in ("phi-other", "abab"):

@@ -17,8 +17,8 @@ from agent.contract.messages import HealthReport, Presence, State
 from fleet.errors import RegistryError, UsageError
 from fleet.registry import Actor, Received, Recorder, open_registry
 from fleet.registry.database import Database
+from fleet.registry.health import HEALTH_KEPT
 from fleet.registry.models import SCHEMA_VERSION, AuditRow, Base, SchemaRow
-from fleet.registry.registry import HEALTH_KEPT
 from tests.fleet.world import World, topic_of
 
 
@@ -37,27 +37,27 @@ def test_what_is_written_is_there_after_opening_again(world: World, url: str) ->
     (order,) = world.deploy("pi-1")
     world.registry.close()
     with closing(open_registry(url)) as again:
-        assert again.device("pi-1").added_at == world.clock.now()
-        assert again.deployment(order.id).envelope == order.envelope
-        assert again.published() == {world.manifest.digest: world.manifest.id}
+        assert again.devices.get("pi-1").added_at == world.clock.now()
+        assert again.deployments.get(order.id).envelope == order.envelope
+        assert again.artifacts.published() == {world.manifest.digest: world.manifest.id}
 
 
 def test_the_order_as_published_is_the_one_that_was_signed(world: World) -> None:
     world.add("pi-1")
     (order,) = world.deploy("pi-1")
-    (published,) = world.registry.to_publish(False, world.clock.now())
+    (published,) = world.registry.deployments.to_publish(False, world.clock.now())
     assert (published.envelope, published.id) == (order.envelope, order.id)
-    world.registry.mark_published([order.id], world.clock.now())
-    assert world.registry.to_publish(False, world.clock.now()) == []
-    assert [row.id for row in world.registry.to_publish(True, world.clock.now())] == [order.id]
+    world.registry.deployments.mark_published([order.id], world.clock.now())
+    assert world.registry.deployments.to_publish(False, world.clock.now()) == []
+    assert [row.id for row in world.registry.deployments.to_publish(True, world.clock.now())] == [order.id]
 
 
 def test_all_or_none_of_a_deployment_to_many(world: World) -> None:
     world.add("pi-1", "pi-2")
     with pytest.raises(UsageError, match="no device is named pi-3; there are: pi-1, pi-2"):
         world.deploy("pi-1", "pi-3", "pi-2")
-    assert world.registry.newest() == {}
-    assert world.registry.device("pi-1").sequence == 0
+    assert world.registry.deployments.newest() == {}
+    assert world.registry.devices.get("pi-1").sequence == 0
 
 
 def test_the_audit_cannot_be_changed_by_anyone(world: World, url: str) -> None:
@@ -67,11 +67,11 @@ def test_the_audit_cannot_be_changed_by_anyone(world: World, url: str) -> None:
         with pytest.raises(RegistryError, match="append only"), database.write() as session:
             session.execute(statement)
     database.close()
-    assert [row.who for row in world.registry.audit_trail()] == ["tester"]
+    assert [row.who for row in world.registry.audit.trail()] == ["tester"]
 
 
 def test_health_is_bounded_in_number_for_each_device(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.registry.registry.HEALTH_KEPT", 10)
+    monkeypatch.setattr("fleet.registry.health.HEALTH_KEPT", 10)
     monkeypatch.setattr("fleet.registry.recorder.PRUNE_EVERY", 4)
     world.add("pi-1", "pi-2")
     recorder = Recorder(world.registry)
@@ -79,10 +79,10 @@ def test_health_is_bounded_in_number_for_each_device(world: World, monkeypatch: 
         for device in ("pi-1", "pi-2") if number < 3 else ("pi-1",):
             message = health(world, device, number)
             recorder.record([Received(topic_of(message, device), message.to_json(), world.clock.now())])
-        assert len(world.registry.health("pi-1")) < 10 + 4
-    kept = [row.report["requests"] for row in world.registry.health("pi-1")]
+        assert len(world.registry.health.of("pi-1")) < 10 + 4
+    kept = [row.report["requests"] for row in world.registry.health.of("pi-1")]
     assert kept == list(range(40, 30, -1))
-    assert len(world.registry.health("pi-2")) == 3
+    assert len(world.registry.health.of("pi-2")) == 3
     assert HEALTH_KEPT == 720
 
 
@@ -90,8 +90,8 @@ def test_a_message_that_the_database_will_not_take_costs_no_other(world: World, 
     world.add("pi-1", "pi-2")
     poison = Presence(device="pi-1", online=True, agent_version="\0")  # PostgreSQL's text knows no NUL
     hear(world, poison, world.presence("pi-2"))
-    assert world.registry.device("pi-2").online
-    assert world.registry.device("pi-1").online == url.startswith("sqlite")
+    assert world.registry.devices.get("pi-2").online
+    assert world.registry.devices.get("pi-1").online == url.startswith("sqlite")
 
 
 def test_a_retained_message_is_no_sign_of_life_now(world: World) -> None:
@@ -100,11 +100,11 @@ def test_a_retained_message_is_no_sign_of_life_now(world: World) -> None:
     world.clock.advance(days=3)
     received = Received(topics.facts("pi-1"), said.to_json(), world.clock.now(), retained=True)
     Recorder(world.registry).record([received])
-    assert world.registry.device("pi-1").last_seen == said.at
+    assert world.registry.devices.get("pi-1").last_seen == said.at
     future = said.model_copy(update={"at": world.clock.now().replace(year=2100)})
     received = Received(topics.facts("pi-1"), future.to_json(), world.clock.now(), retained=True)
     Recorder(world.registry).record([received])
-    assert world.registry.device("pi-1").last_seen == world.clock.now(), "no clock of a device reaches the future"
+    assert world.registry.devices.get("pi-1").last_seen == world.clock.now(), "no clock of a device reaches the future"
 
 
 def test_a_database_of_another_version_is_refused_with_advice(world: World, url: str) -> None:
@@ -150,12 +150,12 @@ def test_those_who_deploy_at_once_never_share_a_sequence_number(world: World, ur
         drawn = list(pool.map(lambda _: _deploy_many(world, url, 8), range(3)))
     assert sorted(number for numbers in drawn for number in numbers) == list(range(1, 25))
     assert all(numbers == sorted(numbers) for numbers in drawn)
-    assert [row.stage for row in world.registry.history("pi-1", 30)] == ["queued"] + ["superseded"] * 23
+    assert [row.stage for row in world.registry.deployments.history("pi-1", 30)] == ["queued"] + ["superseded"] * 23
 
 
 def _open_new(url: str) -> int:
     with closing(open_registry(url)) as registry:
-        return len(registry.devices())
+        return len(registry.devices.all())
 
 
 def test_two_may_make_the_tables_at_once(url: str) -> None:
@@ -170,7 +170,7 @@ def test_a_reader_is_never_in_the_way_of_a_writer(world: World, url: str) -> Non
         session.execute(text("SELECT * FROM devices")).all()
         hear(world, world.presence("pi-1"))
     database.close()
-    assert world.registry.device("pi-1").online
+    assert world.registry.devices.get("pi-1").online
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_writer_that_keeps_the_lock_too_long_is_named(tmp_path: Path, monkeypa
 def test_naive_times_are_refused(world: World) -> None:
     naive = datetime(2026, 1, 1)
     with pytest.raises(RegistryError, match="without an offset"):
-        world.registry.audit(Actor("me", naive), "x", "y")
+        world.registry.audit.record(Actor("me", naive), "x", "y")
 
 
 def test_the_state_of_a_deployment_survives_every_restart_of_the_controller(world: World, url: str) -> None:
@@ -222,5 +222,5 @@ def test_the_state_of_a_deployment_survives_every_restart_of_the_controller(worl
     for state in (State.RESOLVING, State.TRANSFERRING, State.PROBATION):
         hear(world, world.reported(order, state))
         with closing(open_registry(url)) as again:
-            row = again.newest()["pi-1"]
+            row = again.deployments.newest()["pi-1"]
             assert (row.stage, row.started_at) == (state.value, world.clock.now())

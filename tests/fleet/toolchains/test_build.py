@@ -19,7 +19,8 @@ from fleet.core.plan_size import predicted_bytes
 from fleet.errors import BuildError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
-from fleet.store import folder as artifacts
+from fleet.store import FolderStore, find
+from fleet.store.folder import HALF_MADE
 from fleet.toolchains.build import build as building
 from fleet.toolchains.checkpoint.checkpoint import inspect
 from fleet.toolchains.progress import Progress
@@ -41,7 +42,7 @@ def _child_of_this_process() -> psutil.Process | None:
 
 def test_an_artifact_is_whole_and_speaks_in_its_runtime(sample_artifact: Built) -> None:
     manifest = sample_artifact.manifest
-    artifacts.validate(sample_artifact.home, manifest)
+    FolderStore(sample_artifact.home.artifacts).verify(manifest)
     assert manifest.id.startswith("smollm2-135m-phi-onnx_genai-int4-cpu-")
     assert manifest.probes[0].expect == ("Paris",)
     assert 80e6 < manifest.size < 95e6
@@ -142,10 +143,10 @@ def test_an_interrupted_build_ends_its_child_and_is_cleaned_up(tiny_dir: Path, t
     wait_until(lambda: not alive(child), "the child ends with its parent")
     home = Home(tmp_path)
     left = [path.name for path in home.artifacts.iterdir()]
-    assert left == [] if name == "SIGINT" else left[0].startswith(artifacts.HALF_MADE)
+    assert left == [] if name == "SIGINT" else left[0].startswith(HALF_MADE)
     building._sweep(home)
     assert list(home.artifacts.iterdir()) == []
-    assert artifacts.list_artifacts(home).manifests == ()
+    assert FolderStore(home.artifacts).list().manifests == ()
 
 
 def test_what_a_toolchain_cannot_build_is_refused_before_it_starts(tiny_dir: Path, tmp_path: Path) -> None:
@@ -181,10 +182,10 @@ def test_artifacts_are_found_by_id_digest_and_unambiguous_beginning(tiny_artifac
     shutil.copytree(tiny_artifact.files.parent, there)
     manifest = tiny_artifact.manifest
     for wanted in (manifest.id, manifest.digest, "tiny-phi", manifest.digest[:8]):
-        assert artifacts.load(home, wanted) == manifest
-    for wanted in ("ti", "absent"):
-        with pytest.raises(UsageError, match="no artifact is named"):
-            artifacts.load(home, wanted)
+        assert find(FolderStore(home.artifacts), wanted) == manifest
+    for wanted, says in (("ti", "too short to name an artifact"), ("absent", "no artifact is named")):
+        with pytest.raises(UsageError, match=says):
+            find(FolderStore(home.artifacts), wanted)
 
 
 def test_a_damaged_artifact_is_named(tiny_artifact: Built, tiny_dir: Path, tmp_path: Path) -> None:
@@ -196,18 +197,18 @@ def test_a_damaged_artifact_is_named(tiny_artifact: Built, tiny_dir: Path, tmp_p
     data[100] ^= 1
     model.write_bytes(data)
     with pytest.raises(BuildError, match="is not what was built"):
-        artifacts.validate(home, manifest)
+        FolderStore(home.artifacts).verify(manifest)
     model.write_bytes(data[:-1])
     with pytest.raises(BuildError, match="its manifest says"):
-        artifacts.find(home, manifest.id)
+        FolderStore(home.artifacts).get(manifest.id)
     model.unlink()
     with pytest.raises(BuildError, match="is missing"):
-        artifacts.find(home, manifest.id)
+        FolderStore(home.artifacts).get(manifest.id)
     (folder / "manifest.json").write_text(json.dumps({"version": 1}))
-    listing = artifacts.list_artifacts(home)
-    assert listing.manifests == () and "remove its folder and build again" in listing.damaged[0]
+    listing = FolderStore(home.artifacts).list()
+    assert listing.manifests == () and "remove its folder and build it again" in listing.damaged[0]
     with pytest.raises(BuildError):
-        artifacts.find(home, manifest.id)
+        FolderStore(home.artifacts).get(manifest.id)
     (folder / "manifest.json").unlink()
     with pytest.raises(BuildError, match="remove its folder"):
         building.build(checkpoint(tiny_dir), PROFILE, INT4, home)
@@ -216,7 +217,7 @@ def test_a_damaged_artifact_is_named(tiny_artifact: Built, tiny_dir: Path, tmp_p
 def test_what_another_build_holds_is_not_swept(tmp_path: Path) -> None:
     home = Home(tmp_path)
     with building._half_made(home, "one") as mine:
-        left = home.artifacts / f"{artifacts.HALF_MADE}left"
+        left = home.artifacts / f"{HALF_MADE}left"
         left.mkdir()
         with building._half_made(home, "two"):
             assert mine.is_dir()

@@ -14,7 +14,7 @@ from fleet.cli.build import build, describe_sample, sample_model
 from fleet.errors import BuildError, ModelError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import profile_paths
-from fleet.store.folder import find, list_artifacts
+from fleet.store import FolderStore
 from fleet.toolchains.checkpoint.sample_model import SampleReport
 from tests.models import Built
 
@@ -46,11 +46,13 @@ def test_it_tells_what_was_there_already(home: Home, tiny_dir: Path, tiny_artifa
 def test_the_loss_goes_into_the_manifest_and_names_the_best(home: Home, tiny_dir: Path, tiny_artifact: Built) -> None:
     arguments = ["--model", str(tiny_dir), "--profile", "iot-x86", "--toolchain", "onnx_genai", "--best"]
     answer = CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
-    manifest = find(home, tiny_artifact.manifest.id)
+    manifest = FolderStore(home.artifacts).get(tiny_artifact.manifest.id)
     assert manifest is not None and manifest.quality is not None and manifest.speed is not None
     assert manifest.digest == tiny_artifact.manifest.digest, "measuring changes no file"
     assert "KL divergence" in answer.stdout
-    least = min(list_artifacts(home).manifests, key=lambda one: one.quality.kl_divergence if one.quality else 9)
+    least = min(
+        FolderStore(home.artifacts).list().manifests, key=lambda one: one.quality.kl_divergence if one.quality else 9
+    )
     assert f"best for iot-x86: {least.id} (" in answer.stderr
     assert answer.stderr.count(": done\n") == 4, "the checkpoint, the one that was not there, and measuring both"
     # No terminal: a line for each phase, so that a log tells where a build of an hour stands.
@@ -81,7 +83,7 @@ def test_recipes_that_differ_in_options_only_have_numbers(tiny_dir: Path, tmp_pa
     mine.write_text(text[: text.index("[[recipes]]")] + recipes + text[text.index("[health]") :], encoding="utf-8")
     arguments = ["--model", str(tiny_dir), "--profile", str(mine), "--no-measure", "--recipe", "2"]
     CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
-    assert [made.recipe["type"] for made in list_artifacts(home).manifests] == ["Q4_0"]
+    assert [made.recipe["type"] for made in FolderStore(home.artifacts).list().manifests] == ["Q4_0"]
 
 
 @pytest.mark.toolchain
@@ -95,7 +97,7 @@ def test_what_cannot_be_measured_here_is_built_and_said(tiny_dir: Path, tmp_path
     )
     assert answer.exit_code == 0
     assert "not measured: ONNX Runtime has no BF16 kernels for a CPU" in answer.stderr
-    assert [made.quality for made in list_artifacts(home).manifests] == [None]
+    assert [made.quality for made in FolderStore(home.artifacts).list().manifests] == [None]
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [

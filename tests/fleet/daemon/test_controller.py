@@ -65,7 +65,7 @@ async def say(link: MemoryLink, message: WireModel, device: str = DEVICE) -> Non
 
 
 def newest(world: World, device: str = DEVICE) -> DeploymentRow:
-    return world.registry.newest()[device]
+    return world.registry.deployments.newest()[device]
 
 
 async def test_an_order_that_is_recorded_is_published_signed_and_retained(world: World) -> None:
@@ -93,8 +93,8 @@ async def test_what_a_device_says_is_recorded(world: World) -> None:
             device, world.reported(order, State.COMMITTED, digest=digest, runtime="onnx_genai", endpoint="http://x")
         )
         await say(device, HealthReport(device=DEVICE, at=world.clock.now(), window_s=10, tokens_per_s=61.5))
-        await until(lambda: bool(world.registry.health(DEVICE)), "health is recorded")
-    row, deployed = world.registry.device(DEVICE), newest(world)
+        await until(lambda: bool(world.registry.health.of(DEVICE)), "health is recorded")
+    row, deployed = world.registry.devices.get(DEVICE), newest(world)
     assert (row.online, row.agent_version, row.last_seen) == (True, "0.1.0", world.clock.now())
     assert row.facts is not None and row.facts["machine"] == "x86_64"
     assert row.health is not None and row.health["tokens_per_s"] == 61.5
@@ -106,12 +106,12 @@ async def test_a_device_that_vanishes_is_offline_by_its_will(world: World) -> No
     broker = MemoryBroker()
     async with broker.link("fleet") as link, running(world, link), broker.link("device") as device:
         await say(device, world.presence(DEVICE))
-        await until(lambda: world.registry.device(DEVICE).online, "it is online")
+        await until(lambda: world.registry.devices.get(DEVICE).online, "it is online")
         seen = world.clock.now()
         world.clock.advance(hours=1)
         await say(device, world.presence(DEVICE, online=False))
-        await until(lambda: not world.registry.device(DEVICE).online, "it is offline")
-        assert world.registry.device(DEVICE).last_seen == seen
+        await until(lambda: not world.registry.devices.get(DEVICE).online, "it is offline")
+        assert world.registry.devices.get(DEVICE).last_seen == seen
 
 
 async def test_after_a_restart_what_is_outstanding_is_published_again_and_reports_are_read_again(world: World) -> None:
@@ -134,7 +134,7 @@ async def test_the_newest_order_alone_is_published_and_the_one_before_is_superse
         await until(lambda: newest(world).stage == "published", "it is published")
     sent = [message.payload for message in broker.published if message.topic == topics.desired(DEVICE)]
     assert sent == [second.envelope]
-    assert world.registry.deployment(first.id).stage == "superseded"
+    assert world.registry.deployments.get(first.id).stage == "superseded"
     assert (first.sequence, second.sequence) == (1, 2)
 
 
@@ -172,10 +172,10 @@ async def test_malformed_messages_are_ignored_counted_and_logged_once_per_device
                 for payload in MALFORMED:
                     await device.publish(topic(DEVICE), payload)
             await say(device, world.presence(DEVICE))
-            await until(lambda: world.registry.device(DEVICE).online, "the good one is taken")
+            await until(lambda: world.registry.devices.get(DEVICE).online, "the good one is taken")
     counted = 4 * (len(MALFORMED) - 1)  # an empty payload clears a retained message
-    assert controller.recorder.malformed[DEVICE] == counted
-    assert world.registry.device(DEVICE).malformed == counted
+    assert controller.ingest.recorder.malformed[DEVICE] == counted
+    assert world.registry.devices.get(DEVICE).malformed == counted
     assert len([entry for entry in logs if entry["event"].startswith("malformed")]) == 1
 
 
@@ -184,8 +184,8 @@ async def test_a_device_cannot_speak_for_another(world: World) -> None:
     broker = MemoryBroker()
     async with broker.link("fleet") as link, broker.link("device") as device, running(world, link) as controller:
         await device.publish(topics.presence("pi-2"), world.presence(DEVICE).to_json())
-        await until(lambda: controller.recorder.malformed["pi-2"] == 1, "it is refused")
-    assert not world.registry.device("pi-2").online
+        await until(lambda: controller.ingest.recorder.malformed["pi-2"] == 1, "it is refused")
+    assert not world.registry.devices.get("pi-2").online
 
 
 async def test_a_device_that_was_not_added_is_logged_once_and_leaves_no_row(world: World) -> None:
@@ -194,8 +194,8 @@ async def test_a_device_that_was_not_added_is_logged_once_and_leaves_no_row(worl
         async with broker.link("fleet") as link, broker.link("device") as device, running(world, link) as controller:
             for _ in range(3):
                 await say(device, world.presence("stranger"), "stranger")
-            await until(lambda: controller.recorder.unknown["stranger"] == 3, "all are seen")
-    assert [row.id for row in world.registry.devices()] == [DEVICE]
+            await until(lambda: controller.ingest.recorder.unknown["stranger"] == 3, "all are seen")
+    assert [row.id for row in world.registry.devices.all()] == [DEVICE]
     assert len([entry for entry in logs if "not added" in entry["event"]]) == 1
 
 
@@ -206,14 +206,14 @@ async def test_a_report_on_another_deployment_or_sequence_changes_nothing(world:
         await say(device, world.reported(order, State.COMMITTED, deployment="another"))
         await say(device, world.reported(order, State.COMMITTED, sequence=7))
         await say(device, world.presence(DEVICE))
-        await until(lambda: world.registry.device(DEVICE).online, "all are read")
+        await until(lambda: world.registry.devices.get(DEVICE).online, "all are read")
     assert newest(world).stage == "published"
     world.deploy(DEVICE)
     assert newest(world).sequence == 8, "larger than every sequence the device has ever reported"
 
 
 async def test_nothing_is_in_progress_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.daemon.controller.TICK_S", 0.02)
+    monkeypatch.setattr("fleet.daemon.publisher.TICK_S", 0.02)
     (order,) = world.deploy(DEVICE, deadline_s=3600, probation_s=0)
     broker = MemoryBroker()
     async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
@@ -244,11 +244,11 @@ async def test_a_removed_device_leaves_nothing_at_the_broker(world: World) -> No
         await say(device, world.presence(DEVICE))
         await say(device, world.facts(DEVICE))
         await until(lambda: len(broker.retained) == 3, "order, presence and facts are retained")
-        world.registry.remove_device(DEVICE, world.actor)
+        world.registry.devices.remove(DEVICE, world.actor)
         await until(lambda: not broker.retained, "they are cleared")
-        await until(lambda: not world.registry.to_clear(), "that is recorded")
+        await until(lambda: not world.registry.devices.to_clear(), "that is recorded")
     world.add(DEVICE)
-    assert world.registry.to_publish(True, world.clock.now()) == [], "a cancelled order does not come back"
+    assert world.registry.deployments.to_publish(True, world.clock.now()) == [], "a cancelled order does not come back"
     assert world.deploy(DEVICE)[0].sequence == 2
 
 
@@ -275,7 +275,7 @@ async def test_systemd_is_told(world: World) -> None:
 
 
 async def test_a_database_that_is_away_for_a_while_loses_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.daemon.controller.DATABASE_RETRY_S", 0.05)
+    monkeypatch.setattr("fleet.daemon.retry.DATABASE_RETRY_S", 0.05)
     broker = MemoryBroker()
     with structlog.testing.capture_logs() as logs:
         async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
@@ -285,7 +285,7 @@ async def test_a_database_that_is_away_for_a_while_loses_nothing(world: World, m
                 await say(device, world.presence(DEVICE))
                 await until(lambda: any("unusable" in entry["event"] for entry in logs), "it is noticed")
                 other.execute("ALTER TABLE away RENAME TO devices")
-            await until(lambda: world.registry.device(DEVICE).online, "it is recorded at last")
+            await until(lambda: world.registry.devices.get(DEVICE).online, "it is recorded at last")
 
 
 async def test_over_a_bad_line_every_deployment_still_ends_where_the_device_is(world: World) -> None:
@@ -307,7 +307,9 @@ async def test_two_thousand_messages_from_fifty_devices_are_written(world: World
             name = devices[number % 50]
             report = HealthReport(device=name, at=world.clock.now(), window_s=10, requests=number)
             await device.publish(topics.health(name), report.to_json())
-        await until(lambda: (world.registry.device("d-49").health or {}).get("requests") == 1999, "all are written")
+        await until(
+            lambda: (world.registry.devices.get("d-49").health or {}).get("requests") == 1999, "all are written"
+        )
 
 
 async def test_three_hundred_orders_are_published_together(world: World) -> None:
@@ -318,7 +320,9 @@ async def test_three_hundred_orders_are_published_together(world: World) -> None
     async with broker.link("fleet") as link, running(world, link, notices):
         world.deploy(*devices)
         await until(lambda: len(broker.retained) == 300, "all are published")
-        await until(lambda: {row.stage for row in world.registry.newest().values()} == {"published"}, "and recorded")
+        await until(
+            lambda: {row.stage for row in world.registry.deployments.newest().values()} == {"published"}, "and recorded"
+        )
 
 
 @given(st.sampled_from([topics.presence, topics.facts, topics.reported, topics.health]), st.binary(max_size=200))
@@ -343,6 +347,6 @@ class _Sink:
 async def test_an_order_expires_with_the_clock(world: World) -> None:
     world.deploy(DEVICE)
     world.clock.advance(days=2)
-    late = world.registry.tick(world.clock.now() + timedelta(seconds=1))
+    late = world.registry.deployments.tick(world.clock.now() + timedelta(seconds=1))
     assert [row.failure_code for row in late] == [FailureCode.DEADLINE]
-    assert world.registry.to_publish(True, world.clock.now()) == []
+    assert world.registry.deployments.to_publish(True, world.clock.now()) == []

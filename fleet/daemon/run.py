@@ -1,0 +1,125 @@
+"""Everything a controller is made of, out of its settings: the broker, two links, the registry, the servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+from agent.link import LinkError, LinkSettings, MqttLink
+from agent.platform import systemd
+from fleet.daemon.controller import Controller
+from fleet.delivery.broker import EmbeddedBroker
+from fleet.delivery.chunk_server import ChunkServer
+from fleet.delivery.metadata import MetadataServer
+from fleet.errors import BrokerError, RepositoryError
+from fleet.home import Home
+from fleet.registry import open_registry
+from fleet.settings import EMBEDDED, FleetSettings
+from fleet.store import FolderStore
+from fleet.trust.ca import DeviceCA
+from fleet.trust.repository import Repository
+
+BROKER_CHECK_S = 2.0
+CONNECT_CHECK_S = 0.05
+
+_log = structlog.get_logger("serve")
+
+
+async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Callable[[], None] | None = None) -> None:
+    """Serve until ``stop``; ``ready`` is called when devices can be served.
+
+    Raises:
+        BrokerError: the broker cannot be reached or refuses, or the embedded one does not start.
+        RegistryError: the database cannot be used.
+        RepositoryError: there is no TUF repository in the home.
+    """
+    home = Home(settings.home)
+    repository = Repository(home)
+    if not repository.exists:
+        raise RepositoryError(f"{home.root} has no repository of signed metadata; make one with `phifleet init`")
+    with contextlib.closing(open_registry(settings.database_url)) as registry:
+        try:
+            # Two connections: chunks wait for a slow broker on the one, and orders never behind them on the other.
+            control, bulk = (MqttLink(link_settings(settings, role)) for role in ("controller", "chunks"))
+            async with _broker(settings), control, bulk:
+                await _connected(control, settings.connect_timeout_s, stop)
+                if stop.is_set():
+                    return
+                servers = (ChunkServer(bulk, FolderStore(home.artifacts).open), MetadataServer(control, repository))
+                ca = DeviceCA(home)
+                await Controller(control, registry, repository, servers, ca=ca, notify=_notifier(ready)).run(stop)
+        except LinkError as error:
+            raise BrokerError(str(error)) from None
+
+
+def link_settings(settings: FleetSettings, role: str) -> LinkSettings:
+    """How the controller connects. Each process is a client of its own: a second one must not push the first out."""
+    return LinkSettings(
+        url=settings.broker_url,
+        client_id=f"phifleet-{role}-{secrets.token_hex(4)}",
+        ca_file=settings.broker_ca,
+        cert_file=settings.broker_cert,
+        key_file=settings.broker_key,
+        username=settings.broker_username,
+        password=settings.broker_password.get_secret_value() if settings.broker_password else None,
+    )
+
+
+def _notifier(ready: Callable[[], None] | None) -> Callable[[str], bool]:
+    def notify(message: str) -> bool:
+        if message == "READY=1" and ready is not None:
+            ready()
+        return systemd.notify(message)
+
+    return notify
+
+
+async def _connected(link: MqttLink, timeout_s: float, stop: asyncio.Event) -> None:
+    """Until the broker answers, or ``stop``: an operator who interrupts does not wait for a broker that is away.
+
+    Raises:
+        BrokerError: it has not answered in time; says every reason there was, as a refusal may be followed by silence.
+    """
+    reasons: dict[str, None] = {}
+    end = asyncio.get_running_loop().time() + timeout_s
+    while not link.connected and not stop.is_set():
+        if link.reason:
+            reasons[link.reason] = None
+        if asyncio.get_running_loop().time() > end:
+            raise BrokerError(f"broker {link.address}: {'; '.join(reasons)} (waited {timeout_s:g} s)")
+        await asyncio.sleep(CONNECT_CHECK_S)
+
+
+@contextlib.asynccontextmanager
+async def _broker(settings: FleetSettings) -> AsyncIterator[None]:
+    """The embedded broker, if it is asked for; one that dies is started again, and the link connects again."""
+    if settings.broker != EMBEDDED:
+        yield
+        return
+    broker = EmbeddedBroker(port=settings.broker_port)
+    await asyncio.to_thread(broker.start)
+    _log.info("embedded broker started", url=broker.url)
+    watch = asyncio.create_task(_keep_running(broker))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await asyncio.to_thread(broker.stop)
+
+
+async def _keep_running(broker: EmbeddedBroker) -> None:
+    while True:
+        await asyncio.sleep(BROKER_CHECK_S)
+        if broker.running:
+            continue
+        _log.error("embedded broker ended, starting it again", url=broker.url)
+        try:
+            await asyncio.to_thread(broker.stop)
+            await asyncio.to_thread(broker.start)
+        except BrokerError as error:
+            _log.error("embedded broker does not start, trying again", error=str(error))

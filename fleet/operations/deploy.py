@@ -1,0 +1,200 @@
+"""Deploying: which artifacts fit which devices, what is published, and the signed order that each device gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from agent.contract.manifest import Manifest
+from agent.contract.messages import ArtifactRef, Desired, TransferLimits, Window
+from agent.contract.profile import DeviceProfile, HealthLimits
+from fleet.core.deployments import TABLE, Stage
+from fleet.core.fit import gate_incompatibilities, incompatibilities
+from fleet.errors import UsageError
+from fleet.operations.fleet import Fleet
+from fleet.profiles_loader import load_profile
+from fleet.registry import Actor, Registry
+from fleet.registry.devices import facts_of
+from fleet.registry.models import DeploymentRow, DeviceRow
+
+FOLLOW_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class DeployOptions:
+    """What the operator says about a deployment beside artifact and devices. None: as the profile has it."""
+
+    probation_s: float | None = None
+    deadline_s: float | None = None
+    not_before: datetime | None = None
+    not_after: datetime | None = None
+    force: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """The artifacts that fit each device, and for the devices that none fits, a sentence a reason."""
+
+    chosen: Mapping[str, Sequence[Manifest]] = field(default_factory=dict)
+    incompatibilities: Sequence[str] = ()
+
+
+def deploy(
+    fleet: Fleet, artifacts: Sequence[Manifest], devices: Sequence[DeviceRow], options: DeployOptions, actor: Actor
+) -> list[DeploymentRow]:
+    """Publish the artifacts and record a signed order for each device, all or none.
+
+    Several artifacts are variants of one model. A device is ordered those that fit it, in the order given.
+
+    Raises:
+        UsageError: none fits a device, and it was not forced; says every reason. Or they are of different models.
+        StoreError: an artifact's files are not what was built.
+        RepositoryError: it cannot be signed.
+    """
+    _refuse_unless_one_model(artifacts)
+    profiles = {device.id: profile_of(device) for device in devices}
+    fit = _fit(artifacts, devices, profiles)
+    if fit.incompatibilities and options.force is None:
+        lines = "\n  ".join(fit.incompatibilities)
+        raise UsageError(f"it does not fit:\n  {lines}\nforce it with --force REASON if you know better")
+    _check_window(options, actor, fleet.settings.order_validity_s)
+    _publish(fleet, _to_publish(artifacts, fit), fit, options, actor)
+
+    def draft(device: str, sequence: int, deployment: str) -> Desired:
+        identity, chosen = (device, sequence, deployment), fit.chosen.get(device, artifacts)
+        return _order(identity, chosen, profiles[device], options, actor, fleet.settings.order_validity_s)
+
+    ids = [device.id for device in devices]
+    return fleet.registry.deployments.create(ids, draft, fleet.repository.sign_desired, actor)
+
+
+def select_devices(registry: Registry, devices: Sequence[str], profile: str | None = None) -> list[DeviceRow]:
+    """The devices that are named, and all of a profile.
+
+    Raises:
+        UsageError: one is not there, no device has the profile, or nothing was named.
+    """
+    found = {name: registry.devices.get(name) for name in devices}
+    if profile is not None:
+        of_profile = registry.devices.all(profile)
+        if not of_profile:
+            raise UsageError(f"no device has the profile {profile}")
+        found |= {row.id: row for row in of_profile}
+    if not found:
+        raise UsageError("name the devices with --device ID, or all of a kind with --profile NAME")
+    return list(found.values())
+
+
+def profile_of(device: DeviceRow) -> DeviceProfile:
+    """The device's profile: as it came with phifleet, or as it was when the device was added from a file.
+
+    Raises:
+        ProfileError: the profile is no longer there.
+    """
+    if device.profile_document is not None:
+        return DeviceProfile.model_validate(device.profile_document)
+    return load_profile(device.profile)
+
+
+def follow(
+    registry: Registry, deployments: Sequence[str], timeout_s: float | None = None
+) -> Iterator[list[DeploymentRow]]:
+    """The deployments as they are now, a few times a second, until all are over or the time is up.
+
+    What comes last is how they ended.
+    """
+    began = time.monotonic()
+    while True:
+        rows = [registry.deployments.get(deployment) for deployment in deployments]
+        yield rows
+        over = not any(TABLE[Stage(row.stage)].outstanding for row in rows)
+        if over or (timeout_s is not None and time.monotonic() - began > timeout_s):
+            return
+        time.sleep(FOLLOW_POLL_S)
+
+
+def _refuse_unless_one_model(artifacts: Sequence[Manifest]) -> None:
+    if len({manifest.model.name for manifest in artifacts}) != 1:
+        names = ", ".join(f"{manifest.id} of {manifest.model.name}" for manifest in artifacts)
+        raise UsageError(f"variants must be of one model, and these are not: {names}")
+
+
+def _fit(artifacts: Sequence[Manifest], devices: Sequence[DeviceRow], profiles: Mapping[str, DeviceProfile]) -> _Fit:
+    chosen: dict[str, Sequence[Manifest]] = {}
+    reasons: list[str] = []
+    for device in devices:
+        profile, facts = profiles[device.id], facts_of(device)
+        wrong = {
+            manifest.id: incompatibilities(manifest, profile, facts) + gate_incompatibilities(manifest, profile)
+            for manifest in artifacts
+        }
+        fitting = [manifest for manifest in artifacts if not wrong[manifest.id]]
+        if fitting:
+            chosen[device.id] = fitting
+        else:
+            reasons += [f"{device.id}: {artifact}: {why}" for artifact, whys in wrong.items() for why in whys]
+    return _Fit(chosen, reasons)
+
+
+def _to_publish(artifacts: Sequence[Manifest], fit: _Fit) -> list[Manifest]:
+    """What fits no device, or no gate, is not signed in the others' company, unless that was forced."""
+    if fit.incompatibilities:
+        return list(artifacts)
+    ordered = {manifest.digest for chosen in fit.chosen.values() for manifest in chosen}
+    return [manifest for manifest in artifacts if manifest.digest in ordered]
+
+
+def _publish(fleet: Fleet, artifacts: Sequence[Manifest], fit: _Fit, options: DeployOptions, actor: Actor) -> None:
+    published = fleet.repository.published()
+    for manifest in artifacts:
+        if manifest.digest not in published:
+            fleet.artifacts.verify(manifest)
+    forced = options.force if fit.incompatibilities else None
+    for manifest in artifacts:
+        fleet.repository.publish(manifest)
+        fleet.registry.artifacts.record(manifest, actor, forced=forced)
+    if fit.incompatibilities:
+        details = {"reason": options.force, "incompatibilities": list(fit.incompatibilities)}
+        fleet.registry.audit.record(actor, "deployment.force", artifacts[0].id, details)
+
+
+def _order(
+    identity: tuple[str, int, str],
+    artifacts: Sequence[Manifest],
+    profile: DeviceProfile,
+    options: DeployOptions,
+    actor: Actor,
+    validity_s: float,
+) -> Desired:
+    device, sequence, deployment = identity
+    return Desired(
+        device=device,
+        sequence=sequence,
+        deployment=deployment,
+        issued_at=actor.at,
+        expires_at=actor.at + timedelta(seconds=validity_s),
+        artifacts=tuple(ArtifactRef(id=manifest.id, digest=manifest.digest) for manifest in artifacts),
+        limits=HealthLimits.model_validate(profile.health.model_dump()),
+        transfer=TransferLimits(window_bytes=profile.delivery.window_bytes),
+        probation_s=profile.probation_s if options.probation_s is None else options.probation_s,
+        window=Window(not_before=options.not_before, not_after=options.not_after),
+        deadline_s=_deadline_s(options, actor),
+    )
+
+
+def _check_window(options: DeployOptions, actor: Actor, validity_s: float) -> None:
+    opens, closes = options.not_before, options.not_after
+    if opens is not None and opens >= actor.at + timedelta(seconds=validity_s):
+        raise UsageError(f"the window opens at {opens.isoformat()}, when the order has expired")
+    if closes is not None and closes <= max(actor.at, opens or actor.at):
+        raise UsageError(f"the window closes at {closes.isoformat()}, before it opens or before now")
+
+
+def _deadline_s(options: DeployOptions, actor: Actor) -> float:
+    """Waiting for the window is no delay of the device's: the usual deadline counts from its opening."""
+    if options.deadline_s is not None:
+        return options.deadline_s
+    usual = float(Desired.model_fields["deadline_s"].default)
+    return usual + max(0.0, ((options.not_before or actor.at) - actor.at).total_seconds())

@@ -1,0 +1,133 @@
+"""Adding and removing devices, and writing the bundle that each starts from."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from agent.contract.base import DeviceId, explain
+from agent.contract.bundle import Bundle
+from agent.contract.profile import DeviceProfile
+from agent.platform.files import PRIVATE, reason, write_atomic
+from fleet.errors import UsageError
+from fleet.operations.fleet import Fleet
+from fleet.registry import Actor
+
+
+def add_device(
+    fleet: Fleet,
+    device: str,
+    profile: DeviceProfile,
+    bundle_path: Path,
+    actor: Actor,
+    *,
+    broker: str | None = None,
+    custom: bool = False,
+) -> Bundle:
+    """Record a device and write its bundle, which is there whole or not at all.
+
+    ``broker`` is what the device connects to, if not what the controller does. ``custom``: the profile does not come
+    with phifleet, so the registry keeps all of it.
+
+    Raises:
+        UsageError: the id is not a device id, the device is there already, or the file is, its folder is not, or it
+            cannot be written.
+        RepositoryError: there is no root of trust yet.
+    """
+    try:
+        TypeAdapter(DeviceId).validate_python(device)
+    except ValidationError:
+        raise UsageError(f"{device!r} is no device id: lower case letters, digits and dashes, at most 63") from None
+    _ = fleet.repository  # before anything is made: without a root of trust there is no bundle
+    refuse_unless_new(bundle_path)
+    if any(row.id == device for row in fleet.registry.devices.all()):
+        raise UsageError(f"device {device} is there already; remove it first, or choose another id")
+    bundle = make_bundle(fleet, device, profile.name, broker)
+    _write_bundle(bundle_path, bundle)
+    try:
+        fleet.registry.devices.add(device, profile, profile.model_dump(mode="json") if custom else None, actor)
+    except BaseException:
+        bundle_path.unlink(missing_ok=True)
+        raise
+    return bundle
+
+
+def renew_bundle(fleet: Fleet, device: str, bundle_path: Path, actor: Actor, *, broker: str | None = None) -> Bundle:
+    """Write the bundle of a device again: today's root of trust, and a new certificate where there is TLS.
+
+    Raises:
+        UsageError: no such device, or the file is there already or cannot be written.
+        RepositoryError: there is no root of trust yet.
+    """
+    _ = fleet.repository
+    refuse_unless_new(bundle_path)
+    bundle = make_bundle(fleet, device, fleet.registry.devices.get(device).profile, broker)
+    _write_bundle(bundle_path, bundle)
+    fleet.registry.audit.record(actor, "device.bundle", device)
+    return bundle
+
+
+def make_bundle(fleet: Fleet, device: str, profile: str, broker: str | None) -> Bundle:
+    """The bundle of one device: with a client certificate of the device CA where the broker speaks TLS.
+
+    Raises:
+        UsageError: the broker's URL or CA file cannot be used.
+        RepositoryError: there is no root of trust, or no device CA.
+    """
+    settings = fleet.settings
+    url = broker or settings.broker_url
+    values: dict[str, Any] = {
+        "device": device,
+        "profile": profile,
+        "broker": url,
+        "root": fleet.repository.root_bytes().decode(),
+        "issued_at": datetime.now(UTC),
+    }
+    if settings.broker_ca is not None:
+        values["broker_ca"] = _read_text(settings.broker_ca)
+    if url.startswith("mqtts://"):
+        identity = fleet.ca.enrol(device)
+        values |= {"certificate": identity.certificate, "private_key": identity.private_key}
+    try:
+        return Bundle(**values)
+    except ValidationError as error:
+        raise UsageError(explain(error, quote=False)) from None
+
+
+def remove_device(fleet: Fleet, device: str, actor: Actor) -> int:
+    """Remove a device and revoke its certificates; returns how many those were.
+
+    Raises:
+        UsageError: no such device.
+    """
+    fleet.registry.devices.remove(device, actor)
+    return fleet.ca.revoke(device) if fleet.ca.exists else 0
+
+
+def refuse_unless_new(path: Path) -> None:
+    """Before a certificate is made for it.
+
+    Raises:
+        UsageError: the file is there already, or its folder is not.
+    """
+    if path.exists():
+        raise UsageError(f"{path} is there already; a bundle holds a private key and is never overwritten")
+    if not path.parent.is_dir():
+        raise UsageError(f"bundle {path}: the folder {path.parent} does not exist; make it, or name another")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"broker_ca {path}: cannot be read: {error}") from None
+
+
+def _write_bundle(path: Path, bundle: Bundle) -> None:
+    try:
+        write_atomic(path, bundle.model_dump_json(indent=2).encode(), PRIVATE)
+    except OSError as error:
+        raise UsageError(f"bundle {path}: cannot be written: {reason(error, path.parent)}") from None
