@@ -30,6 +30,8 @@ def draw(manifests: Sequence[Manifest], file: Path) -> tuple[Path, ...]:
     """
     if not file.name or file.is_dir():
         raise UsageError(f"plot {file}: is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise UsageError(f"plot {file}: cannot be written: the folder {file.parent} does not exist; make it first")
     measured = [one for one in manifests if one.quality is not None]
     if not measured:
         raise UsageError("none of these artifacts has a measured loss; build them with their quality measured")

@@ -1,0 +1,1 @@
+"""One artifact from checkpoint, profile and recipe, and many side by side."""
