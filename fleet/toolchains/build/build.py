@@ -15,20 +15,20 @@ from filelock import FileLock, Timeout
 from agent.contract.base import canonical_json, sha256_hex
 from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, artifact_digest
 from agent.contract.profile import DeviceProfile, Recipe
+from agent.platform.files import reason, sync_folder, sync_tree, write_atomic
 from fleet.core.plan_memory import memory_need
 from fleet.core.plan_size import predicted_bytes, recorded
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError
 from fleet.home import Home
 from fleet.store.folder import HALF_MADE, FolderStore
-from fleet.toolchains.quality import calibration
-from agent.platform.files import reason, sync_folder, sync_tree, write_atomic
-from fleet.toolchains.drivers import process
-from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob, installed_versions
 from fleet.toolchains.checkpoint.chat import render
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
-from fleet.toolchains.progress import Progress, ProgressCallback, silent
+from fleet.toolchains.drivers import process
+from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob, installed_versions
 from fleet.toolchains.drivers.registry import driver_of
+from fleet.toolchains.progress import Progress, ProgressCallback, silent
+from fleet.toolchains.quality import calibration
 
 PROBE_PROMPT = "What is the capital of France?"
 PROBE_ANSWER = "Paris"
@@ -121,9 +121,7 @@ def build(
             _check_room(plan, home)
             return _build_into(half, plan, home, progress, threads or process.cores())
     except OSError as error:
-        raise BuildError(
-            f"cannot write the artifact in {home.artifacts}: {reason(error, home.artifacts)}"
-        ) from None
+        raise BuildError(f"cannot write the artifact in {home.artifacts}: {reason(error, home.artifacts)}") from None
 
 
 def _check_room(plan: BuildPlan, home: Home) -> None:

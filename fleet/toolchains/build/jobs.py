@@ -13,9 +13,9 @@ from agent.platform.resources import available_bytes
 from fleet.errors import BuildError, FleetError
 from fleet.home import Home
 from fleet.store.folder import FolderStore
-from fleet.toolchains.drivers import process
 from fleet.toolchains.build.build import BuildPlan, build, plan_build
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
+from fleet.toolchains.drivers import process
 from fleet.toolchains.progress import DONE, FAILED, Progress, ProgressCallback
 
 #: Left to everything else on the machine.
