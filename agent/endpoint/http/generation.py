@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from agent.contract.manifest import Manifest
 from agent.core.inference import (
     DoneEvent,
     FinishReason,
@@ -90,6 +91,17 @@ class Runner:
         if info is None:
             raise self.unavailable()
         return info
+
+    def manifest(self) -> Manifest:
+        """The signed facts of what serves now.
+
+        Raises:
+            ApiError: 503: nothing does, and why.
+        """
+        manifest = self._inference.active_manifest()
+        if manifest is None:
+            raise self.unavailable()
+        return manifest
 
     def unavailable(self) -> ApiError:
         """503, with the model host's reason and when to try again."""
@@ -193,18 +205,3 @@ def _closable(events: AsyncIterator[GenerationEvent]) -> AsyncGenerator[Generati
 async def _relay(events: AsyncIterator[GenerationEvent]) -> AsyncGenerator[GenerationEvent, None]:
     async for event in events:
         yield event
-
-
-def check_model(asked: str, info: ModelInfo) -> None:
-    """A model may be asked for by its name or by its artifact.
-
-    Raises:
-        ApiError: 404, naming what is there.
-    """
-    if asked not in (info.name, info.artifact):
-        raise ApiError(
-            404,
-            f"the model {asked[:128]!r} does not exist here: this device serves {info.name!r}",
-            param="model",
-            code="model_not_found",
-        )

@@ -46,10 +46,8 @@ async def within_time(seconds: float) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def streaming(
-    stream: EventStream, tell: Callable[[ApiError], bytes] = lambda error: b"data: " + error.to_json() + b"\n\n"
-) -> AsyncIterator[None]:
-    """A failure before the first event keeps its status; a later one becomes the stream's last event, by ``tell``."""
+async def streaming(stream: EventStream, fail: Callable[[ApiError], bytes]) -> AsyncIterator[None]:
+    """A failure before the first event keeps its status; a later one becomes the stream's last event, by ``fail``."""
     try:
         yield
     except ConnectionError:
@@ -57,7 +55,7 @@ async def streaming(
     except Exception as error:
         if not stream.started:
             raise
-        await stream.send(tell(as_api_error(error)))
+        await stream.send(fail(as_api_error(error)))
 
 
 def as_api_error(error: Exception) -> ApiError:

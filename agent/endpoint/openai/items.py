@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from agent.endpoint.openai.answers import new_id
+from agent.endpoint.openai.errors import invalid
 from agent.endpoint.openai.response_shapes import CallItem, CallOutputItem, Item, MessageItem, ReasoningItem
 from agent.endpoint.openai.shapes import CalledFunction, Message, ToolCall
 from agent.endpoint.openai.stored import Entry
@@ -45,6 +47,32 @@ def messages(history: Iterable[Entry]) -> list[Message]:
         else:
             assert isinstance(item, ReasoningItem)  # noqa: S101 - the union's last member; it adds nothing
     return turns
+
+
+def page_of(listed: Sequence[Entry], query: Mapping[str, str]) -> dict[str, Any]:
+    """A page of items by the query's ``order``, ``after`` and ``limit``.
+
+    Raises:
+        ApiError: 400 naming the one that is wrong.
+    """
+    if query.get("order", "desc") not in ("asc", "desc"):
+        raise invalid("order is asc or desc", "order")
+    ordered = list(listed if query.get("order") == "asc" else reversed(listed))
+    names = [entry["id"] for entry in ordered]
+    if (after := query.get("after")) is not None:
+        if after not in names:
+            raise invalid("after names no item of this list", "after")
+        ordered = ordered[names.index(after) + 1 :]
+    limit = query.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= 100):
+        raise invalid("limit is a number from 1 to 100", "limit")
+    return item_list(ordered[: int(limit)], more=len(ordered) > int(limit))
+
+
+def item_list(listed: list[Entry], *, more: bool = False) -> dict[str, Any]:
+    """Items as the API's list object; ``more`` says that others follow."""
+    first, last = (listed[0]["id"], listed[-1]["id"]) if listed else (None, None)
+    return {"object": "list", "data": listed, "first_id": first, "last_id": last, "has_more": more}
 
 
 @cache

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from typing import Any
 
 from aiohttp import web
 
 from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_body
 from agent.endpoint.http.replies import json_reply
 from agent.endpoint.openai.answers import new_id
-from agent.endpoint.openai.errors import ApiError, invalid
-from agent.endpoint.openai.items import entries, messages
+from agent.endpoint.openai.errors import ApiError
+from agent.endpoint.openai.items import entries, item_list, messages, page_of
+from agent.endpoint.openai.prompting import plain_messages
 from agent.endpoint.openai.response_shapes import AddItemsRequest, ConversationRequest, Item, UpdateConversationRequest
 from agent.endpoint.openai.shapes import parse
 from agent.endpoint.openai.stored import Conversation, Entry
-from agent.endpoint.routes.prompting import plain_messages
 
 
 async def create(request: web.Request) -> web.Response:
@@ -51,7 +50,7 @@ async def delete(request: web.Request) -> web.Response:
 
 async def items(request: web.Request) -> web.Response:
     """``GET /v1/conversations/{id}/items``, newest first unless ``order=asc``."""
-    return json_reply(listing(request, find(request, request.match_info["id"]).entries))
+    return json_reply(page_of(find(request, request.match_info["id"]).entries, request.query))
 
 
 async def add_items(request: web.Request) -> web.Response:
@@ -60,7 +59,7 @@ async def add_items(request: web.Request) -> web.Response:
     listed = _checked(asked.items)
     conversation = find(request, request.match_info["id"])
     keep(request, dataclasses.replace(conversation, entries=(*conversation.entries, *listed)))
-    return json_reply(_page(listed))
+    return json_reply(item_list(listed))
 
 
 def find(request: web.Request, identifier: str, param: str | None = None) -> Conversation:
@@ -85,32 +84,6 @@ def keep(request: web.Request, conversation: Conversation) -> None:
     store = request.app[CONTEXT].store
     if not store.put(request[REQUEST_CONTEXT].client, conversation.id, conversation, conversation.size(), _now()):
         raise ApiError(413, "the conversation is larger than all the room there is for them", code="body_too_large")
-
-
-def listing(request: web.Request, listed: tuple[Entry, ...]) -> dict[str, Any]:
-    """A page of items by the query's ``order``, ``after`` and ``limit``.
-
-    Raises:
-        ApiError: 400 naming the one that is wrong.
-    """
-    query = request.query
-    if query.get("order", "desc") not in ("asc", "desc"):
-        raise invalid("order is asc or desc", "order")
-    ordered = list(listed if query.get("order") == "asc" else reversed(listed))
-    names = [entry["id"] for entry in ordered]
-    if (after := query.get("after")) is not None:
-        if after not in names:
-            raise invalid("after names no item of this list", "after")
-        ordered = ordered[names.index(after) + 1 :]
-    limit = query.get("limit", "20")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= 100):
-        raise invalid("limit is a number from 1 to 100", "limit")
-    return _page(ordered[: int(limit)], more=len(ordered) > int(limit))
-
-
-def _page(listed: list[Entry], *, more: bool = False) -> dict[str, Any]:
-    first, last = (listed[0]["id"], listed[-1]["id"]) if listed else (None, None)
-    return {"object": "list", "data": listed, "first_id": first, "last_id": last, "has_more": more}
 
 
 def _checked(given: list[Item]) -> list[Entry]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from aiohttp import web
 
-from agent.contract.manifest import Manifest
-from agent.core.inference import ModelInfo
 from agent.endpoint.http.context import CONTEXT, read_body
 from agent.endpoint.http.metrics import CONTENT_TYPE
 from agent.endpoint.http.replies import json_reply
 from agent.endpoint.openai.errors import ApiError
-from agent.endpoint.openai.sampling import effective_defaults
+from agent.endpoint.openai.models import loaded_facts, model_object, signed_facts
 
 _STARTED = int(time.time())
 
@@ -21,7 +18,7 @@ _STARTED = int(time.time())
 async def models(request: web.Request) -> web.Response:
     """``GET /v1/models``: what serves now, or an empty list."""
     info = request.app[CONTEXT].inference.active()
-    return json_reply({"object": "list", "data": [] if info is None else [_model(info)]})
+    return json_reply({"object": "list", "data": [] if info is None else [model_object(info, _STARTED)]})
 
 
 async def model(request: web.Request) -> web.Response:
@@ -30,21 +27,7 @@ async def model(request: web.Request) -> web.Response:
     name = request.match_info["name"]
     if info is None or name not in (info.name, info.artifact):
         raise ApiError(404, f"the model {name[:128]!r} does not exist here", param="model", code="model_not_found")
-    return json_reply(_model(info))
-
-
-def _model(info: ModelInfo) -> dict[str, Any]:
-    return {
-        "id": info.name,
-        "object": "model",
-        "created": _STARTED,
-        "owned_by": "phifleet",
-        "artifact": info.artifact,
-        "digest": info.digest,
-        "runtime": info.runtime,
-        "context": info.context,
-        "sampling_defaults": effective_defaults(info),
-    }
+    return json_reply(model_object(info, _STARTED))
 
 
 async def embeddings(request: web.Request) -> web.Response:
@@ -84,45 +67,7 @@ async def props(request: web.Request) -> web.Response:
     if info is None:
         stats = context.stats()
         return json_reply({"ready": False, "state": stats.state, "reason": stats.reason})
-    return json_reply({"ready": True, **_loaded(info), **({} if manifest is None else _signed(manifest))})
-
-
-def _loaded(info: ModelInfo) -> dict[str, Any]:
-    can = info.capabilities
-    return {
-        "model": info.name,
-        "artifact": info.artifact,
-        "digest": info.digest,
-        "runtime": info.runtime,
-        "device": info.device,
-        "context": info.context,
-        "load_s": info.load_s,
-        "memory_bytes": info.memory_bytes,
-        "capabilities": {
-            "parameters": sorted(can.parameters),
-            "guidance": sorted(can.guidance),
-            "prefix_reuse": can.prefix_reuse,
-            "max_sequences": can.max_sequences,
-        },
-        "sampling_defaults": effective_defaults(info),
-        "facts": info.facts,
-    }
-
-
-def _signed(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "quantization": {
-            "toolchain": manifest.toolchain,
-            "precision": manifest.precision,
-            "target": manifest.target,
-            "size_bytes": manifest.size,
-        },
-        "quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
-        "source": manifest.model.model_dump(mode="json"),
-        "profile": manifest.profile,
-        "versions": manifest.versions,
-        "chat": {"tools_in_template": "tools" in manifest.chat.template, "stop": list(manifest.chat.stop)},
-    }
+    return json_reply({"ready": True, **loaded_facts(info), **({} if manifest is None else signed_facts(manifest))})
 
 
 async def openapi(request: web.Request) -> web.Response:

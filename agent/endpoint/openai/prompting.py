@@ -1,4 +1,4 @@
-"""From messages to what the model host is asked, for every route that has messages."""
+"""From messages to what the model host is asked, for every API that has messages. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agent.contract.manifest import Manifest
 from agent.core.inference import DoneEvent, FinishReason, GenerationRequest, Sampling
-from agent.endpoint.http.context import Context
 from agent.endpoint.openai.chat import ChatTemplateError, neutralise, render
 from agent.endpoint.openai.errors import from_done, invalid
 from agent.endpoint.openai.shapes import ContentPart, Message
@@ -21,19 +21,16 @@ def sequence(identifier: str, index: int, prompt: str, sampling: Sampling, clien
 
 
 def prompt_of(
-    context: Context,
+    manifest: Manifest,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
     param: str = "messages",
 ) -> str:
-    """Through the template of what serves now.
+    """The prompt that the manifest's chat template makes of ``messages``.
 
     Raises:
-        ApiError: 400, the template refuses; 503, the model went away.
+        ApiError: 400, the template refuses.
     """
-    manifest = context.inference.active_manifest()
-    if manifest is None:
-        raise context.runner.unavailable()
     try:
         return render(manifest, messages, tools or None)
     except ChatTemplateError as error:
