@@ -1,4 +1,4 @@
-"""Answering a request from the events of its sequences, whole or streamed; what an answer looks like is in ``openai``."""
+"""Answering a request from its sequences' events, whole or streamed; ``openai`` knows what an answer looks like."""
 
 from __future__ import annotations
 

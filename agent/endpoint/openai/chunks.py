@@ -1,4 +1,4 @@
-"""Server-sent events as bytes: what never changes in a stream is serialised once; a token costs one small join. Pure."""
+"""Server-sent events as bytes: what never changes in a stream is serialised once. Pure."""
 
 from __future__ import annotations
 
