@@ -1,4 +1,4 @@
-"""`phifleet-agent`: the command line, and the one place that names the concrete parts of an agent."""
+"""`phifleet-agent`: the command line."""
 
 from __future__ import annotations
 
@@ -6,46 +6,25 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-import structlog
 
 from agent import settings as config
 from agent.cli import local
-from agent.contract import topics
-from agent.contract.failures import FailureCode
+from agent.compose import compose, host_settings
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Failure, Presence
-from agent.core.deployment import Unhealthy
-from agent.daemon.agent import Agent, Body
-from agent.daemon.deployer import Deployer
-from agent.daemon.monitor import Monitor
-from agent.daemon.reporter import Identity as Reporting
-from agent.daemon.reporter import Reporter
-from agent.daemon.steps import Parts, Works
-from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits
+from agent.daemon.agent import Agent
 from agent.endpoint.openai.chat import render
 from agent.errors import AgentError
-from agent.link import LinkSettings, MqttLink
-from agent.link.settings import Will
 from agent.platform import facts, lock, logs
 from agent.platform.clock import SystemClock
-from agent.platform.resources import available_bytes
-from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.probing import Prober, RuntimeReport
-from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
-from agent.store.fetch import Fetcher
-from agent.store.journal import FileJournal
 from agent.trust import identity
-from agent.trust.client import TrustClient
-
-log = structlog.get_logger()
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -108,7 +87,7 @@ def probe(outer: local.Outer, /, state_dir: Path | None, as_json: bool) -> None:
     logs.configure("warning", settings.log_format, settings.state_dir / "logs")
     store = ArtifactStore(settings.state_dir)
     models = [(manifest, folder) for digest in store.digests() for manifest, folder in _complete(store, digest)]
-    reports = asyncio.run(Prober(models, render, _host_settings(settings)).reports())
+    reports = asyncio.run(Prober(models, render, host_settings(settings)).reports())
     found = facts.collect(
         "this-device", "", version("phifleet"), settings.state_dir, [each.fact for each in reports], SystemClock().now()
     )
@@ -158,117 +137,6 @@ async def _run(settings: AgentSettings, who: identity.Identity) -> None:
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     await Agent(compose(settings, who)).run(stop)
-
-
-def compose(settings: AgentSettings, who: identity.Identity) -> Body:
-    """An agent of the real parts."""
-    link = MqttLink(_link_settings(settings, who))
-    trust = TrustClient(who, link, SystemClock())
-    clock = trust.clock
-    store = ArtifactStore(settings.state_dir)
-    listeners: list[Callable[[HostEvent], None]] = []
-    host = WorkerHost(
-        render,
-        _host_settings(settings),
-        on_event=lambda event: _tell(listeners, event),
-    )
-    monitor = Monitor(host, clock, _render_prompt, lambda: host.stats().memory_bytes)
-    reporter = Reporter(
-        Reporting(who.device, who.profile, version("phifleet")),
-        link,
-        clock,
-        host.active,
-        lambda found: facts.collect(
-            who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
-        ),
-    )
-    parts = Parts(trust, store, Fetcher(link, store, who.device), host, monitor, clock, available_bytes)
-    works = Works(parts, reporter.progress)
-    deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
-    listeners.append(lambda event: _heard(event, monitor, deployer))
-    reporter.rejected = lambda: deployer.orders.rejected
-    reporter.paused = lambda: deployer.orders.paused
-    reporter.deployment(deployer.deployment)
-    server = EndpointServer(
-        host, _endpoint_config(settings), stats=host.stats, on_finished=lambda done: _finished(done, monitor)
-    )
-    return Body(
-        link,
-        server,
-        host,
-        deployer,
-        monitor,
-        reporter,
-        restarts=lambda: host.stats().restarts,
-        state_dir=settings.state_dir,
-        health_interval_s=settings.health_interval_s,
-        canary_interval_s=settings.canary_interval_s,
-    )
-
-
-def _tell(listeners: list[Callable[[HostEvent], None]], event: HostEvent) -> None:
-    for listen in listeners:
-        listen(event)
-
-
-def _heard(event: HostEvent, monitor: Monitor, deployer: Deployer) -> None:
-    if event.kind == "crashed" and event.digest == monitor.digest:
-        monitor.worker_died()
-    elif event.kind == "gave_up":
-        failure = Failure(code=event.code or FailureCode.RUNTIME_CRASHED, message=event.message)
-        deployer.post(Unhealthy(event.digest, failure))
-
-
-def _finished(done: FinishedRequest, monitor: Monitor) -> None:
-    # What died with the worker is counted as one death, not as so many errors more.
-    if done.digest == monitor.digest and (done.error is None or (done.failed and done.error != "crashed")):
-        monitor.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, done.failed)
-
-
-def _render_prompt(manifest: Manifest, prompt: str) -> str:
-    return render(manifest, [{"role": "user", "content": prompt}])
-
-
-def _link_settings(settings: AgentSettings, who: identity.Identity) -> LinkSettings:
-    will = Presence(device=who.device, online=False, agent_version=version("phifleet"))
-    return LinkSettings(
-        url=settings.broker or who.broker,
-        client_id=who.device,
-        ca_file=who.broker_ca,
-        cert_file=who.certificate,
-        key_file=who.private_key,
-        will=Will(topics.presence(who.device), will.to_json()),
-    )
-
-
-def _host_settings(settings: AgentSettings) -> HostSettings:
-    return HostSettings(
-        load_timeout_s=settings.load_timeout_s,
-        hang_s=settings.hang_timeout_s,
-        queue_limit=settings.queue_limit,
-        threads=settings.threads or 0,
-        memory_limit_bytes=settings.memory_limit_bytes or 0,
-        cache_file=settings.state_dir / "runtimes.json",
-    )
-
-
-def _endpoint_config(settings: AgentSettings) -> EndpointConfig:
-    keys = tuple(
-        ApiKey(key.name, key.secret.get_secret_value(), key.requests_per_minute, key.concurrent)
-        for key in settings.api_keys
-    )
-    return EndpointConfig(
-        host=settings.host,
-        port=settings.port,
-        unix_socket=settings.unix_socket,
-        keys=keys,
-        cors_origins=settings.cors_origins,
-        allowed_hosts=settings.allowed_hosts,
-        tls_cert=settings.tls_cert,
-        tls_key=settings.tls_key,
-        allow_plain_http=settings.allow_plain_http,
-        limits=Limits(request_timeout_s=settings.request_timeout_s),
-    )
 
 
 def main() -> None:

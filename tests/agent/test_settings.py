@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.__main__ import _endpoint_config
 from agent.cli.local import _own_key
+from agent.compose import endpoint_config
 from agent.errors import AgentError, ConfigError
 from agent.settings import AgentSettings, load, provenance
 
@@ -37,7 +37,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(
 
 def test_a_key_alone_and_one_with_limits(tmp_path: Path) -> None:
     settings, source = load({}, written(tmp_path, KEYS))
-    config = _endpoint_config(settings)
+    config = endpoint_config(settings)
     assert [(key.name, key.requests_per_minute, key.concurrent) for key in config.keys] == [
         ("key-1", None, None),
         ("kiosk", 60, 2),

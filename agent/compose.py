@@ -1,0 +1,146 @@
+"""The composition of an agent: the one place that names its concrete parts and joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+from agent.contract import topics
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest
+from agent.contract.messages import Failure, Presence
+from agent.core.deployment import Unhealthy
+from agent.daemon.agent import Body
+from agent.daemon.deployer import Deployer
+from agent.daemon.monitor import Monitor
+from agent.daemon.reporter import Identity as Reporting
+from agent.daemon.reporter import Reporter
+from agent.daemon.steps import Parts, Works
+from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits
+from agent.endpoint.openai.chat import render
+from agent.link import LinkSettings, MqttLink
+from agent.link.settings import Will
+from agent.platform import facts
+from agent.platform.clock import SystemClock
+from agent.platform.resources import available_bytes
+from agent.runtimes.host.model_host import WorkerHost
+from agent.runtimes.host.settings import HostEvent, HostSettings
+from agent.settings import AgentSettings
+from agent.store.artifacts import ArtifactStore
+from agent.store.fetch import Fetcher
+from agent.store.journal import FileJournal
+from agent.trust.client import TrustClient
+from agent.trust.identity import Identity
+
+
+def compose(settings: AgentSettings, who: Identity) -> Body:
+    """An agent of the real parts."""
+    link = MqttLink(_link_settings(settings, who))
+    trust = TrustClient(who, link, SystemClock())
+    clock = trust.clock
+    store = ArtifactStore(settings.state_dir)
+    listeners: list[Callable[[HostEvent], None]] = []
+    host = WorkerHost(
+        render,
+        host_settings(settings),
+        on_event=lambda event: _tell(listeners, event),
+    )
+    monitor = Monitor(host, clock, _render_prompt, lambda: host.stats().memory_bytes)
+    reporter = Reporter(
+        Reporting(who.device, who.profile, version("phifleet")),
+        link,
+        clock,
+        host.active,
+        lambda found: facts.collect(
+            who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
+        ),
+    )
+    parts = Parts(trust, store, Fetcher(link, store, who.device), host, monitor, clock, available_bytes)
+    works = Works(parts, reporter.progress)
+    deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
+    listeners.append(lambda event: _heard(event, monitor, deployer))
+    reporter.rejected = lambda: deployer.orders.rejected
+    reporter.paused = lambda: deployer.orders.paused
+    reporter.deployment(deployer.deployment)
+    server = EndpointServer(
+        host, endpoint_config(settings), stats=host.stats, on_finished=lambda done: _finished(done, monitor)
+    )
+    return Body(
+        link,
+        server,
+        host,
+        deployer,
+        monitor,
+        reporter,
+        restarts=lambda: host.stats().restarts,
+        state_dir=settings.state_dir,
+        health_interval_s=settings.health_interval_s,
+        canary_interval_s=settings.canary_interval_s,
+    )
+
+
+def _tell(listeners: list[Callable[[HostEvent], None]], event: HostEvent) -> None:
+    for listen in listeners:
+        listen(event)
+
+
+def _heard(event: HostEvent, monitor: Monitor, deployer: Deployer) -> None:
+    if event.kind == "crashed" and event.digest == monitor.digest:
+        monitor.worker_died()
+    elif event.kind == "gave_up":
+        failure = Failure(code=event.code or FailureCode.RUNTIME_CRASHED, message=event.message)
+        deployer.post(Unhealthy(event.digest, failure))
+
+
+def _finished(done: FinishedRequest, monitor: Monitor) -> None:
+    # What died with the worker is counted as one death, not as so many errors more.
+    if done.digest == monitor.digest and (done.error is None or (done.failed and done.error != "crashed")):
+        monitor.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, done.failed)
+
+
+def _render_prompt(manifest: Manifest, prompt: str) -> str:
+    return render(manifest, [{"role": "user", "content": prompt}])
+
+
+def _link_settings(settings: AgentSettings, who: Identity) -> LinkSettings:
+    will = Presence(device=who.device, online=False, agent_version=version("phifleet"))
+    return LinkSettings(
+        url=settings.broker or who.broker,
+        client_id=who.device,
+        ca_file=who.broker_ca,
+        cert_file=who.certificate,
+        key_file=who.private_key,
+        will=Will(topics.presence(who.device), will.to_json()),
+    )
+
+
+def host_settings(settings: AgentSettings) -> HostSettings:
+    """The model host's part of the settings."""
+    return HostSettings(
+        load_timeout_s=settings.load_timeout_s,
+        hang_s=settings.hang_timeout_s,
+        queue_limit=settings.queue_limit,
+        threads=settings.threads or 0,
+        memory_limit_bytes=settings.memory_limit_bytes or 0,
+        cache_file=settings.state_dir / "runtimes.json",
+    )
+
+
+def endpoint_config(settings: AgentSettings) -> EndpointConfig:
+    """The endpoint's part of the settings."""
+    keys = tuple(
+        ApiKey(key.name, key.secret.get_secret_value(), key.requests_per_minute, key.concurrent)
+        for key in settings.api_keys
+    )
+    return EndpointConfig(
+        host=settings.host,
+        port=settings.port,
+        unix_socket=settings.unix_socket,
+        keys=keys,
+        cors_origins=settings.cors_origins,
+        allowed_hosts=settings.allowed_hosts,
+        tls_cert=settings.tls_cert,
+        tls_key=settings.tls_key,
+        allow_plain_http=settings.allow_plain_http,
+        limits=Limits(request_timeout_s=settings.request_timeout_s),
+    )
