@@ -16,7 +16,7 @@ from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Identity as Reporting
 from agent.daemon.reporter import Reporter
 from agent.daemon.steps import Parts, Works
-from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits
+from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits, Strictness
 from agent.endpoint.openai.chat import render
 from agent.link import LinkSettings, MqttLink
 from agent.link.settings import Will
@@ -139,6 +139,7 @@ def endpoint_config(settings: AgentSettings) -> EndpointConfig:
         keys=keys,
         cors_origins=settings.cors_origins,
         allowed_hosts=settings.allowed_hosts,
+        unknown_parameters=Strictness(settings.unknown_parameters),
         tls_cert=settings.tls_cert,
         tls_key=settings.tls_key,
         allow_plain_http=settings.allow_plain_http,

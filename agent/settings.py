@@ -70,6 +70,10 @@ class AgentSettings(BaseSettings):
     tls_cert: Annotated[Path | None, Field(description="PEM; needed when the endpoint is not on loopback")] = None
     tls_key: Annotated[Path | None, Field(description="PEM")] = None
     allow_plain_http: Annotated[bool, Field(description="serve off loopback without TLS, knowingly")] = False
+    unknown_parameters: Annotated[
+        Literal["refuse", "warn", "ignore"],
+        Field(description="parameters that the endpoint does not have; warn: answer, and name them in a header"),
+    ] = "warn"
     queue_limit: Annotated[int, Field(gt=0, description="requests waiting, at most")] = 64
     request_timeout_s: Annotated[float, Field(gt=0, description="seconds for one request")] = 600.0
     threads: Annotated[int | None, Field(gt=0, description="threads of the runtime; none: the runtime's choice")] = None

@@ -19,6 +19,7 @@ from agent.endpoint.http.replies import as_api_error, error_reply
 from agent.endpoint.openai.answers import new_id
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.stored import BoundedStore, Conversation, StoredResponse
+from agent.endpoint.openai.strictness import UNUSED_HEADER, header_value
 from agent.endpoint.routes import chat as chat_route
 from agent.endpoint.routes import completions as completion_route
 from agent.endpoint.routes import conversations as conversation_route
@@ -179,5 +180,7 @@ async def _headers(request: web.Request, response: web.StreamResponse) -> None:
     if request_context is None:
         return
     response.headers["X-Request-Id"] = request_context.id
+    if request_context.unused:
+        response.headers[UNUSED_HEADER] = header_value(request_context.unused)
     if request_context.origin is not None:
         response.headers.update(Cors.headers(request_context.origin))

@@ -7,6 +7,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.endpoint.openai.strictness import Strictness
 from agent.errors import ConfigError
 
 MIB = 1024 * 1024
@@ -86,6 +87,8 @@ class EndpointConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     allow_plain_http: bool = False
+    #: What happens to parameters of a request that this API does not have.
+    unknown_parameters: Strictness = Strictness.WARN
     limits: Limits = Limits()
     #: Seconds that ``stop`` gives to the requests in flight.
     drain_s: float = 10.0

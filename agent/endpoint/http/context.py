@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TypeVar
 
 from aiohttp import web
+from pydantic import BaseModel
 
 from agent.core.ports import Inference
 from agent.endpoint.http.config import EndpointConfig
@@ -13,6 +15,9 @@ from agent.endpoint.http.generation import Call, Runner
 from agent.endpoint.http.metrics import Metrics, StatsSource
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.stored import BoundedStore, Conversation, StoredResponse
+from agent.endpoint.openai.strictness import Strictness, understand
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Budget:
@@ -61,6 +66,8 @@ class RequestContext:
     arrived: float
     client: str = "local"
     origin: str | None = None
+    #: Parameters that changed nothing, to be named in the answer.
+    unused: tuple[str, ...] = ()
     #: Bytes of the budget, given back when the request is over.
     taken: int = 0
 
@@ -101,6 +108,19 @@ async def read_body(request: web.Request) -> bytes:
     context.budget.give(expected - len(body))
     request_context.taken = len(body)
     return body
+
+
+async def read_request(request: web.Request, model: type[Model]) -> Model:
+    """The body as its shape; what in it was not used is named in a header of the answer.
+
+    Raises:
+        ApiError: as ``read_body``; or 400, naming the parameter that is wrong.
+    """
+    strictness = request.app[CONTEXT].config.unknown_parameters
+    parsed, unused = understand(model, await read_body(request), strictness)
+    if strictness is Strictness.WARN:
+        request[REQUEST_CONTEXT].unused = unused
+    return parsed
 
 
 def too_large(limit: int) -> ApiError:

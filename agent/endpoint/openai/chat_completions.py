@@ -11,7 +11,7 @@ from agent.endpoint.openai.answers import ChatChoice, new_id, usage
 from agent.endpoint.openai.chunks import DONE, ChunkEncoder, error_event
 from agent.endpoint.openai.errors import ApiError, invalid
 from agent.endpoint.openai.prompting import checked, plain_messages, prompt_of, sequence
-from agent.endpoint.openai.sampling import for_chat, format_guidance
+from agent.endpoint.openai.sampling import check_stream_options, for_chat, format_guidance
 from agent.endpoint.openai.shapes import ChatRequest
 from agent.endpoint.openai.toolplan import ToolPlan, plan_tools
 from agent.endpoint.openai.tools import TextDelta
@@ -38,6 +38,7 @@ class ChatJob:
         Raises:
             ApiError: 400 naming the parameter.
         """
+        check_stream_options(asked)
         count = asked.n or 1
         if count > most_choices:
             raise invalid(f"n is {count}, and at most {most_choices} choices are made here", "n")

@@ -10,7 +10,7 @@ from agent.endpoint.openai.answers import CompletionLogprobs, finish_reason, new
 from agent.endpoint.openai.chunks import DONE, ChunkEncoder, error_event
 from agent.endpoint.openai.errors import ApiError, invalid
 from agent.endpoint.openai.prompting import checked, sequence
-from agent.endpoint.openai.sampling import for_completion
+from agent.endpoint.openai.sampling import check_stream_options, for_completion
 from agent.endpoint.openai.shapes import CompletionRequest
 
 
@@ -36,6 +36,7 @@ class CompletionJob:
         Raises:
             ApiError: 400 naming the parameter.
         """
+        check_stream_options(asked)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         each = asked.n or 1
         if each * len(prompts) > most_choices:

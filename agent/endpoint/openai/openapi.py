@@ -67,14 +67,17 @@ _ERROR_SCHEMA: dict[str, Any] = {
 }
 
 
-@lru_cache(maxsize=2)
-def description(names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The whole document; ``names`` are what ``model`` may be now."""
+@lru_cache(maxsize=4)
+def description(names: tuple[str, ...] = (), *, strict: bool = False) -> dict[str, Any]:
+    """The whole document; ``names`` are what ``model`` may be now. ``strict``: unknown parameters are refused."""
     models = [(model, "validation") for model, _ in _POSTS.values()]
     _, shared = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type] # its literal type is private
     for model, _ in _POSTS.values():
         if names and "model" in model.model_fields:
             shared["$defs"][model.__name__]["properties"]["model"] = {"enum": list(names)}
+    if not strict:
+        for schema in shared["$defs"].values():
+            schema.pop("additionalProperties", None)
     paths: dict[str, Any] = {path: {"post": _post(path, model, text)} for path, (model, text) in _POSTS.items()}
     paths["/v1/embeddings"] = {"post": _embeddings()}
     for path, text in _GETS.items():

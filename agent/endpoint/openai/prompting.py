@@ -61,9 +61,12 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
     if message.tool_calls:
         plain["tool_calls"] = [
             {
-                "id": call.id,
+                "id": neutralise(call.id or ""),
                 "type": "function",
-                "function": {"name": neutralise(call.function.name), "arguments": neutralise(call.function.arguments)},
+                "function": {
+                    "name": neutralise(call.function.name),
+                    "arguments": neutralise(call.function.arguments or "{}"),
+                },
             }
             for call in message.tool_calls
         ]

@@ -14,7 +14,7 @@ from agent.endpoint.openai.items import entries, messages
 from agent.endpoint.openai.prompting import checked, plain_messages, prompt_of, sequence
 from agent.endpoint.openai.response_shapes import FunctionChoice, FunctionTool, ResponseRequest, TextFormat
 from agent.endpoint.openai.responses import Event, ResponseBuilder, conversation_id
-from agent.endpoint.openai.sampling import for_response, format_guidance
+from agent.endpoint.openai.sampling import check_stream_options, for_response, format_guidance
 from agent.endpoint.openai.shapes import ChosenFunction, Function, JsonSchema, Message, ResponseFormat, Tool, ToolChoice
 from agent.endpoint.openai.stored import Entry
 from agent.endpoint.openai.toolplan import plan_tools
@@ -49,6 +49,7 @@ class ResponseJob:
         Raises:
             ApiError: 400 naming the parameter.
         """
+        check_stream_options(asked)
         choice = asked.tool_choice
         plan = plan_tools(
             [_tool(tool) for tool in asked.tools or ()],
@@ -100,7 +101,7 @@ class ResponseStream:
     def __init__(self, job: ResponseJob, on_end: Callable[[], None]) -> None:
         self._builder = job.builder
         self._on_end = on_end
-        self._opening = _encoded(job.builder.begin())
+        self._opening = encoded(job.builder.begin())
 
     def add(self, index: int, event: GenerationEvent) -> bytes:
         """The events that one of the model's makes; the two that open a stream come before the first.
@@ -112,7 +113,7 @@ class ResponseStream:
             made = self._builder.token(event)
         else:
             made = _ended(self._builder, event, self._on_end)
-        out, self._opening = self._opening + _encoded(made), b""
+        out, self._opening = self._opening + encoded(made), b""
         return out
 
     def finish(self) -> bytes:
@@ -121,7 +122,7 @@ class ResponseStream:
 
     def fail(self, error: ApiError) -> bytes:
         """``response.failed``."""
-        return _encoded(self._builder.fail(error.code or "server_error", str(error)))
+        return encoded(self._builder.fail(error.code or "server_error", str(error)))
 
 
 def _ended(builder: ResponseBuilder, done: DoneEvent, on_end: Callable[[], None]) -> list[Event]:
@@ -130,7 +131,8 @@ def _ended(builder: ResponseBuilder, done: DoneEvent, on_end: Callable[[], None]
     return made
 
 
-def _encoded(events: list[Event]) -> bytes:
+def encoded(events: list[Event]) -> bytes:
+    """Events as server-sent ones."""
     return b"".join(named_event(name, data) for name, data in events)
 
 

@@ -26,7 +26,7 @@ class CallItem(Lenient):
     type: Literal["function_call"]
     call_id: Identifier
     name: Annotated[str, Field(max_length=256)]
-    arguments: Text = "{}"
+    arguments: Text | None = "{}"
 
 
 class CallOutputItem(Lenient):
@@ -129,6 +129,25 @@ class TextOptions(ApiModel):
     verbosity: Annotated[str, Field(description="ignored")] | None = None
 
 
+#: Only the log probabilities exist here. The others are of tools and reasoning that no response here has.
+Include = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+
+
+class ResponseStreamOptions(ApiModel):
+    """Of a streamed response."""
+
+    include_obfuscation: Annotated[bool, Field(description="ignored: tokens are not padded here")] | None = None
+
+
 class ResponseRequest(ApiModel):
     """``POST /v1/responses``."""
 
@@ -150,7 +169,9 @@ class ResponseRequest(ApiModel):
     metadata: Metadata | None = None
     background: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_not)] | None = None
     user: Annotated[str, Field(max_length=512, description="ignored")] | None = None
-    include: Annotated[list[str], Field(description="ignored")] | None = None
+    include: Annotated[list[Include], Field(max_length=16)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    stream_options: ResponseStreamOptions | None = None
     service_tier: Annotated[str, Field(description="ignored")] | None = None
     safety_identifier: Annotated[str, Field(description="ignored")] | None = None
     prompt_cache_key: Annotated[str, Field(description="ignored: prefixes are reused by their text")] | None = None

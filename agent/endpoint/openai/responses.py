@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent.core.inference import DoneEvent, FinishReason, ModelInfo, TokenEvent
-from agent.endpoint.openai.answers import new_id
+from agent.endpoint.openai.answers import chat_logprobs, new_id
 from agent.endpoint.openai.response_shapes import ConversationRef, FunctionChoice, ResponseRequest
-from agent.endpoint.openai.sampling import effective_defaults, temperature_of
+from agent.endpoint.openai.sampling import effective_defaults, response_logprobs, temperature_of
 from agent.endpoint.openai.tools import CallDelta, Delta, TextDelta, ToolParser
 
 Event = tuple[str, dict[str, Any]]
@@ -27,6 +27,10 @@ class ResponseBuilder:
         self._calls: dict[int, int] = {}
         self._open: int | None = None
         self._sequence = 0
+        self._top = response_logprobs(asked)
+        #: Of tokens whose text has not come out yet.
+        self._logprobs: list[dict[str, Any]] = []
+        self._called = False
         self.response: dict[str, Any] = {
             "id": new_id("resp_"),
             "object": "response",
@@ -48,6 +52,8 @@ class ResponseBuilder:
 
     def token(self, event: TokenEvent) -> list[Event]:
         """More text."""
+        if self._top is not None and (entry := chat_logprobs(event, self._top)):
+            self._logprobs.append(entry)
         deltas: list[Delta]
         if self._parser is not None:
             deltas = self._parser.feed(event.text)
@@ -61,6 +67,8 @@ class ResponseBuilder:
         events = [out for delta in rest for out in self._delta(delta)]
         if not self._items:
             events += self._add_message()
+        if self._open is not None and self._items[self._open]["type"] == "message":
+            self._items[self._open]["content"][0]["logprobs"] += self._logprobs
         cut = done.reason is FinishReason.LENGTH
         events += self._close("incomplete" if cut else "completed")
         self.response.update(
@@ -103,10 +111,14 @@ class ResponseBuilder:
 
     def _text(self, text: str) -> Event:
         item = self._current()
-        item["content"][0]["text"] += text
-        return self._on("response.output_text.delta", item, content_index=0, delta=text, logprobs=[])
+        part, entries = item["content"][0], _covering(self._logprobs, text) if self._called else self._logprobs
+        part["text"] += text
+        part["logprobs"] = [*part["logprobs"], *entries]
+        self._logprobs, self._called = [], False
+        return self._on("response.output_text.delta", item, content_index=0, delta=text, logprobs=_plain(entries))
 
     def _add_call(self, delta: CallDelta) -> list[Event]:
+        self._logprobs, self._called = [], True  # those so far are of the call
         item = {
             "id": new_id("fc_"),
             "type": "function_call",
@@ -140,7 +152,9 @@ class ResponseBuilder:
     def _message_done(self, item: dict[str, Any]) -> list[Event]:
         part = item["content"][0]
         return [
-            self._on("response.output_text.done", item, content_index=0, text=part["text"], logprobs=[]),
+            self._on(
+                "response.output_text.done", item, content_index=0, text=part["text"], logprobs=_plain(part["logprobs"])
+            ),
             self._on("response.content_part.done", item, content_index=0, part=dict(part)),
         ]
 
@@ -160,6 +174,28 @@ class ResponseBuilder:
         return kind, event
 
 
+def _covering(entries: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The last entries, as many as ``text`` is made of: those before are of a call that has no text."""
+    left = len(text)
+    for at in range(len(entries) - 1, -1, -1):
+        left -= len(entries[at]["token"])
+        if left <= 0:
+            return entries[at:]
+    return entries
+
+
+def _plain(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log probabilities as a stream's events have them: without bytes."""
+    return [
+        {
+            "token": entry["token"],
+            "logprob": entry["logprob"],
+            "top_logprobs": [{"token": one["token"], "logprob": one["logprob"]} for one in entry["top_logprobs"]],
+        }
+        for entry in entries
+    ]
+
+
 def _echo(asked: ResponseRequest, info: ModelInfo) -> dict[str, Any]:
     choice = asked.tool_choice
     return {
@@ -175,6 +211,7 @@ def _echo(asked: ResponseRequest, info: ModelInfo) -> dict[str, Any]:
         "text": {"format": _format(asked)},
         "tool_choice": choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
         "tools": [_tool(tool.model_dump()) for tool in asked.tools or ()],
+        "top_logprobs": asked.top_logprobs or 0,
         "top_p": effective_defaults(info).get("top_p", 1.0) if asked.top_p is None else asked.top_p,
         "truncation": "disabled",
         "background": False,

@@ -57,8 +57,32 @@ def for_response(request: ResponseRequest, info: ModelInfo, guidance: Guidance |
     Raises:
         ApiError: 400 naming the parameter that the model does not have.
     """
+    top = response_logprobs(request)
     asked = SamplingFields(temperature=request.temperature, top_p=request.top_p)
-    return _sampling(asked, info, request.max_output_tokens or info.context, None, "", guidance)
+    return _sampling(asked, info, request.max_output_tokens or info.context, top, "include", guidance)
+
+
+def response_logprobs(request: ResponseRequest) -> int | None:
+    """How many alternatives of each token are asked for; None where no log probabilities are.
+
+    Raises:
+        ApiError: 400, a number is asked for of what is not included.
+    """
+    if "message.output_text.logprobs" in (request.include or ()):
+        return request.top_logprobs or 0
+    if request.top_logprobs:
+        raise invalid("top_logprobs needs 'message.output_text.logprobs' in include", "top_logprobs")
+    return None
+
+
+def check_stream_options(request: ChatRequest | CompletionRequest | ResponseRequest) -> None:
+    """Options of a stream are a mistake where no stream is asked for.
+
+    Raises:
+        ApiError: 400.
+    """
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options is only allowed when stream is true", "stream_options")
 
 
 def _sampling(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
-
-from agent.endpoint.openai.errors import ApiError, from_validation
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 MAX_STOPS = 16
 
@@ -34,23 +32,6 @@ class Lenient(ApiModel):
     model_config = ConfigDict(extra="ignore")
 
 
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def parse(model: type[Model], body: bytes) -> Model:
-    """A request body as its shape.
-
-    Raises:
-        ApiError: 400, naming the parameter.
-    """
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise from_validation(error) from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-
-
 class ContentPart(Lenient):
     """Of a message. Only text can be read by the models served here; the others are named in the refusal."""
 
@@ -62,14 +43,14 @@ class CalledFunction(Lenient):
     """Name and arguments; the arguments are JSON as a string, as the model wrote them."""
 
     name: Annotated[str, Field(max_length=256)]
-    arguments: Text = "{}"
+    arguments: Text | None = "{}"
 
 
 class ToolCall(Lenient):
     """A call that an earlier answer made."""
 
-    id: Annotated[str, Field(max_length=256)] = ""
-    type: Literal["function"] = "function"
+    id: Annotated[str, Field(max_length=256)] | None = None
+    type: Literal["function"] | None = "function"
     function: CalledFunction
 
 
@@ -133,8 +114,8 @@ class ResponseFormat(ApiModel):
 class StreamOptions(ApiModel):
     """Of a streamed answer."""
 
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[bool, Field(description="ignored: tokens are not padded here")] | None = None
 
 
 class SamplingFields(ApiModel):

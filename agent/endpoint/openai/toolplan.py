@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ from agent.endpoint.openai.shapes import Function, Tool, ToolChoice
 from agent.endpoint.openai.tools import ToolParser, calls_guidance
 
 Choice = str | ToolChoice | None
+
+#: Of all tools of a request, as JSON: more than any context here holds.
+MAX_CHARACTERS = 1024 * 1024
+_NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +42,9 @@ def plan_tools(
     Raises:
         ApiError: 400, a tool is broken, the choice is none of them, or a call cannot be forced on this runtime.
     """
-    functions = _functions(tools or (), where)
     wanted = choice.function.name if isinstance(choice, ToolChoice) else choice
+    forced = wanted not in (None, "auto", "none")
+    functions = _functions(tools or (), where, checked=forced)
     if not functions:
         if wanted not in (None, "none", "auto"):
             raise invalid("tool_choice asks for a call, and there are no tools", "tool_choice")
@@ -49,7 +55,6 @@ def plan_tools(
             raise invalid(f"tool_choice names {wanted!r}, which is not among the tools", "tool_choice")
     if wanted == "none":
         return ToolPlan()
-    forced = wanted not in (None, "auto")
     several = parallel and not isinstance(choice, ToolChoice)
     return ToolPlan(
         tools=tuple({"type": "function", "function": one} for one in functions),
@@ -59,8 +64,14 @@ def plan_tools(
     )
 
 
-def _functions(tools: Sequence[Tool], where: str) -> list[dict[str, Any]]:
-    functions = [_function(tool.function, f"{where}[{index}].function") for index, tool in enumerate(tools)]
+def _functions(tools: Sequence[Tool], where: str, *, checked: bool) -> list[dict[str, Any]]:
+    functions = [
+        (_constraining if checked else _described)(tool.function, f"{where}[{index}].function")
+        for index, tool in enumerate(tools)
+    ]
+    size = sum(len(json.dumps(one, ensure_ascii=False)) for one in functions)
+    if size > MAX_CHARACTERS:
+        raise invalid(f"the tools are {size} characters of JSON: at most {MAX_CHARACTERS} are taken", where)
     names = [one["name"] for one in functions]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -68,12 +79,27 @@ def _functions(tools: Sequence[Tool], where: str) -> list[dict[str, Any]]:
     return functions
 
 
-def _function(function: Function, where: str) -> dict[str, Any]:
-    parameters = function.parameters or {"type": "object", "properties": {}}
+def _described(function: Function, where: str) -> dict[str, Any]:
+    """A function as the prompt describes it: its schema constrains nothing, so whatever it is, it may be shown."""
+    try:
+        json.dumps(function.parameters, allow_nan=False)
+    except ValueError:  # it could not be read again
+        message = f"{where}.parameters holds a number that JSON does not have"
+        raise invalid(message, f"{where}.parameters") from None
+    return _shown(function, function.parameters)
+
+
+def _constraining(function: Function, where: str) -> dict[str, Any]:
+    """A function whose schema constrains the answer: it must be one, and is shown without references."""
+    parameters = function.parameters or _NOTHING
     check_schema(parameters, f"{where}.parameters")
     if parameters.get("type", "object") != "object":
         raise invalid(f"{where}.parameters must be the schema of an object", f"{where}.parameters.type")
-    described = {"name": function.name, "description": function.description, "parameters": inlined(parameters)}
+    return _shown(function, inlined(parameters))
+
+
+def _shown(function: Function, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    described = {"name": function.name, "description": function.description, "parameters": parameters or _NOTHING}
     return {key: value for key, value in described.items() if value is not None}
 
 

@@ -7,16 +7,16 @@ import time
 from aiohttp import web
 
 from agent.endpoint.http.answering import reply_stream, reply_whole
-from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_body
+from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_request
 from agent.endpoint.openai.chat_completions import ChatCompletion, ChatJob, ChatStream
 from agent.endpoint.openai.models import check_model
-from agent.endpoint.openai.shapes import ChatRequest, parse
+from agent.endpoint.openai.shapes import ChatRequest
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer, at once or as a stream."""
     context = request.app[CONTEXT]
-    asked = parse(ChatRequest, await read_body(request))
+    asked = await read_request(request, ChatRequest)
     info = context.runner.model()
     check_model(asked.model, info)
     job = ChatJob.prepare(

@@ -7,16 +7,16 @@ import time
 from aiohttp import web
 
 from agent.endpoint.http.answering import reply_stream, reply_whole
-from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_body
+from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_request
 from agent.endpoint.openai.completions import Completion, CompletionJob, CompletionStream
 from agent.endpoint.openai.models import check_model
-from agent.endpoint.openai.shapes import CompletionRequest, parse
+from agent.endpoint.openai.shapes import CompletionRequest
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """Complete, at once or as a stream."""
     context = request.app[CONTEXT]
-    asked = parse(CompletionRequest, await read_body(request))
+    asked = await read_request(request, CompletionRequest)
     info = context.runner.model()
     check_model(asked.model, info)
     job = CompletionJob.prepare(

@@ -8,20 +8,19 @@ import time
 
 from aiohttp import web
 
-from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_body
+from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_request
 from agent.endpoint.http.replies import json_reply
 from agent.endpoint.openai.answers import new_id
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.items import entries, item_list, messages, page_of
 from agent.endpoint.openai.prompting import plain_messages
 from agent.endpoint.openai.response_shapes import AddItemsRequest, ConversationRequest, Item, UpdateConversationRequest
-from agent.endpoint.openai.shapes import parse
 from agent.endpoint.openai.stored import Conversation, Entry
 
 
 async def create(request: web.Request) -> web.Response:
     """``POST /v1/conversations``."""
-    asked = parse(ConversationRequest, await read_body(request))
+    asked = await read_request(request, ConversationRequest)
     listed = _checked(asked.items or [])
     conversation = Conversation(new_id("conv_"), int(time.time()), asked.metadata or {}, tuple(listed))
     keep(request, conversation)
@@ -35,7 +34,7 @@ async def retrieve(request: web.Request) -> web.Response:
 
 async def update(request: web.Request) -> web.Response:
     """``POST /v1/conversations/{id}``: its metadata."""
-    asked = parse(UpdateConversationRequest, await read_body(request))
+    asked = await read_request(request, UpdateConversationRequest)
     conversation = dataclasses.replace(find(request, request.match_info["id"]), metadata=asked.metadata or {})
     keep(request, conversation)
     return json_reply(conversation.to_dict())
@@ -55,7 +54,7 @@ async def items(request: web.Request) -> web.Response:
 
 async def add_items(request: web.Request) -> web.Response:
     """``POST /v1/conversations/{id}/items``."""
-    asked = parse(AddItemsRequest, await read_body(request))
+    asked = await read_request(request, AddItemsRequest)
     listed = _checked(asked.items)
     conversation = find(request, request.match_info["id"])
     keep(request, dataclasses.replace(conversation, entries=(*conversation.entries, *listed)))

@@ -11,6 +11,7 @@ from agent.endpoint.http.metrics import CONTENT_TYPE
 from agent.endpoint.http.replies import json_reply
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.models import loaded_facts, model_object, signed_facts
+from agent.endpoint.openai.strictness import Strictness
 
 _STARTED = int(time.time())
 
@@ -76,4 +77,5 @@ async def openapi(request: web.Request) -> web.Response:
     from agent.endpoint.openai.openapi import description
 
     info = request.app[CONTEXT].inference.active()
-    return json_reply(description((info.name, info.artifact) if info else ()))
+    strict = request.app[CONTEXT].config.unknown_parameters is Strictness.REFUSE
+    return json_reply(description((info.name, info.artifact) if info else (), strict=strict))

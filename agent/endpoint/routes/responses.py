@@ -10,15 +10,16 @@ import time
 from aiohttp import web
 
 from agent.endpoint.http.answering import reply_stream, reply_whole
-from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_body
+from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_request
 from agent.endpoint.http.replies import json_reply
+from agent.endpoint.http.sse import EventStream
 from agent.endpoint.openai.errors import ApiError, invalid
 from agent.endpoint.openai.items import page_of
 from agent.endpoint.openai.models import check_model
-from agent.endpoint.openai.response_job import ResponseJob, ResponseStream, WholeResponse
+from agent.endpoint.openai.replay import replay
+from agent.endpoint.openai.response_job import ResponseJob, ResponseStream, WholeResponse, encoded
 from agent.endpoint.openai.response_shapes import ResponseRequest
 from agent.endpoint.openai.responses import conversation_id
-from agent.endpoint.openai.shapes import parse
 from agent.endpoint.openai.stored import Conversation, Entry, StoredResponse
 from agent.endpoint.routes import conversations as conversation_route
 
@@ -26,7 +27,7 @@ from agent.endpoint.routes import conversations as conversation_route
 async def responses(request: web.Request) -> web.StreamResponse:
     """``POST``: answer, at once or as a stream."""
     context = request.app[CONTEXT]
-    asked = parse(ResponseRequest, await read_body(request))
+    asked = await read_request(request, ResponseRequest)
     info = context.runner.model()
     check_model(asked.model, info)
     job = ResponseJob.prepare(
@@ -43,9 +44,23 @@ async def responses(request: web.Request) -> web.StreamResponse:
     return await reply_whole(request, [job.request], info.digest, "input", WholeResponse(job, keep))
 
 
-async def retrieve(request: web.Request) -> web.Response:
-    """``GET /v1/responses/{id}``."""
-    return json_reply(_stored(request, request.match_info["id"]).response)
+async def retrieve(request: web.Request) -> web.StreamResponse:
+    """``GET /v1/responses/{id}``; with ``stream=true`` as events, those after ``starting_after`` if that is given."""
+    wanted = request.query.get("stream", "false")
+    if wanted not in ("true", "false"):
+        raise invalid("stream is true or false", "stream")
+    after = request.query.get("starting_after", "-1")
+    if not (after.isascii() and after.removeprefix("-").isdigit() and len(after) < 10):
+        raise invalid("starting_after is the sequence number of an event", "starting_after")
+    if wanted == "false" and "starting_after" in request.query:
+        raise invalid("starting_after is only allowed when stream is true", "starting_after")
+    response = _stored(request, request.match_info["id"]).response
+    if wanted == "false":
+        return json_reply(response)
+    stream = EventStream(request, request.app[CONTEXT].config.limits.write_timeout_s)
+    if events := replay(response, int(after)):
+        await stream.send(encoded(events))
+    return await stream.finish()
 
 
 async def delete(request: web.Request) -> web.Response:

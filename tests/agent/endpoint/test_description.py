@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from tests.agent.endpoint.conftest import Endpoint
+from agent.endpoint import Strictness
+from tests.agent.endpoint.conftest import Endpoint, Serve
 
 #: Left out: what a schema cannot say (two tools of one name, top_logprobs without logprobs) is refused all the same.
 CHECKS = (
@@ -34,7 +35,14 @@ async def test_it_describes_every_route(endpoint: Endpoint):
     assert description["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"][0] == "phi-test"
 
 
-async def test_it_holds(endpoint: Endpoint, tmp_path: Path):
+async def test_it_says_whether_unknown_parameters_are_taken(endpoint: Endpoint, serve: Serve):
+    for one, strict in ((endpoint, False), (await serve(unknown_parameters=Strictness.REFUSE), True)):
+        description = json.loads((await one.get("/openapi.json"))[1])
+        assert ("additionalProperties" in description["components"]["schemas"]["ChatRequest"]) is strict
+
+
+async def test_it_holds(serve: Serve, tmp_path: Path):
+    endpoint = await serve(unknown_parameters=Strictness.REFUSE)
     (tmp_path / "schemathesis.toml").write_text("")
     process = await asyncio.create_subprocess_exec(
         sys.executable,

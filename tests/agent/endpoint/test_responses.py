@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import openai
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from agent.endpoint import ApiKey
 from agent.endpoint.openai.stored import BoundedStore
 from tests.agent.endpoint.conftest import MODEL, Endpoint, Serve
-from tests.simulators.inference import SimulatedInference
+from tests.simulators.inference import NOTHING, SimulatedInference
 from tests.waiting import until
 
 ANSWER = "The capital of France is Paris."
@@ -233,3 +234,107 @@ def test_one_that_is_too_large_does_not_push_the_others_out():
     store.put("a", "small", "small", 10, 0.0)
     assert not store.put("a", "large", "large", 1000, 1.0)
     assert store.get("a", "small", 2.0) == "small"
+
+
+async def test_log_probabilities_are_included_where_they_are_asked_for(endpoint: Endpoint):
+    wanted: Any = {"model": MODEL, "input": "x", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    response = await endpoint.openai.responses.create(**wanted)
+    part = response.output[0].content[0]
+    assert "".join(one.token for one in part.logprobs) == part.text == response.output_text
+    assert all(len(one.top_logprobs) == 2 and bytes(one.bytes).decode() == one.token for one in part.logprobs)
+    assert response.model_dump()["top_logprobs"] == 2
+    events = [event async for event in await endpoint.openai.responses.create(stream=True, **wanted)]
+    told = [one.token for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
+    assert "".join(told) == response.output_text
+    done = next(event for event in events if event.type == "response.output_text.done")
+    assert [one.token for one in done.logprobs] == told
+    plain = await endpoint.openai.responses.create(model=MODEL, input="x")
+    assert plain.output[0].content[0].logprobs == []
+
+
+async def test_log_probabilities_of_a_call_belong_to_no_text(serve: Serve):
+    call = '<|tool_call|>[{"name": "f", "arguments": {}}]<|/tool_call|>'
+    endpoint = await serve(SimulatedInference(answer=["Sure. ", *call, " Done"]))
+    tool: Any = {"type": "function", "name": "f", "parameters": {}, "strict": False}
+    response = await endpoint.openai.responses.create(
+        model=MODEL, input="x", tools=[tool], include=["message.output_text.logprobs"]
+    )
+    texts = [item.content[0] for item in response.output if item.type == "message"]
+    assert ["".join(one.token for one in text.logprobs).strip() for text in texts] == ["Sure.", "Done"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"include": ["everything"]}, "include[0]"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
+    ],
+)
+async def test_what_cannot_be_included_is_refused(endpoint: Endpoint, fields: dict[str, Any], param: str):
+    status, answer = await endpoint.post("/v1/responses", {"model": MODEL, "input": "x", **fields})
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+async def test_what_no_response_here_has_may_be_asked_for(endpoint: Endpoint):
+    # The Agents SDK and others ask for it always.
+    response = await endpoint.openai.responses.create(model=MODEL, input="x", include=["reasoning.encrypted_content"])
+    assert response.status == "completed"
+
+
+async def test_a_runtime_without_log_probabilities_refuses_them(serve: Serve):
+    endpoint = await serve(SimulatedInference(capabilities=NOTHING))
+    body = {"model": MODEL, "input": "x", "include": ["message.output_text.logprobs"]}
+    status, answer = await endpoint.post("/v1/responses", body)
+    assert (status, answer["error"]["param"]) == (400, "include")
+
+
+CALLING = 'Let me see.<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|>'
+
+
+@pytest.mark.parametrize(("answer", "limit"), [("Paris it is", None), (CALLING, None), ("word " * 50, 5)])
+async def test_a_stored_response_can_be_streamed_again(serve: Serve, answer: str, limit: int | None):
+    endpoint = await serve(SimulatedInference(answer=answer))
+    tool: Any = {"type": "function", "name": "f", "parameters": {}, "strict": False}
+    asked: Any = {"model": MODEL, "input": "x", "tools": [tool], "max_output_tokens": limit}
+    first = [event async for event in await endpoint.openai.responses.create(stream=True, **asked)]
+    response = first[-1].response  # type: ignore[union-attr]
+    events = [event async for event in await endpoint.openai.responses.retrieve(response.id, stream=True)]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == ("response.incomplete" if limit else "response.completed")
+    assert events[-1].response == response  # type: ignore[union-attr]
+    assert order(events) == order(first)
+    texts = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert texts == response.output_text
+    later = [
+        event async for event in await endpoint.openai.responses.retrieve(response.id, stream=True, starting_after=3)
+    ]
+    assert [event.sequence_number for event in later] == list(range(4, len(events)))
+    assert await endpoint.openai.responses.retrieve(response.id) == response
+
+
+def order(events: list[Any]) -> list[str]:
+    """Kinds of events, a run of deltas as one."""
+    kinds = [event.type for event in events]
+    return [kind for before, kind in zip([None, *kinds], kinds, strict=False) if kind != before]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("stream=yes", "stream"),
+        ("stream=true&starting_after=x", "starting_after"),
+        ("starting_after=1", "starting_after"),
+    ],
+)
+async def test_a_query_that_is_wrong_is_refused_by_name(endpoint: Endpoint, query: str, param: str):
+    response = await endpoint.openai.responses.create(model=MODEL, input="x")
+    status, text = await endpoint.get(f"/v1/responses/{response.id}?{query}")
+    assert status == 400
+    assert json.loads(text)["error"]["param"] == param
+    assert (await endpoint.get("/v1/responses/resp_none?stream=true"))[0] == 404
+
+
+async def test_a_replay_past_its_end_is_an_empty_stream(endpoint: Endpoint):
+    response = await endpoint.openai.responses.create(model=MODEL, input="x")
+    assert await endpoint.get(f"/v1/responses/{response.id}?stream=true&starting_after=999") == (200, "")
