@@ -74,11 +74,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One candidate and its natural-log probability."""
+    """One candidate and its natural-log probability.
+
+    ``raw`` are its bytes where ``token`` does not say them, since a token may be a part of a character; None otherwise.
+    """
 
     token: str
     logprob: float
     token_id: int = -1
+    raw: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class Keyring:
     """The bearer keys, each with its own limits."""
 
     def __init__(self, keys: tuple[ApiKey, ...]) -> None:
-        # Looked up by digest: comparing digests tells a guesser nothing through time.
+        # Looked up by digest: the time that comparing digests takes says nothing about a key.
         self._holders = {key.digest(): _Holder(key) for key in keys}
 
     def holder(self, request: web.Request) -> _Holder | None:

@@ -1,4 +1,4 @@
-"""What the endpoint can be told, and the refusals that need no socket."""
+"""The settings of the endpoint, and the refusals that need no socket."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Limits:
     """What one client, and all together, may take. Times in seconds."""
 
     body_bytes: int = 2 * MIB
-    #: Of all requests in flight together; past it a request waits for none, it is told to come again.
+    #: Of all requests in flight together; a request past it is refused at once, with a Retry-After.
     bodies_bytes: int = 64 * MIB
     header_bytes: int = 16 * 1024
     headers: int = 64

@@ -59,7 +59,7 @@ async def streaming(stream: EventStream, fail: Callable[[ApiError], bytes]) -> A
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any failure as what a client may see of it; what is our own fault is logged, and not told."""
+    """Any failure as what a client may see of it. A fault of ours is logged, and its details stay in the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InferenceError):

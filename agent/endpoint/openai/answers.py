@@ -46,7 +46,14 @@ def chat_logprobs(event: TokenEvent, top: int) -> dict[str, Any] | None:
 
 
 def _candidate(one: TokenLogprob) -> dict[str, Any]:
-    return {"token": one.token, "logprob": max(one.logprob, -9999.0), "bytes": list(one.token.encode())}
+    return {"token": one.token, "logprob": max(one.logprob, -9999.0), "bytes": _bytes(one)}
+
+
+def _bytes(one: TokenLogprob) -> list[int] | None:
+    """The token's own bytes, so that those of several tokens make the text; None where the runtime does not tell."""
+    if one.raw is not None:
+        return list(one.raw)
+    return None if "\ufffd" in one.token else list(one.token.encode())
 
 
 @dataclass(slots=True)

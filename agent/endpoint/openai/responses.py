@@ -1,4 +1,4 @@
-"""A response while it grows: its output items, and the events that tell a stream about them. Pure.
+"""A response while it grows: its output items, and the events that a stream reports them by. Pure.
 
 The order of events follows OpenAI's API reference: an item is added, its parts grow, it is done.
 """

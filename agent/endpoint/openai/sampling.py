@@ -1,4 +1,4 @@
-"""From what a client asks to what the loaded model is told, refusing by name what it cannot do. Pure."""
+"""From a client's parameters to those of the loaded model; one that it does not have is refused by name. Pure."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class CallScanner:
         self._string = False
         self._escaped = False
         self._name: str | None = None
-        self._waiting: list[str] = []
+        self._held: list[str] = []
         self._argued = False
         self._consumed = 0
 
@@ -106,7 +106,7 @@ class CallScanner:
         if char == "{":
             self._index += 1
             self._levels = 1
-            self._name, self._waiting, self._argued = None, [], False
+            self._name, self._held, self._argued = None, [], False
             self._at = _At.KEY
         elif char == "[" and self._index < 0 and not self._listed:
             self._listed = True
@@ -201,7 +201,7 @@ class CallScanner:
             self._raw = [piece[:1]]
         self._argued = True
         if self._name is None:
-            self._waiting.append(piece)
+            self._held.append(piece)
             return []
         return [CallArguments(self._index, piece)] if piece else []
 
@@ -210,8 +210,8 @@ class CallScanner:
             return []
         self._name = name
         events: list[CallEvent] = [CallStart(self._index, name)]
-        if self._waiting:
-            events.append(CallArguments(self._index, "".join(self._waiting)))
+        if self._held:
+            events.append(CallArguments(self._index, "".join(self._held)))
         return events
 
     def _close(self) -> list[CallEvent]:

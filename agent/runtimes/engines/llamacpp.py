@@ -302,7 +302,9 @@ class LlamaCppEngine:
         return events
 
     def _logprob(self, token: int, logprob: float) -> TokenLogprob:
-        return TokenLogprob(self._piece(token).decode("utf-8", "replace"), logprob, token)
+        piece = self._piece(token)
+        text = piece.decode("utf-8", "replace")
+        return TokenLogprob(text, logprob, token, None if text.encode() == piece else piece)
 
     def _release(self, sequence: _Sequence) -> None:
         if sequence.slot is not None:

@@ -26,6 +26,7 @@ from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.generation import Generation, check_fits
 from agent.runtimes.engines.guidance import Guide, Guides
 from agent.runtimes.engines.text import Pieces, PieceStream
+from agent.runtimes.engines.token_bytes import TokenBytes
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
 
 #: Prompt tokens of one step: the CPU back end has no fast kernels, and a step must stay short.
@@ -88,6 +89,7 @@ class MlxEngine:
             _widen_quantized(self._model)
         self._ends = {int(token) for token in self._tokenizer.eos_token_ids}
         self._ends |= {ids[0] for text in source.stop_tokens if len(ids := self._encode(text)) == 1}
+        self._token_bytes = TokenBytes(folder)
         self._pieces = Pieces(self._decode, self._encode("a")[-1])
         self._batch = BatchGenerator(
             self._model,
@@ -226,7 +228,8 @@ class MlxEngine:
         return generation.token(response.token, own, tuple(top))
 
     def _logprob(self, token: int, logprob: float) -> TokenLogprob:
-        return TokenLogprob(self._pieces.after(token), logprob, token)
+        text = self._pieces.after(token)
+        return TokenLogprob(text, logprob, token, self._token_bytes.of(token, text))
 
     def _drop(self, number: int) -> None:
         """Take it out of the batch, and keep its cache."""

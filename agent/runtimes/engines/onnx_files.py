@@ -9,6 +9,8 @@ from typing import Any
 
 from agent.core.inference import TokenLogprob
 from agent.errors import RuntimeLoadError
+from agent.runtimes.engines.text import Pieces
+from agent.runtimes.engines.token_bytes import TokenBytes
 from agent.runtimes.protocol.engine import ModelSource
 
 #: Past this length LongRoPE models switch factors, and every key must be computed again. The library does so itself
@@ -34,6 +36,7 @@ class OnnxFiles:
             raise RuntimeLoadError(f"{file} describes no model: {error}") from error
         self._og = og
         self._source = source
+        self._token_bytes = TokenBytes(self.folder)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -70,10 +73,15 @@ class OnnxFiles:
         return [int(token) for token in self.tokenizer.encode(text)]
 
     def logprob(self, token: int, logprob: float) -> TokenLogprob:
-        """With the token's text."""
+        """With the token's text and bytes."""
+        text = self._pieces.after(token)
+        return TokenLogprob(text, logprob, token, self._token_bytes.of(token, text))
+
+    @cached_property
+    def _pieces(self) -> Pieces:
         import numpy as np
 
-        return TokenLogprob(str(self.tokenizer.decode(np.array([token], np.int32))), logprob, token)
+        return Pieces(lambda tokens: str(self.tokenizer.decode(np.array(tokens, np.int32))), self.encode("a")[-1])
 
     def stream(self) -> TokenStream:
         """A detokenizer for one sequence."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from agent.core.inference import (
@@ -26,6 +27,7 @@ from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.generation import Generation, check_fits
 from agent.runtimes.engines.schema import text_of, vet
 from agent.runtimes.engines.text import Pieces, PieceStream
+from agent.runtimes.engines.token_bytes import TokenBytes
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
 
 #: Tokens of a block of the paged cache: the CPU plugin's, and a multiple of the GPU plugin's.
@@ -95,6 +97,7 @@ class OpenVinoEngine:
         self._tokenizer = self._pipeline.get_tokenizer()
         self.context = options.context
         self._ends = end_tokens(self._pipeline.get_config(), self._tokenizer, source)
+        self._token_bytes = TokenBytes(Path(folder))
         neutral = int(self._tokenizer.encode("a", add_special_tokens=False).input_ids.data[0, -1])
         self._pieces = Pieces(lambda tokens: str(self._tokenizer.decode(list(tokens))), neutral)
         self._running: dict[int, _Sequence] = {}
@@ -173,9 +176,13 @@ class OpenVinoEngine:
             if token in self._ends:
                 events.extend(generation.end_marker())
                 break
-            own = TokenLogprob(self._pieces.after(token), float(logprob), int(token)) if sequence.logprobs else None
+            own = self._logprob(int(token), float(logprob)) if sequence.logprobs else None
             events.extend(generation.token(int(token), own))
         return events
+
+    def _logprob(self, token: int, logprob: float) -> TokenLogprob:
+        text = self._pieces.after(token)
+        return TokenLogprob(text, logprob, token, self._token_bytes.of(token, text))
 
     def _status(self, sequence: _Sequence) -> list[GenerationEvent]:
         """The pipeline ended it without a token that says so."""

@@ -127,7 +127,7 @@ class ModelServer:
         return self._idle.is_set()
 
     async def close(self) -> None:
-        """Unload. What is still waiting is told so."""
+        """Unload the model. Requests that still wait end with an error that says so."""
         self._open = False
         self._supervision.cancel()
         await asyncio.gather(self._supervision, return_exceptions=True)
@@ -197,7 +197,7 @@ class ModelServer:
             self._end(ticket)
 
     async def _supervise(self) -> None:
-        """Keep a worker running until told to close, or until it dies too often."""
+        """Keep a worker running until the model is closed, or until the worker dies too often."""
         try:
             while not self.failed:
                 death = await self._watch()

@@ -1,4 +1,4 @@
-"""What the model host may be told, and what it tells."""
+"""The settings of the model host, the events that it reports, and its figures."""
 
 from __future__ import annotations
 

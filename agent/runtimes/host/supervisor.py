@@ -163,7 +163,7 @@ class WorkerProcess:
     async def close(self, grace_s: float = 5.0) -> None:
         """Unload and leave; killed after ``grace_s``. Requests in flight end as crashed."""
         if self.alive:
-            self._verdict = self._verdict or Death(FailureCode.CANCELLED, "the worker was told to leave")
+            self._verdict = self._verdict or Death(FailureCode.CANCELLED, "the worker was asked to leave")
             self._send(wire.Close())
             try:
                 await asyncio.wait({self.died}, timeout=grace_s)
@@ -261,7 +261,7 @@ class WorkerProcess:
         return Death(FailureCode.RUNTIME_CRASHED, f"{who} died: {how}{last}")
 
     def _bury(self, death: Death) -> None:
-        """Tell everybody who waits. One who cannot take it must not keep the others from hearing it."""
+        """Report the death to everybody who waits. One who cannot take it must not keep it from the others."""
         if self.died.done():
             return
         self.died.set_result(death)
@@ -271,7 +271,7 @@ class WorkerProcess:
             try:
                 sink(InferenceError(kind, f"the model's process ended during the answer: {death.message}"))
             except Exception:
-                log.exception("request_not_told", request=request_id, pid=self.pid)
+                log.exception("request_not_notified", request=request_id, pid=self.pid)
         for answer in self._counts.values():
             if not answer.done():
                 answer.set_exception(InferenceError("crashed", "the model's process has ended"))

@@ -178,12 +178,12 @@ def _event_out(event: GenerationEvent) -> list[Any]:
 
 
 def _logprob_out(one: TokenLogprob) -> list[Any]:
-    return [one.token, one.logprob, one.token_id]
+    return [one.token, one.logprob, one.token_id, *([] if one.raw is None else [one.raw.hex()])]
 
 
 def _logprob_in(value: list[Any]) -> TokenLogprob:
-    token, logprob, token_id = value
-    return TokenLogprob(_text(token), float(logprob), int(token_id))
+    token, logprob, token_id, *raw = value
+    return TokenLogprob(_text(token), float(logprob), int(token_id), bytes.fromhex(raw[0]) if raw else None)
 
 
 def _event_in(value: list[Any]) -> GenerationEvent:

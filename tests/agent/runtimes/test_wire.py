@@ -21,7 +21,7 @@ from agent.runtimes.protocol.engine import LoadOptions, ModelSource
 
 _finite = st.floats(allow_nan=False, allow_infinity=False)
 _any_text = st.text(st.characters(codec=None, exclude_categories=()), max_size=20)
-_logprob = st.builds(TokenLogprob, _any_text, _finite, st.integers(-1, 2**20))
+_logprob = st.builds(TokenLogprob, _any_text, _finite, st.integers(-1, 2**20), st.none() | st.binary(max_size=4))
 _sampling = st.builds(
     Sampling,
     temperature=_finite,

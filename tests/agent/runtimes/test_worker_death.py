@@ -45,8 +45,7 @@ async def test_every_real_time_signal_is_a_death_with_a_name(number: int):
     )
     assert await child.ended(30) == -number
     child.close()
-    said = describe_exit(-number)
-    assert "SIG" in said
+    assert "SIG" in describe_exit(-number)
 
 
 @POSIX
@@ -80,8 +79,7 @@ async def test_a_model_whose_worker_ends_by_a_real_time_signal_is_restarted(
 
 @given(st.integers(-(2**33), 2**33))
 def test_every_exit_status_has_words(status: int):
-    said = describe_exit(status)
-    assert said.startswith(("killed by ", "exit status "))
+    assert describe_exit(status).startswith(("killed by ", "exit status "))
 
 
 @pytest.mark.parametrize(
@@ -139,17 +137,17 @@ async def test_a_process_that_does_not_end_is_booked_within_the_bound(monkeypatc
 
 async def test_a_reader_that_raises_costs_neither_the_others_nor_the_death():
     worker = await WorkerProcess.start(SPEC)
-    heard: list[object] = []
+    received: list[object] = []
 
     def bad(_event: object) -> None:
         raise KeyError("whoever asked has a fault")
 
-    worker._sinks = {"bad": bad, "good": heard.append}
+    worker._sinks = {"bad": bad, "good": received.append}
     with capture_logs() as logs:
         await asyncio.wait_for(worker.kill(Death(FailureCode.RUNTIME_HUNG, "it hangs")), 30)
     assert worker.died.result().message == "it hangs"
-    assert [error.kind for error in heard if isinstance(error, InferenceError)] == ["timeout"]
-    assert "request_not_told" in [line["event"] for line in logs]
+    assert [error.kind for error in received if isinstance(error, InferenceError)] == ["timeout"]
+    assert "request_not_notified" in [line["event"] for line in logs]
 
 
 async def test_a_fault_while_a_message_is_handled_ends_the_worker_with_a_reason(monkeypatch):
