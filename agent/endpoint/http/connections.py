@@ -69,7 +69,7 @@ class ConnectionGuard:
 class GuardedConnection(web.RequestHandler):
     """aiohttp's connection, with a deadline on headers and JSON for errors below the application."""
 
-    __slots__ = ("_busy", "_deadline", "_guard", "_refused")
+    __slots__ = ("_busy", "_deadline", "_guard", "_refused", "program")
 
     def __init__(self, server: web.Server, guard: ConnectionGuard, *, loop: asyncio.AbstractEventLoop, **options: Any):
         super().__init__(server, loop=loop, **options)
@@ -77,6 +77,8 @@ class GuardedConnection(web.RequestHandler):
         self._deadline: asyncio.TimerHandle | None = None
         self._refused = False
         self._busy = False
+        #: Who is at the other end, once somebody wanted to know.
+        self.program = ""
 
     def abort(self) -> None:
         """Close at once."""

@@ -11,8 +11,10 @@ from pydantic import BaseModel
 
 from agent.core.ports import Inference
 from agent.endpoint.http.config import EndpointConfig
+from agent.endpoint.http.connections import GuardedConnection
 from agent.endpoint.http.generation import Call, Runner
 from agent.endpoint.http.metrics import Metrics, StatsSource
+from agent.endpoint.http.peers import program_at
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.stored import BoundedStore, Conversation, StoredResponse
 from agent.endpoint.openai.strictness import Strictness, understand
@@ -60,11 +62,16 @@ CONTEXT = web.AppKey("context", Context)
 
 @dataclass(slots=True)
 class RequestContext:
-    """Of one request. ``client`` is the name of the bearer key, or the address; ``origin`` a page's, where allowed."""
+    """Of one request.
+
+    ``client`` is the name of the bearer key, or the address: what is stored belongs to it. ``program`` takes turns with
+    others in the queue; it is of the same client. ``origin`` is a page's, where allowed.
+    """
 
     id: str
     arrived: float
     client: str = "local"
+    program: str = "local"
     origin: str | None = None
     #: Parameters that changed nothing, to be named in the answer.
     unused: tuple[str, ...] = ()
@@ -117,10 +124,23 @@ async def read_request(request: web.Request, model: type[Model]) -> Model:
         ApiError: as ``read_body``; or 400, naming the parameter that is wrong.
     """
     strictness = request.app[CONTEXT].config.unknown_parameters
+    await find_program(request)
     parsed, unused = understand(model, await read_body(request), strictness)
     if strictness is Strictness.WARN:
         request[REQUEST_CONTEXT].unused = unused
     return parsed
+
+
+async def find_program(request: web.Request) -> None:
+    """Tell programs of one client apart, where others are at work: else nobody has to wait for a turn."""
+    context, request_context = request.app[CONTEXT], request[REQUEST_CONTEXT]
+    connection = request.protocol
+    if request.transport is None or not context.stats().active:
+        request_context.program = request_context.client
+        return
+    if isinstance(connection, GuardedConnection):
+        connection.program = connection.program or await program_at(request.transport)
+        request_context.program = f"{request_context.client}, {connection.program}"
 
 
 def too_large(limit: int) -> ApiError:

@@ -23,7 +23,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         asked,
         info,
         context.runner.manifest(),
-        client=request[REQUEST_CONTEXT].client,
+        client=request[REQUEST_CONTEXT].program,
         most_choices=context.config.limits.choices,
         created=int(time.time()),
     )

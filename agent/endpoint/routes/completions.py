@@ -22,7 +22,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     job = CompletionJob.prepare(
         asked,
         info,
-        client=request[REQUEST_CONTEXT].client,
+        client=request[REQUEST_CONTEXT].program,
         most_choices=context.config.limits.choices,
         created=int(time.time()),
     )

@@ -35,7 +35,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
         info,
         context.runner.manifest(),
         _before(request, asked),
-        client=request[REQUEST_CONTEXT].client,
+        client=request[REQUEST_CONTEXT].program,
         created=int(time.time()),
     )
     keep = functools.partial(_keep, request, job)

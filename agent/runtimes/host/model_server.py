@@ -32,8 +32,9 @@ log = structlog.get_logger(__name__)
 class Ticket:
     """One request from its arrival to its end."""
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, *, short: bool) -> None:
         self.request = request
+        self.short = short
         self.events: asyncio.Queue[GenerationEvent | InferenceError] = asyncio.Queue()
         self.begun = 0.0
         self.ended = False
@@ -62,7 +63,9 @@ class ModelServer:
         self._loaded = loaded
         self._settings = settings
         self._on_event = on_event
-        self._queue: FairQueue[Ticket] = FairQueue(settings.queue_limit)
+        self._queue: FairQueue[Ticket] = FairQueue(settings.queue_limit, settings.age_s)
+        self._short_until = 0.0
+        self._long_active = 0
         self._tickets: dict[str, Ticket] = {}
         self._deaths: tuple[float, ...] = ()
         self._durations: deque[float] = deque(maxlen=32)
@@ -141,8 +144,9 @@ class ModelServer:
             raise InferenceError("unavailable", "the model is being replaced", retry_after_s=1.0)
         if request.id in self._tickets:
             raise InferenceError("invalid", f"a request with the id {request.id} is running already")
-        ticket = Ticket(request)
-        if not self._queue.push(ticket, priority=request.priority, client=request.client):
+        now = asyncio.get_running_loop().time()
+        ticket = Ticket(request, short=self._settings.is_short(request))
+        if not self._queue.push(ticket, priority=request.priority, client=request.client, short=ticket.short, now=now):
             wait = self._wait_s()
             raise InferenceError(
                 "busy",
@@ -151,6 +155,8 @@ class ModelServer:
             )
         self._tickets[request.id] = ticket
         self._idle.clear()
+        if ticket.short:
+            self._short_until = now + self._settings.lane_s
         self._pump()
         return ticket
 
@@ -173,16 +179,26 @@ class ModelServer:
         while self.worker.alive and not self._recycling:
             if self.worker.requests >= self.info.capabilities.max_sequences:
                 return
-            ticket = self._queue.pop()
+            now = asyncio.get_running_loop().time()
+            ticket = self._queue.pop(now, short_only=self._long_active >= self._most_long(now))
             if ticket is None:
                 return
-            ticket.begun = asyncio.get_running_loop().time()
+            ticket.begun = now
+            self._long_active += not ticket.short
             self.worker.submit(ticket.request, lambda event, ticket=ticket: self._arrive(ticket, event))  # type: ignore[misc]
+
+    def _most_long(self, now: float) -> int:
+        """Slots that long requests may take: all but one where a slot was made for short ones, or while those come."""
+        slots = self.info.capabilities.max_sequences
+        made = not self._settings.max_sequences and slots > self._loaded.spec.sequences
+        kept = made or now < self._short_until
+        return self._settings.long_answers_at_once(slots) if kept else slots
 
     def _arrive(self, ticket: Ticket, event: GenerationEvent | InferenceError) -> None:
         ticket.events.put_nowait(event)
         if isinstance(event, DoneEvent | InferenceError):
             self._durations.append(asyncio.get_running_loop().time() - ticket.begun)
+            self._long_active -= not ticket.short
             self._end(ticket)
             self._pump()
 

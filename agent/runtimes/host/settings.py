@@ -9,6 +9,7 @@ from typing import Any
 
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
+from agent.core.inference import GenerationRequest
 from agent.core.supervision import RestartPolicy
 
 Render = Callable[[Manifest, list[dict[str, Any]]], str]
@@ -27,6 +28,14 @@ class HostSettings:
     #: How often the worker is looked at.
     watch_s: float = 0.5
     queue_limit: int = 64
+    #: A request that may have at most so many tokens, and whose prompt has at most so many characters, is a short one:
+    #: it goes before long ones, and one slot is kept for such.
+    short_tokens: int = 64
+    short_characters: int = 8192
+    #: Where no slot beyond the usual was made for short requests, one is kept free for so long after the last of them.
+    lane_s: float = 60.0
+    #: A long request that has waited for so long is no longer passed by short ones.
+    age_s: float = 10.0
     #: Answers computed at once; 0: what suits the runtime.
     max_sequences: int = 0
     #: 0: as many as there are physical cores for us.
@@ -51,8 +60,16 @@ class HostSettings:
     runtime_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def answers_at_once(self, suits: int) -> int:
-        """What was set, or what ``suits`` the runtime."""
-        return self.max_sequences or suits
+        """What was set, or what ``suits`` the runtime and one slot more, which is for short requests alone."""
+        return self.max_sequences or suits + (suits > 1)
+
+    def long_answers_at_once(self, slots: int) -> int:
+        """How many of the engine's ``slots`` long requests may take while short ones come."""
+        return slots - (slots > 1)
+
+    def is_short(self, request: GenerationRequest) -> bool:
+        """Whether it is over soon, whatever the model answers."""
+        return request.sampling.max_tokens <= self.short_tokens and len(request.prompt) <= self.short_characters
 
     @property
     def restart_policy(self) -> RestartPolicy:
