@@ -127,7 +127,7 @@ async def test_stop_errors_and_keys(serve: Serve, tmp_path: Path):
         await page.until(ANSWERED)
         await until(lambda: endpoint.finished, "the endpoint noticed that its reader left")
         assert endpoint.finished[0].error == "cancelled"
-        await page.run("document.getElementById('tokens').value = -1")
+        await page.run("document.getElementById('tokens').value = 0")
         await page.run(asking("Again"))
         await page.until("document.querySelector('.turn.error')?.textContent.includes('max_tokens')")
         endpoint.inference.manifest = None
