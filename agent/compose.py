@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
 from importlib.metadata import version
 
 from agent.contract import topics
-from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Failure, Presence
-from agent.core.deployment import Unhealthy
+from agent.contract.messages import Presence
 from agent.daemon.agent import Body
 from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Identity as Reporting
 from agent.daemon.reporter import Reporter
-from agent.daemon.steps import Parts, Works
+from agent.daemon.state import AgentState
+from agent.daemon.steps import StepParts, Steps
 from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits, Strictness
 from agent.endpoint.openai.chat import render
 from agent.link import LinkSettings, MqttLink
@@ -35,19 +34,17 @@ from agent.trust.identity import Identity
 
 def compose(settings: AgentSettings, who: Identity) -> Body:
     """An agent of the real parts."""
+    state = AgentState()
+    host_events: asyncio.Queue[HostEvent] = asyncio.Queue()
     link = MqttLink(_link_settings(settings, who))
     trust = TrustClient(who, link, SystemClock())
     clock = trust.clock
     store = ArtifactStore(settings.state_dir)
-    listeners: list[Callable[[HostEvent], None]] = []
-    host = WorkerHost(
-        render,
-        host_settings(settings),
-        on_event=lambda event: _tell(listeners, event),
-    )
+    host = WorkerHost(render, host_settings(settings), on_event=host_events.put_nowait)
     monitor = Monitor(host, clock, _render_prompt, lambda: host.stats().memory_bytes)
     reporter = Reporter(
         Reporting(who.device, who.profile, version("phifleet")),
+        state,
         link,
         clock,
         host.active,
@@ -55,15 +52,11 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
             who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
         ),
     )
-    parts = Parts(trust, store, Fetcher(link, store, who.device), host, monitor, clock, available_bytes)
-    works = Works(parts, reporter.progress)
-    deployer = Deployer(works, parts, FileJournal(settings.state_dir / "journal"), reporter.deployment)
-    listeners.append(lambda event: _heard(event, monitor, deployer))
-    reporter.rejected = lambda: deployer.orders.rejected
-    reporter.paused = lambda: deployer.orders.paused
-    reporter.deployment(deployer.deployment)
+    parts = StepParts(trust, store, Fetcher(link, store, who.device), host, monitor, clock, available_bytes)
+    steps = Steps(parts, reporter.progress)
+    deployer = Deployer(steps, parts, FileJournal(settings.state_dir / "journal"), state, reporter.report)
     server = EndpointServer(
-        host, endpoint_config(settings), stats=host.stats, on_finished=lambda done: _finished(done, monitor)
+        host, endpoint_config(settings), stats=host.stats, on_finished=lambda done: _book(done, monitor)
     )
     return Body(
         link,
@@ -72,6 +65,8 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
         deployer,
         monitor,
         reporter,
+        state,
+        host_events,
         restarts=lambda: host.stats().restarts,
         state_dir=settings.state_dir,
         health_interval_s=settings.health_interval_s,
@@ -79,23 +74,10 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
     )
 
 
-def _tell(listeners: list[Callable[[HostEvent], None]], event: HostEvent) -> None:
-    for listen in listeners:
-        listen(event)
-
-
-def _heard(event: HostEvent, monitor: Monitor, deployer: Deployer) -> None:
-    if event.kind == "crashed" and event.digest == monitor.digest:
-        monitor.worker_died()
-    elif event.kind == "gave_up":
-        failure = Failure(code=event.code or FailureCode.RUNTIME_CRASHED, message=event.message)
-        deployer.post(Unhealthy(event.digest, failure))
-
-
-def _finished(done: FinishedRequest, monitor: Monitor) -> None:
-    # What died with the worker is counted as one death, not as so many errors more.
-    if done.digest == monitor.digest and (done.error is None or (done.failed and done.error != "crashed")):
-        monitor.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, done.failed)
+def _book(done: FinishedRequest, monitor: Monitor) -> None:
+    monitor.request_ended(
+        done.digest, done.error, ttft_ms=done.ttft_ms, tpot_ms=done.tpot_ms, tokens=done.completion_tokens
+    )
 
 
 def _render_prompt(manifest: Manifest, prompt: str) -> str:

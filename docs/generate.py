@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from agent.contract import manifest, messages, profile, topics
 from agent.contract.failures import FailureCode
+from agent.contract.messages import State
 from agent.contract.profile import DeviceProfile
 from agent.core import deployment
 from agent.core.inference import PARAMETERS, Capabilities, GuidanceKind
@@ -147,20 +148,53 @@ def _failure_lines() -> Iterator[str]:
 
 def states() -> str:
     """docs/states.md."""
-    lines = [NOTICE, "# The states of a deployment on a device\n", "```mermaid", deployment.mermaid(), "```\n"]
-    lines += [
-        "| state | meaning | work | deadline | a restart resumes at | counts restarts |",
-        "|---|---|---|---|---|---|",
-    ]
-    for state, row in deployment.TABLE.items():
-        deadline = f"{row.deadline_s:.0f} s" if row.deadline_s else ("the order's" if row.work else "rests")
-        work = row.work.value if row.work else "none"
-        counts = "yes" if row.counts_restarts else "no"
-        lines.append(f"| `{state.value}` | {row.meaning} | {work} | {deadline} | `{row.on_restart.value}` | {counts} |")
+    lines = [NOTICE, "# The states of a deployment on a device\n", inspect.cleandoc(_STATES_INTRODUCTION) + "\n"]
+    lines += ["```mermaid", *_diagram(), "```\n", "## What a state does\n"]
+    lines += ["| state | meaning | step | deadline | restarts count |", "|---|---|---|---|---|"]
+    for state, row in deployment.STATES.items():
+        deadline = f"{row.deadline_s:.0f} s" if row.deadline_s else ("the order's" if row.step else "rests")
+        step, counts = row.step.value if row.step else "none", "yes" if row.counts_restarts else "no"
+        lines.append(f"| `{state.value}` | {row.meaning} | {step} | {deadline} | {counts} |")
     lines.append(
-        f"\nAfter {deployment.MAX_RESTARTS} counted restarts in one deployment the device rolls back by itself.\n"
+        f"\nAfter {deployment.MAX_RESTARTS} restarts that count, the device gives the deployment up by itself.\n"
     )
-    return "\n".join(lines)
+    lines += ["## What follows an event\n", inspect.cleandoc(_TABLE_INTRODUCTION) + "\n"]
+    lines.append("| event | when it means | " + " | ".join(f"`{state.value}`" for state in deployment.STATES) + " |")
+    lines.append("|---|---" + "|---" * len(deployment.STATES) + "|")
+    for case, cells in deployment.TABLE.items():
+        events = ", ".join(event.__name__ for event in deployment.CASES[case])
+        lines.append(f"| {events} | {case.value} | " + " | ".join(_cell(*pair) for pair in cells.items()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_STATES_INTRODUCTION = """
+    A deployment is what a device makes of one order. Its state machine is one table in
+    `agent/core/deployment_table.py`; this page is generated from that table and has every transition that exists.
+    The diagram leaves out the transitions that change nothing.
+    """
+_TABLE_INTRODUCTION = """
+    Each row is one meaning of an event, each column the state in which it comes, each cell the state that follows.
+    `=` means that the state stays as it is. In an empty cell the event cannot have this meaning, or is refused.
+    """
+
+
+def _cell(state: State, following: State | None) -> str:
+    if following is None:
+        return ""
+    return "=" if following is state else f"`{following.value}`"
+
+
+def _diagram() -> Iterator[str]:
+    """The table as a Mermaid state diagram: one arrow for each pair of states."""
+    yield "stateDiagram-v2"
+    yield "    [*] --> idle"
+    arrows: dict[tuple[State, State], list[str]] = {}
+    for state, case, following in deployment.edges():
+        if following is not state:
+            names = [event.__name__ for event in deployment.CASES[case]]
+            arrows.setdefault((state, following), []).extend(names)
+    for (state, following), names in arrows.items():
+        yield f"    {state.value} --> {following.value}: {', '.join(dict.fromkeys(names))}"
 
 
 def support_matrix() -> str:

@@ -52,6 +52,53 @@ class Verdict(StrEnum):
 BROKEN = frozenset({FailureCode.HEALTH_ERRORS, FailureCode.HEALTH_RESTARTS, FailureCode.HEALTH_MEMORY})
 
 
+@dataclass(frozen=True, slots=True)
+class HealthDecision:
+    """What follows a condemned window: ``report`` it in the log, and let the previous artifact take over."""
+
+    report: bool
+    give_way: bool
+
+
+def after_unhealthy(code: FailureCode, *, serves_committed: bool, has_previous: bool, is_new: bool) -> HealthDecision:
+    """Decide what follows when the figures of what serves are outside a limit.
+
+    With nothing to go back to, a model that limps is better than none; the host says when it cannot run at all.
+    ``is_new``: the verdict has just changed.
+    """
+    give_way = serves_committed and has_previous and code in BROKEN
+    return HealthDecision(report=give_way or is_new, give_way=give_way)
+
+
+class Booking(StrEnum):
+    """How the end of a request counts in the window."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    NOT_COUNTED = "not counted"
+
+
+#: What died with the worker counts as one death of the worker, and not as so many errors more.
+_COUNTED_AS_DEATH = "crashed"
+#: Kinds of an ``InferenceError`` that say that a person's request must wait, and nothing about the model.
+_NO_ROOM = frozenset({"busy", "unavailable"})
+
+
+def booking_of_request(error: str | None) -> Booking:
+    """How the request of an application counts; ``error`` is None or a kind of ``InferenceError``, or says that the
+    client went away or its own deadline passed. The client's mistakes do not count against the model."""
+    if error is None:
+        return Booking.ANSWERED
+    return Booking.FAILED if error == "timeout" else Booking.NOT_COUNTED
+
+
+def booking_of_canary(error: str | None, *, misanswered: bool = False) -> Booking:
+    """How a signed probe counts: it has no client who could be at fault, so whatever refuses it is the model."""
+    if error is not None and (error in _NO_ROOM or error == _COUNTED_AS_DEATH):
+        return Booking.NOT_COUNTED
+    return Booking.FAILED if error is not None or misanswered else Booking.ANSWERED
+
+
 class HealthWindow:
     """The samples of the last ``seconds``, at most ``most`` of them."""
 

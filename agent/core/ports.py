@@ -104,6 +104,10 @@ class Trust(Protocol):
         ...
 
 
+Stop = Callable[[], bool]
+"""Asked now and then by blocking work; true when nobody waits for its result any more."""
+
+
 class ArtifactStore(Protocol):
     """Artifacts on disk, content-addressed."""
 
@@ -115,11 +119,12 @@ class ArtifactStore(Protocol):
         """Of a complete artifact."""
         ...
 
-    def verify(self, digest: str) -> None:
-        """Read every file again and compare with the manifest; blocking.
+    def verify(self, digest: str, stop: Stop = ...) -> None:
+        """Read every file again and compare with the manifest; blocking. Ends early when ``stop()`` turns true.
 
         Raises:
-            agent.errors.StoreError: a file is missing or has other bytes (STORE_CORRUPT).
+            agent.errors.StoreError: a file is missing or has other bytes (STORE_CORRUPT), or it was stopped
+                (CANCELLED).
         """
         ...
 
@@ -131,8 +136,15 @@ class ArtifactStore(Protocol):
         """
         ...
 
-    def collect(self, keep: Sequence[str]) -> int:
-        """Delete what is neither in ``keep`` nor being transferred; returns bytes freed."""
+    def collect(self, keep: Sequence[str], spare: Sequence[str] = ()) -> int:
+        """Delete the complete artifacts that are not in ``keep``; returns bytes freed.
+
+        Bytes that an order may want again are no longer complete, but stay: those of the digests in ``spare``, and
+        what transfers that did not end have brought. They go when another artifact needs the room.
+
+        Raises:
+            agent.errors.StoreError: something cannot be deleted.
+        """
         ...
 
 

@@ -7,6 +7,7 @@ attempts to serve the committed artifact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from agent.contract.failures import FailureCode
 
@@ -59,6 +60,25 @@ def after_death(deaths: tuple[float, ...], code: FailureCode, now: float, policy
     if len(recent) > policy.limit:
         return GiveUp(recent)
     return Restart(recent, policy.pause_s(len(recent)))
+
+
+class HostNews(StrEnum):
+    """What an event of the model host means for health and deployment."""
+
+    NOTHING = "nothing"
+    DEATH = "death"
+    LOST = "lost"
+
+
+def meaning_of_host_event(kind: str, digest: str, watched: str) -> HostNews:
+    """Decide what an event about the artifact ``digest`` means while health watches the artifact ``watched``.
+
+    A crash counts against what is watched alone: a candidate under proof has its own verdict. Of an artifact that the
+    host gives up the deployment decides by its digest.
+    """
+    if kind == "gave_up":
+        return HostNews.LOST
+    return HostNews.DEATH if kind == "crashed" and digest == watched else HostNews.NOTHING
 
 
 #: Attempts to serve the newest artifact before the one before it is tried, where there is one.

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
-from agent.contract.messages import RuntimeFact, SignedDesired, State
+from agent.contract.failures import FailureCode
+from agent.contract.messages import Failure, RuntimeFact, SignedDesired, State
 from agent.core import deployment as core
-from agent.core.health import BROKEN
+from agent.core.health import after_unhealthy
 from agent.core.ports import Link, Message, ModelHost
+from agent.core.supervision import HostNews, meaning_of_host_event
 from agent.daemon.control import ControlServer
 from agent.daemon.deployer import Deployer
+from agent.daemon.jobs import Job, Jobs
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Reporter
+from agent.daemon.state import AgentState
 from agent.errors import AgentError
 from agent.platform import facts, systemd
+from agent.runtimes.host.settings import HostEvent
 
 log = structlog.get_logger()
 
-#: What the device is changes slowly: disk and memory are told again this often, in seconds.
+#: What the device is changes slowly: disk and memory are reported again this often, in seconds.
 FACTS_EVERY_S = 600.0
 _CANDIDATE_SERVES = frozenset({State.ACTIVATING, State.PROBATION})
+
+T = TypeVar("T")
 
 
 class Connection(Link, Protocol):
@@ -85,10 +92,15 @@ class Body:
     deployer: Deployer
     monitor: Monitor
     reporter: Reporter
+    state: AgentState
+    #: What the model host has to say; it writes, the agent reads.
+    host_events: asyncio.Queue[HostEvent]
     restarts: Callable[[], int]
     state_dir: Path
     health_interval_s: float
     canary_interval_s: float
+    temperature_c: Callable[[], float | None] = facts.temperature_c
+    throttled: Callable[[], bool | None] = facts.throttled
 
 
 class Agent:
@@ -97,8 +109,23 @@ class Agent:
     def __init__(self, body: Body) -> None:
         self._body = body
         self._paused = body.state_dir / "paused"
-        commands = {"status": self._status, "rollback": self._roll_back, "pause": self._pause, "resume": self._resume}
-        self._control = ControlServer(body.state_dir, commands)
+        self._unread: set[str] = set()
+        self._jobs = Jobs(self._all_jobs())
+
+    def _all_jobs(self) -> tuple[Job, ...]:
+        """The one place that says what is vital: taking decisions about the model, which includes serving it."""
+        body = self._body
+        return (
+            Job("deployments", body.deployer.run, vital=True),
+            Job("host events", self._take_host_events),
+            Job("orders", self._receive_orders),
+            Job("reports", body.reporter.run),
+            Job("facts", self._report_facts),
+            Job("health", self._report_health),
+            Job("canaries", self._ask_canaries),
+            Job("control", self._answer_at_the_device),
+            Job("watchdog", self._feed_watchdog),
+        )
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve what is there first; the broker may be away for as long as it likes.
@@ -107,43 +134,38 @@ class Agent:
             AgentError: the endpoint cannot listen, or the link's settings are wrong.
         """
         body = self._body
-        body.deployer.orders.paused = self._paused.exists()
+        body.state.paused = self._was_paused()
         await body.server.start()
-        await self._control.start()
-        body.reporter.endpoint = body.server.url
-        log.info("endpoint", url=body.server.url)
-        body.link.on_connected(body.reporter.connected)
-        tasks = [asyncio.create_task(work) for work in self._works()]
+        body.state.endpoint = body.server.url
+        log.info("endpoint listens", url=body.server.url)
         try:
+            body.link.on_connected(body.reporter.connected)
+            self._jobs.start()
             await body.link.start()
-            await body.link.subscribe(topics.desired(body.reporter.identity.device), self._ordered)
             systemd.notify("READY=1")
-            await _first(stop, tasks)
+            await self._jobs.until(stop)
         finally:
             systemd.notify("STOPPING=1")
-            await self._end(tasks)
+            await self._end()
 
-    def _works(self) -> Sequence[Coroutine[None, None, None]]:
-        return (
-            self._body.deployer.run(),
-            self._body.reporter.run(),
-            self._tell_facts(),
-            self._tell_health(),
-            self._ask_canaries(),
-            self._feed_watchdog(),
-        )
-
-    async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+    async def _end(self) -> None:
         body = self._body
-        await self._control.stop()
-        await body.server.stop()
-        await body.reporter.goodbye()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await body.host.close()
-        await body.link.close()
+        parts: tuple[tuple[str, Callable[[], Awaitable[None]]], ...] = (
+            ("endpoint", body.server.stop),
+            ("presence", body.reporter.goodbye),
+            ("jobs", self._jobs.end),
+            ("model host", body.host.close),
+            ("link", body.link.close),
+        )
+        for name, end in parts:
+            try:
+                await end()
+            except Exception as error:  # the rest must end even so
+                log.exception("part not ended", part=name, error=str(error))
         log.info("stopped")
+
+    async def _receive_orders(self) -> None:
+        await self._body.link.subscribe(topics.desired(self._body.reporter.identity.device), self._ordered)
 
     def _ordered(self, message: Message) -> None:
         if not message.payload:
@@ -151,47 +173,84 @@ class Agent:
         try:
             SignedDesired.from_json(message.payload)
         except MalformedMessageError as error:
-            self._body.reporter.malformed += 1
-            if self._body.reporter.malformed == 1:
+            self._body.state.malformed_messages += 1
+            if self._body.state.malformed_messages == 1:
                 log.warning(
                     "malformed message ignored, further ones only counted", topic=message.topic, error=str(error)
                 )
             return
         self._body.deployer.orders.take(message.payload)
 
+    async def _take_host_events(self) -> None:
+        body = self._body
+        while True:
+            event = await body.host_events.get()
+            match meaning_of_host_event(event.kind, event.digest, body.monitor.digest):
+                case HostNews.DEATH:
+                    body.monitor.worker_died()
+                case HostNews.LOST:
+                    failure = Failure(code=event.code or FailureCode.RUNTIME_CRASHED, message=event.message)
+                    body.deployer.post(core.Unhealthy(event.digest, failure))
+                case HostNews.NOTHING:
+                    pass
+
+    async def _answer_at_the_device(self) -> None:
+        commands = {"status": self._status, "rollback": self._roll_back, "pause": self._pause, "resume": self._resume}
+        control = ControlServer(self._body.state_dir, commands)
+        try:
+            await control.start()
+            await asyncio.Event().wait()
+        finally:
+            await control.stop()
+
     async def _status(self) -> dict[str, Any]:
         body, active = self._body, self._body.host.active()
         reported, vitals = body.reporter.reported(), body.monitor.vitals()
-        told = reported.model_dump(mode="json", exclude_none=True, exclude={"version", "endpoint"})
+        fields = reported.model_dump(mode="json", exclude_none=True, exclude={"version", "endpoint"})
         return {
             "running": True,
             "connected": body.link.connected,
-            "paused": body.deployer.orders.paused,
+            "paused": body.state.paused,
             "endpoint": body.server.url,
             "serving": None if active is None else {"model": active.name, "artifact": active.artifact},
-            **told,
+            **fields,
             "health": {"verdict": body.monitor.verdict.value, **asdict(vitals)},
         }
 
     async def _roll_back(self) -> dict[str, Any]:
         try:
-            return {"ok": self._body.deployer.roll_back("asked for at the device")}
+            return {"ok": self._body.deployer.roll_back("the person at the device asked for it")}
         except AgentError as error:
             return {"error": str(error)}
 
+    def _was_paused(self) -> bool:
+        try:
+            return self._paused.exists()
+        except OSError as error:
+            log.warning("pause not read, orders are taken", path=str(self._paused), error=str(error))
+            return False
+
     async def _pause(self) -> dict[str, Any]:
-        self._paused.touch()
         self._body.deployer.orders.pause()
-        self._body.reporter.tell()
+        self._body.reporter.report()
+        try:
+            self._paused.touch()
+        except OSError as error:
+            log.warning("pause not remembered", path=str(self._paused), error=str(error))
+            return {"ok": f"paused until the agent restarts: {self._paused} cannot be written ({error.strerror})"}
         return {"ok": "paused: new orders are held; what serves goes on serving"}
 
     async def _resume(self) -> dict[str, Any]:
-        self._paused.unlink(missing_ok=True)
         self._body.deployer.orders.resume()
-        self._body.reporter.tell()
+        self._body.reporter.report()
+        try:
+            self._paused.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("resumption not remembered", path=str(self._paused), error=str(error))
+            return {"ok": f"orders are taken until the agent restarts: {self._paused} stays ({error.strerror})"}
         return {"ok": "orders are taken again"}
 
-    async def _tell_facts(self) -> None:
+    async def _report_facts(self) -> None:
         runtimes: Sequence[RuntimeFact] = ()
         while True:
             self._body.reporter.facts(runtimes)
@@ -201,27 +260,43 @@ class Agent:
                 self._body.reporter.facts(runtimes)
             await asyncio.sleep(FACTS_EVERY_S)
 
-    async def _tell_health(self) -> None:
+    async def _report_health(self) -> None:
         body = self._body
         while True:
             await asyncio.sleep(body.health_interval_s)
-            if body.deployer.deployment.state not in _CANDIDATE_SERVES:  # there the deployment's own work looks
+            if body.state.deployment.state not in _CANDIDATE_SERVES:  # there the deployment's own step looks
                 self._judge()
-            body.reporter.health(body.monitor, body.restarts(), facts.temperature_c(), facts.throttled())
+            temperature = self._read("temperature", body.temperature_c)
+            body.reporter.health(body.monitor, body.restarts(), temperature, self._read("throttling", body.throttled))
+
+    def _read(self, name: str, sensor: Callable[[], T | None]) -> T | None:
+        """A sensor that cannot be read costs its own figure, and not the report; it is logged once until it works."""
+        try:
+            found = sensor()
+        except Exception as error:  # drivers raise as they like
+            if name not in self._unread:
+                log.warning("sensor not read, reports go on without it", sensor=name, error=str(error))
+            self._unread.add(name)
+            return None
+        self._unread.discard(name)
+        return found
 
     def _judge(self) -> None:
         body, before = self._body, self._body.monitor.verdict
         failure = body.monitor.look()
         if failure is None:
             return
-        deployment = body.deployer.deployment
-        serves = deployment.committed is not None and deployment.committed.digest == body.monitor.digest
-        # With nothing to go back to, a model that limps is better than none; the host says when it cannot run at all.
-        gives_way = serves and deployment.previous is not None and failure.code in BROKEN
-        if gives_way or body.monitor.verdict is not before:
-            log.error("unhealthy", code=failure.code.value, reason=failure.message, rolls_back=gives_way)
-        if gives_way:
-            body.deployer.post(core.Unhealthy(body.monitor.digest, failure))
+        deployment, digest = body.state.deployment, body.monitor.digest
+        decision = after_unhealthy(
+            failure.code,
+            serves_committed=deployment.committed is not None and deployment.committed.digest == digest,
+            has_previous=deployment.previous is not None,
+            is_new=body.monitor.verdict is not before,
+        )
+        if decision.report:
+            log.error("unhealthy", code=failure.code.value, error=failure.message, rolls_back=decision.give_way)
+        if decision.give_way:
+            body.deployer.post(core.Unhealthy(digest, failure))
 
     async def _ask_canaries(self) -> None:
         if self._body.canary_interval_s <= 0:
@@ -236,16 +311,3 @@ class Agent:
         while interval is not None:
             systemd.notify("WATCHDOG=1")
             await asyncio.sleep(interval)
-
-
-async def _first(stop: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Until ``stop``; a task that breaks ends the agent, so that its supervisor starts it afresh."""
-    stopping = asyncio.create_task(stop.wait())
-    pending: set[asyncio.Task[object]] = {stopping, *tasks}
-    try:
-        while not stopping.done():
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-    finally:
-        stopping.cancel()

@@ -5,15 +5,27 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 
 from agent.contract.manifest import Manifest, Probe
 from agent.contract.messages import Failure
 from agent.contract.profile import HealthLimits
-from agent.core.health import HealthWindow, Judge, Sample, Verdict, Vitals, breach
+from agent.core.health import (
+    Booking,
+    HealthWindow,
+    Judge,
+    Sample,
+    Verdict,
+    Vitals,
+    booking_of_canary,
+    booking_of_request,
+    breach,
+)
 from agent.core.inference import DoneEvent, FinishReason, GenerationRequest, InferenceError, Sampling
 from agent.core.ports import Clock, Inference
+from agent.core.probes import misanswered
 from agent.errors import HealthError
 
 log = structlog.get_logger()
@@ -63,13 +75,28 @@ class Monitor:
     def reset(self, manifest: Manifest) -> None:
         """Another model serves: what the old one did says nothing about it."""
         log.debug("health window cleared", artifact=manifest.id)
+        self._forget(manifest.digest)
+
+    def retired(self) -> None:
+        """Nothing serves."""
+        self._forget("")
+
+    def _forget(self, digest: str) -> None:
         self._window.clear()
         self._judge = Judge()
-        self.digest = manifest.digest
+        self.digest = digest
 
-    def finished(self, ttft_ms: float, tpot_ms: float, tokens: int, failed: bool) -> None:
-        """A request ended; ``failed`` when it was the model's or the worker's fault."""
-        self._window.add(Sample(self._clock.monotonic(), ttft_ms, tpot_ms, tokens, failed))
+    def request_ended(
+        self, digest: str, error: str | None, *, ttft_ms: float = 0.0, tpot_ms: float = 0.0, tokens: int = 0
+    ) -> None:
+        """An application's request to the artifact ``digest`` ended; ``error`` as in ``booking_of_request``."""
+        self._book(digest, booking_of_request(error), Sample(self._clock.monotonic(), ttft_ms, tpot_ms, tokens))
+
+    def _book(self, digest: str, booking: Booking, sample: Sample) -> None:
+        # What was begun on one model must not be booked on the next: each result carries the digest it began with.
+        if digest != self.digest or booking is Booking.NOT_COUNTED:
+            return
+        self._window.add(replace(sample, failed=booking is Booking.FAILED))
 
     def worker_died(self) -> None:
         """The worker crashed, hung or was killed."""
@@ -87,9 +114,13 @@ class Monitor:
     async def canary(self) -> None:
         """Ask each signed probe prompt, behind people's requests, and take the result in as a sample."""
         manifest = self._inference.active_manifest()
-        for probe in manifest.probes if manifest else ():
-            if manifest is not None:
-                await self._ask(manifest, probe)
+        if manifest is None:
+            return
+        for probe in manifest.probes:
+            serving = self._inference.active_manifest()
+            if serving is None or serving.digest != manifest.digest:
+                return  # the next round asks the new model its own probes
+            await self._ask(manifest, probe)
 
     async def _ask(self, manifest: Manifest, probe: Probe) -> None:
         request = GenerationRequest(
@@ -106,16 +137,22 @@ class Monitor:
                 else:
                     text += event.text
         except InferenceError as error:
-            if error.kind not in ("busy", "unavailable"):  # people come first: no place for a canary is no fault
-                log.warning("canary failed", kind=error.kind, error=str(error))
-                self.finished(0, 0, 0, failed=True)
+            booking = booking_of_canary(error.kind)
+            if booking is Booking.FAILED:
+                log.warning("canary failed", artifact=manifest.id, kind=error.kind, error=str(error))
+            self._book(manifest.digest, booking, Sample(self._clock.monotonic()))
             return
-        wrong = bool(probe.expect) and not any(word in text for word in probe.expect)
-        if wrong:
-            log.warning("canary answered wrongly", prompt=probe.prompt, answer=text[:200])
         if done is not None:
-            failed = wrong or done.reason is FinishReason.ERROR
-            self.finished(done.ttft_ms, done.tpot_ms, done.completion_tokens, failed)
+            self._judge_answer(manifest, probe, text, done)
+
+    def _judge_answer(self, manifest: Manifest, probe: Probe, text: str, done: DoneEvent) -> None:
+        error = done.error_kind or "unsupported" if done.reason is FinishReason.ERROR else None
+        wrong = misanswered(probe, text, done.completion_tokens) if error is None else done.error
+        if wrong is not None:
+            log.warning("canary answered wrongly", artifact=manifest.id, prompt=probe.prompt, error=wrong)
+        booking = booking_of_canary(error, misanswered=wrong is not None)
+        sample = Sample(self._clock.monotonic(), done.ttft_ms, done.tpot_ms, done.completion_tokens)
+        self._book(manifest.digest, booking, sample)
 
     async def probation(self, limits: HealthLimits, seconds: float) -> str:
         """Watch for so long; returns the digest that serves at the end.

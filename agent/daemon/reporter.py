@@ -1,4 +1,4 @@
-"""What the agent tells the fleet: presence, facts, reported state and health. It never waits for the broker."""
+"""What the agent reports to the fleet: presence, facts, state and health. Nothing waits for the broker."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import structlog
 
 from agent.contract import topics
 from agent.contract.base import WireModel
-from agent.contract.messages import ArtifactRef, Facts, Failure, HealthReport, Presence, Progress, Reported, RuntimeFact
+from agent.contract.messages import ArtifactRef, Facts, HealthReport, Presence, Progress, Reported, RuntimeFact
 from agent.core.deployment import Deployment
 from agent.core.inference import ModelInfo
 from agent.core.ports import Clock, Link
 from agent.daemon.monitor import Monitor
+from agent.daemon.state import AgentState
 from agent.errors import LinkError
 
 log = structlog.get_logger()
 
-#: Progress is told at most this often; every change of state is told at once.
+#: Progress is reported at most this often; every change of state is reported at once.
 PROGRESS_EVERY_S = 1.0
 
 
@@ -38,12 +39,14 @@ class Reporter:
     def __init__(
         self,
         identity: Identity,
+        state: AgentState,
         link: Link,
         clock: Clock,
         active: Callable[[], ModelInfo | None],
         collect_facts: Callable[[Sequence[RuntimeFact]], Facts],
     ) -> None:
         self.identity = identity
+        self._state = state
         self._link = link
         self._clock = clock
         self._active = active
@@ -51,19 +54,19 @@ class Reporter:
         self._pending: dict[str, tuple[WireModel, int, bool]] = {}
         self._wake = asyncio.Event()
         self._progress: Progress | None = None
-        self._progress_told = 0.0
-        self._deployment = Deployment()
-        self.paused: Callable[[], bool] = lambda: False
-        self.rejected: Callable[[], Failure | None] = lambda: None
-        self.endpoint: str | None = None
-        self.malformed = 0
+        #: The order that the progress is of.
+        self._progress_sequence = 0
+        self._progress_reported_at = 0.0
 
     async def run(self) -> None:
         """Send what is pending, until cancelled; what cannot be sent now is sent when the broker is back."""
         while True:
-            await self._wake.wait()
+            if not self._pending:
+                await self._wake.wait()
             self._wake.clear()
             await self._drain()
+            if self._pending:  # the broker is away: its return wakes us
+                await self._wake.wait()
 
     async def _drain(self) -> None:
         while self._pending:
@@ -73,9 +76,15 @@ class Reporter:
                 await self._link.publish(topic, message.to_json(), qos=qos, retain=retain)
             except LinkError as error:
                 log.debug("not published", topic=topic, error=str(error))
-                if retain:
-                    self._pending.setdefault(topic, (message, qos, retain))
+                self._put_back(topic, message, qos, retain)
                 return
+            except BaseException:
+                self._put_back(topic, message, qos, retain)
+                raise
+
+    def _put_back(self, topic: str, message: WireModel, qos: int, retain: bool) -> None:
+        if retain:  # a newer one may be there by now
+            self._pending.setdefault(topic, (message, qos, retain))
 
     def _put(self, topic: str, message: WireModel, *, qos: int = 1, retain: bool = True) -> None:
         self._pending[topic] = (message, qos, retain)
@@ -84,7 +93,7 @@ class Reporter:
     def connected(self) -> None:
         """The broker is there (again): say that we are too, and what was kept."""
         self._put(topics.presence(self.identity.device), self.presence(online=True))
-        self.deployment(self._deployment)
+        self.report()
 
     def presence(self, *, online: bool) -> Presence:
         """The message; offline is what the will says."""
@@ -92,40 +101,33 @@ class Reporter:
         return Presence(device=self.identity.device, online=online, at=at, agent_version=self.identity.version)
 
     async def goodbye(self) -> None:
-        """Offline, said in person."""
+        """Report that this device goes offline, without waiting for the broker to publish the will."""
         topic = topics.presence(self.identity.device)
         try:
             await asyncio.wait_for(self._link.publish(topic, self.presence(online=False).to_json(), retain=True), 2.0)
         except (LinkError, TimeoutError):
-            log.debug("left without a word; the will says it")
+            log.debug("offline not reported, the will reports it")
 
     def facts(self, runtimes: Sequence[RuntimeFact]) -> None:
         """What the device is."""
         self._put(topics.facts(self.identity.device), self._collect_facts(runtimes))
 
     def progress(self, progress: Progress) -> None:
-        """Of the transfer; told now and then."""
-        self._progress = progress
+        """Of the transfer; reported now and then."""
+        self._progress, self._progress_sequence = progress, self._state.deployment.newest_sequence
         now = self._clock.monotonic()
-        if now - self._progress_told >= PROGRESS_EVERY_S or progress.chunks_done == progress.chunks_total:
-            self._progress_told = now
-            self.deployment(self._deployment)
+        if now - self._progress_reported_at >= PROGRESS_EVERY_S or progress.chunks_done == progress.chunks_total:
+            self._progress_reported_at = now
+            self.report()
 
-    def deployment(self, deployment: Deployment) -> None:
-        """Where the deployment stands."""
-        if deployment.newest_sequence != self._deployment.newest_sequence:
-            self._progress = None
-        self._deployment = deployment
+    def report(self) -> None:
+        """Where the deployment stands, and everything else of ``AgentState``."""
         self._put(topics.reported(self.identity.device), self.reported())
-
-    def tell(self) -> None:
-        """Where the deployment stands, once more: something beside it changed."""
-        self.deployment(self._deployment)
 
     def reported(self) -> Reported:
         """The message as of now."""
-        deployment, active = self._deployment, self._active()
-        rejected = self.rejected()
+        state, active = self._state, self._active()
+        deployment = state.deployment
         return Reported(
             device=self.identity.device,
             sequence=deployment.newest_sequence,
@@ -135,23 +137,23 @@ class Reporter:
             digest=active.digest if active else None,
             artifact=active.artifact if active else None,
             runtime=active.runtime if active else None,
-            endpoint=self.endpoint,
-            progress=self._progress,
+            endpoint=state.endpoint,
+            progress=self._progress if self._progress_sequence == deployment.newest_sequence else None,
             proof=deployment.proof,
-            failure=rejected or deployment.failure,
-            malformed_messages=self.malformed,
-            paused=self.paused(),
+            failure=state.rejected or deployment.failure,
+            malformed_messages=state.malformed_messages,
+            paused=state.paused,
             at=self._clock.now(),
         )
 
     def health(self, monitor: Monitor, restarts: int, temperature_c: float | None, throttled: bool | None) -> None:
         """How well inference runs; lost when the broker is away."""
-        vitals, active = monitor.vitals(), self._active()
+        vitals = monitor.vitals()
         report = HealthReport(
             device=self.identity.device,
             at=self._clock.now(),
             window_s=monitor.window_s,
-            digest=active.digest if active else None,
+            digest=monitor.digest or None,  # whose figures they are, also while another model takes over
             requests=vitals.requests,
             errors=vitals.errors,
             ttft_ms_p50=vitals.ttft_ms_p50,

@@ -13,8 +13,9 @@ from agent.contract.messages import Failure, State
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.core.supervision import after_failed_serve
-from agent.daemon.steps import Works
+from agent.daemon.steps import Steps
 from agent.errors import AgentError
+from agent.platform.concurrency import cancelled_once, ended
 
 log = structlog.get_logger()
 
@@ -24,37 +25,41 @@ class Serving:
 
     def __init__(
         self,
-        works: Works,
+        steps: Steps,
         wait_s: Callable[[int], float],
         current: Callable[[], core.Deployment],
         post: Callable[[core.Event], None],
         on_change: Callable[[], None],
     ) -> None:
-        self._works = works
+        self._steps = steps
         self._wait_s = wait_s
         self._current = current
         self._post = post
         self._on_change = on_change
         self._turn = 0
         self._woken = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
         """Serve what is committed now, or nothing."""
         self._turn += 1
         self._woken.set()
-        self._task = asyncio.create_task(self._serve(self._turn, self._task))
+        task = asyncio.create_task(self._serve(self._turn, tuple(self._tasks)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def end(self) -> None:
-        """Stop trying."""
+        """Stop trying, and wait until what was tried has ended."""
         self._turn += 1
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await ended(self._tasks)
 
-    async def _serve(self, turn: int, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.gather(before, return_exceptions=True)
+    async def _serve(self, turn: int, before: tuple[asyncio.Task[None], ...]) -> None:
+        await ended(before)
+        await cancelled_once(self._keep_trying(turn))
+
+    async def _keep_trying(self, turn: int) -> None:
         for attempt in itertools.count():
             if turn != self._turn:
                 return
@@ -76,7 +81,7 @@ class Serving:
 
     async def _try(self, deployment: core.Deployment) -> Failure | None:
         try:
-            await self._works.serve(deployment.committed, _limits(deployment))
+            await self._steps.serve(deployment.committed, _limits(deployment))
         except AgentError as error:
             return Failure(code=error.code, message=str(error))
         except Exception as error:  # the boundary: a fault of ours must not leave the device silent

@@ -1,4 +1,4 @@
-"""The works of a deployment: each a coroutine that ends with the event of its success, or raises an ``AgentError``."""
+"""The steps of a deployment: each a coroutine that ends with the event of its success, or raises an ``AgentError``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from agent.contract.manifest import RUNTIME_OF, Manifest
 from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
+from agent.core.inference import ModelInfo
 from agent.core.ports import ArtifactStore, Clock, ModelHost, Transfer, Trust
 from agent.core.selection import Measured, Resources, constrain, fastest
 from agent.daemon.monitor import Monitor
 from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
+from agent.platform.concurrency import in_thread
 
 log = structlog.get_logger()
 
@@ -27,8 +29,8 @@ WINDOW_LOOK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What the works need; each a Protocol of ``core.ports``."""
+class StepParts:
+    """What the steps need; each a Protocol of ``core.ports``."""
 
     trust: Trust
     store: ArtifactStore
@@ -46,38 +48,40 @@ class Parts:
         return self.retry_s[min(attempt, len(self.retry_s) - 1)]
 
 
-class Works:
-    """Performs one work at a time for the deployment that it is given."""
+class Steps:
+    """Performs one step at a time for the deployment that it is given."""
 
-    def __init__(self, parts: Parts, on_progress: Callable[[Progress], None]) -> None:
+    def __init__(self, parts: StepParts, on_progress: Callable[[Progress], None]) -> None:
         self._parts = parts
         self._on_progress = on_progress
         self._manifests: dict[str, Manifest] = {}
         #: One model is loaded, proven or swapped at a time: memory is planned for that.
         self.host_lock = asyncio.Lock()
+        #: What is being read back is not discarded meanwhile: a step and the serving may want the same artifact.
+        self._disk_lock = asyncio.Lock()
 
-    async def perform(self, work: core.Work, deployment: core.Deployment) -> core.Event:
+    async def perform(self, step: core.Step, deployment: core.Deployment) -> core.Event:
         """Do it.
 
         Raises:
             AgentError: it failed, and its code says how.
         """
-        desired = deployment.desired
-        if desired is None:
-            raise AgentError(f"there is no order to {work.value}")
-        match work:
-            case core.Work.RESOLVE:
-                return await self._resolve(desired)
-            case core.Work.TRANSFER:
-                return await self._transfer(deployment.candidates, desired)
-            case core.Work.VERIFY:
-                return await self._verify(deployment.candidates, desired)
-            case core.Work.PROVE:
-                return await self._prove(deployment.candidates, desired)
-            case core.Work.ACTIVATE:
-                return await self._activate(deployment.chosen, desired)
-            case core.Work.WATCH:
-                return await self._watch(deployment.chosen, desired)
+        order = deployment.desired
+        if order is None:
+            raise AgentError(f"there is no order to {step.value}")
+        match step:
+            case core.Step.RESOLVE:
+                return await self._resolve(order)
+            case core.Step.TRANSFER:
+                return await self._transfer(deployment.candidates, order)
+            case core.Step.VERIFY:
+                return await self._verify(deployment.candidates, order)
+            case core.Step.PROVE:
+                return await self._prove(deployment.candidates, order)
+            case core.Step.ACTIVATE:
+                return await self._activate(deployment.chosen, order)
+            case core.Step.WATCH:
+                return await self._watch(deployment.chosen, order)
 
     async def serve(self, ref: ArtifactRef | None, limits: HealthLimits) -> None:
         """Serve the committed artifact again, or nothing; every byte is checked before it is loaded.
@@ -89,6 +93,7 @@ class Works:
             self._parts.monitor.limits = limits
             if ref is None:
                 await self._parts.host.retire()
+                self._parts.monitor.retired()
                 return
             active = self._parts.host.active()
             if active is not None and active.digest == ref.digest:
@@ -97,39 +102,59 @@ class Works:
             manifest = self._parts.store.manifest(ref.digest)
             if folder is None or manifest is None:
                 raise StoreError(f"the committed artifact {ref.id} is not on disk", FailureCode.STORE_CORRUPT)
-            await self._verify_committed(ref)
-            info = await self._parts.host.activate(manifest, folder)
-            self._parts.monitor.reset(manifest)
+            damage = await self._damage(ref)
+            if damage is not None:
+                raise StoreError(damage, FailureCode.STORE_CORRUPT)
+            info = await self._activated(manifest, folder)
             log.info("serving", artifact=ref.id, runtime=info.runtime, load_s=round(info.load_s, 2))
 
-    async def _verify_committed(self, ref: ArtifactRef) -> None:
+    async def _activated(self, manifest: Manifest, folder: Path) -> ModelInfo:
+        """Activate, and let health watch what serves from then on: also if this is cancelled when it serves already."""
+        host, monitor = self._parts.host, self._parts.monitor
         try:
-            await asyncio.to_thread(self._parts.store.verify, ref.digest)
-        except StoreError as error:
-            if error.code is FailureCode.STORE_CORRUPT:  # so that the next order fetches it anew
-                await asyncio.to_thread(self._parts.store.discard, ref.digest)
+            info = await host.activate(manifest, folder)
+        except BaseException:
+            active = host.active()
+            if active is not None and active.digest == manifest.digest != monitor.digest:
+                monitor.reset(manifest)
             raise
+        monitor.reset(manifest)
+        return info
+
+    async def _damage(self, ref: ArtifactRef) -> str | None:
+        """What is wrong with the bytes on disk, or None; a damaged artifact is discarded, to be fetched anew."""
+        store = self._parts.store
+        async with self._disk_lock:
+            try:
+                await in_thread(lambda stop: store.verify(ref.digest, stop))
+            except StoreError as error:
+                if error.code is not FailureCode.STORE_CORRUPT:
+                    raise
+                log.warning("artifact damaged on disk", artifact=ref.id, code=error.code.value, error=str(error))
+                await in_thread(lambda _stop: store.discard(ref.digest))
+                return str(error)
+        return None
 
     def forget(self, keep: Sequence[str]) -> None:
         """Drop the manifests of all other artifacts."""
         self._manifests = {digest: known for digest, known in self._manifests.items() if digest in keep}
 
-    async def _resolve(self, desired: Desired) -> core.Resolved:
+    async def _resolve(self, order: Desired) -> core.Resolved:
         """What the device cannot run is not fetched; ``core.selection`` says why for each."""
-        manifests = [await self._manifest(ref, newest=True) for ref in desired.artifacts]
+        manifests = [await self._manifest(ref, newest=True) for ref in order.artifacts]
         facts = await self._parts.host.runtimes()
         active = self._parts.host.active()
         has = Resources(facts, self._parts.available(), held=active.memory_bytes if active else 0)
         fit, refused = constrain(manifests, has)
         for refusal in refused:
-            log.warning("variant refused", artifact=refusal.manifest.id, reason=refusal.reason)
+            log.warning("variant refused", artifact=refusal.manifest.id, error=refusal.reason)
         if not fit:
             usable = {fact.name for fact in facts if fact.usable}
             some = any(RUNTIME_OF[manifest.toolchain] in usable for manifest in manifests)
             code = FailureCode.INCOMPATIBLE if some else FailureCode.RUNTIME_MISSING
             raise RuntimeLoadError("; ".join(f"{each.manifest.id} {each.reason}" for each in refused), code)
         digests = {manifest.digest for manifest in fit}
-        return core.Resolved(tuple(ref for ref in desired.artifacts if ref.digest in digests))
+        return core.Resolved(tuple(ref for ref in order.artifacts if ref.digest in digests))
 
     async def _manifest(self, ref: ArtifactRef, *, newest: bool = False) -> Manifest:
         """From memory, from the store (verified when it came), or from TUF, for as long as it takes to be reached.
@@ -153,11 +178,11 @@ class Works:
         self._manifests = {**self._manifests, ref.digest: known}
         return known
 
-    async def _transfer(self, candidates: tuple[ArtifactRef, ...], desired: Desired) -> core.Transferred:
+    async def _transfer(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Transferred:
         here, last = [], None
         for ref in candidates:
             try:
-                await self._fetch(ref, desired)
+                await self._fetch(ref, order)
             except AgentError as error:
                 log.warning("variant not transferred", artifact=ref.id, code=error.code.value, error=str(error))
                 last = error
@@ -167,35 +192,31 @@ class Works:
             raise last or StoreError("the order names no artifact")
         return core.Transferred(tuple(here))
 
-    async def _fetch(self, ref: ArtifactRef, desired: Desired) -> None:
+    async def _fetch(self, ref: ArtifactRef, order: Desired) -> None:
         progress = await self._parts.transfer.fetch(
             await self._manifest(ref),
-            window_bytes=desired.transfer.window_bytes,
-            stall_s=desired.transfer.stall_s,
+            window_bytes=order.transfer.window_bytes,
+            stall_s=order.transfer.stall_s,
             on_progress=self._on_progress,
         )
         self._on_progress(progress)
 
-    async def _verify(self, candidates: tuple[ArtifactRef, ...], desired: Desired) -> core.Verified:
+    async def _verify(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Verified:
         for ref in candidates:
-            try:
-                await asyncio.to_thread(self._parts.store.verify, ref.digest)
-            except StoreError as error:
-                if error.code is not FailureCode.STORE_CORRUPT:
-                    raise
-                log.warning("damaged on disk, fetched once more", artifact=ref.id, error=str(error))
-                await asyncio.to_thread(self._parts.store.discard, ref.digest)
-                await self._fetch(ref, desired)
-                await asyncio.to_thread(self._parts.store.verify, ref.digest)
+            if await self._damage(ref) is None:
+                continue
+            await self._fetch(ref, order)
+            if (again := await self._damage(ref)) is not None:
+                raise StoreError(f"fetched a second time, and damaged again: {again}", FailureCode.STORE_CORRUPT)
         return core.Verified()
 
-    async def _prove(self, candidates: tuple[ArtifactRef, ...], desired: Desired) -> core.Proved:
+    async def _prove(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Proved:
         """The fastest of those that pass; a single failure is no failure while another variant passes."""
         passed: list[Measured] = []
         last: AgentError | None = None
         for ref in candidates:
             try:
-                passed.append(Measured(await self._manifest(ref), await self._prove_one(ref, desired)))
+                passed.append(Measured(await self._manifest(ref), await self._prove_one(ref, order)))
             except AgentError as error:
                 log.warning("variant not proven", artifact=ref.id, code=error.code.value, error=str(error))
                 last = error
@@ -204,25 +225,24 @@ class Works:
         best = fastest(passed)
         return core.Proved(ArtifactRef(id=best.manifest.id, digest=best.manifest.digest), best.proof)
 
-    async def _prove_one(self, ref: ArtifactRef, desired: Desired) -> Proof:
+    async def _prove_one(self, ref: ArtifactRef, order: Desired) -> Proof:
         manifest = await self._manifest(ref)
         if self._parts.host.displaces(manifest):  # a proof that applications notice belongs into the window
-            await self._wait_for_window(desired)
+            await self._wait_for_window(order)
         async with self.host_lock:
             return await self._parts.host.prove(manifest, self._folder(ref))
 
-    async def _activate(self, ref: ArtifactRef | None, desired: Desired) -> core.Activated:
+    async def _activate(self, ref: ArtifactRef | None, order: Desired) -> core.Activated:
         if ref is None:
             raise AgentError("nothing was chosen to activate")
-        await self._wait_for_window(desired)
+        await self._wait_for_window(order)
         manifest = await self._manifest(ref)
         async with self.host_lock:
-            info = await self._parts.host.activate(manifest, self._folder(ref))
-        self._parts.monitor.reset(manifest)
+            info = await self._activated(manifest, self._folder(ref))
         return core.Activated(info.digest)
 
-    async def _wait_for_window(self, desired: Desired) -> None:
-        begin, end = desired.window.not_before, desired.window.not_after
+    async def _wait_for_window(self, order: Desired) -> None:
+        begin, end = order.window.not_before, order.window.not_after
         if begin is not None and self._parts.clock.now() < begin:
             log.info("waiting for the window", not_before=begin.isoformat())
         # In slices: the clock may be set meanwhile, and no event tells.
@@ -231,10 +251,10 @@ class Works:
         if end is not None and self._parts.clock.now() > end:
             raise AgentError(f"the window to change the model closed at {end.isoformat()}", FailureCode.DEADLINE)
 
-    async def _watch(self, ref: ArtifactRef | None, desired: Desired) -> core.Healthy:
+    async def _watch(self, ref: ArtifactRef | None, order: Desired) -> core.Healthy:
         if ref is None:
             raise AgentError("nothing was chosen to watch")
-        return core.Healthy(await self._parts.monitor.probation(desired.limits, desired.probation_s))
+        return core.Healthy(await self._parts.monitor.probation(order.limits, order.probation_s))
 
     def _folder(self, ref: ArtifactRef) -> Path:
         folder = self._parts.store.path(ref.digest)

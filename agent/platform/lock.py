@@ -1,35 +1,60 @@
-"""One agent a state folder: two would take each other's place at the broker and write the same journal."""
+"""One agent a state folder: two would take each other's place at the broker and write the same journal.
+
+The folder itself is locked where the platform can, which needs no room on its disk: a device with a full or read-only
+disk still serves the model that is there. The file ``agent.lock`` is locked beside it, for platforms that cannot.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from agent.errors import ConfigError
 
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK})
 
-def hold(folder: Path) -> IO[bytes]:
-    """An exclusive lock on the folder, for as long as the file that is returned stays open; it ends with the process.
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """An exclusive lock on the folder, until the context ends or the process does.
 
     Raises:
-        ConfigError: another agent has it, or the folder cannot be written.
+        ConfigError: another agent has it, or the folder can neither be made nor locked; says why.
     """
-    path = folder / "agent.lock"
+    handles: list[int] = []
+    try:
+        _take(folder, handles)
+        yield
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _take(folder: Path, handles: list[int]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
     except OSError as error:
-        raise ConfigError(f"the state folder {folder} cannot be written: {error.strerror or error}") from error
-    try:
-        _lock(file.fileno())
-    except OSError:
-        file.close()
-        raise ConfigError(
-            f"another agent runs with the state folder {folder}; stop it, or name another with --state-dir"
-        ) from None
-    return file
+        raise ConfigError(f"the state folder {folder} cannot be made: {error.strerror or error}") from error
+    refusals: list[OSError] = []
+    for path, flags in ((folder, os.O_RDONLY), (folder / "agent.lock", os.O_RDWR | os.O_CREAT)):
+        if path is folder and os.name == "nt":
+            continue
+        try:
+            handles.append(os.open(path, flags, 0o644))
+            _lock(handles[-1])
+        except OSError as error:
+            if error.errno in _HELD and error.filename is None:  # of the lock, not of the opening
+                raise ConfigError(
+                    f"another agent runs with the state folder {folder}; stop it, or name another with --state-dir"
+                ) from None
+            refusals.append(error)
+    if len(refusals) == (1 if os.name == "nt" else 2):
+        why = refusals[-1].strerror or refusals[-1]
+        raise ConfigError(f"the state folder {folder} cannot be locked: {why}") from refusals[-1]
 
 
 if sys.platform == "win32":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
+from typing import TextIO
 
 import structlog
 
@@ -35,20 +38,41 @@ def configure(level: str = "info", form: str = "auto", folder: Path | None = Non
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        # All that it calls is write and flush.
+        logger_factory=structlog.WriteLoggerFactory(_Quiet(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=folder is not None,
     )
     logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING), format="%(name)s: %(message)s")
 
 
+class _Quiet:
+    """Standard error, which may be a file on a full disk or a pipe that nobody reads: no reason to stop either."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 class _QuietFile(logging.handlers.RotatingFileHandler):
+    def _open(self) -> TextIOWrapper:
+        # At each opening: a disk that was full or read-only at the start may have room by now.
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
         """A log that cannot be written is no reason to stop, nor to fill standard error."""
 
 
 def _file_writer(folder: Path) -> structlog.typing.Processor:
     """So that `phifleet-agent logs` has something to show wherever the agent runs."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = _QuietFile(folder / "agent.log", maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", delay=True)
     render = structlog.processors.JSONRenderer(ensure_ascii=False)
 

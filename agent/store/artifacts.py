@@ -1,7 +1,11 @@
 """Artifacts on disk, by the digest of their content.
 
 artifacts/<digest>/manifest.json, files/...     complete: appears by one rename
-partial/<digest>/manifest.json, files/...       on its way
+partial/<digest>/manifest.json, files/...       on its way, or left over
+
+What a transfer brought is thrown away for three reasons only: its artifact is complete, another artifact needs the
+room, or there are more left-over folders than KEPT_PARTIALS. The oldest go first. A link that fails, a deadline, a new
+order or a restart is none of these reasons.
 """
 
 from __future__ import annotations
@@ -18,12 +22,15 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import ArtifactFile, Manifest
 from agent.errors import StoreError
+from agent.platform.concurrency import Stop
 from agent.platform.files import free_bytes, mebibytes, sync_folder
 from agent.store.files import store_errors, write_atomically
 from agent.store.partial import FILES, MANIFEST, Donor, Partial
 
 #: Never filled by a transfer: the journal, logs and the system need it.
 RESERVE_BYTES = 16 * 1024 * 1024
+#: Left-over folders that a collection leaves, beside those that are spared by name.
+KEPT_PARTIALS = 4
 _BLOCK = 1024 * 1024
 
 _log = structlog.get_logger(__name__)
@@ -32,8 +39,7 @@ _log = structlog.get_logger(__name__)
 class ArtifactStore:
     """Implements ``agent.core.ports.ArtifactStore``; ``root`` holds ``artifacts`` and ``partial``, on one disk.
 
-    Raises:
-        agent.errors.StoreError: the folders cannot be made.
+    A disk that refuses new folders can still serve what is on it, so the folders are made when something is written.
     """
 
     def __init__(self, root: Path, reserve_bytes: int = RESERVE_BYTES) -> None:
@@ -42,22 +48,29 @@ class ArtifactStore:
         self._reserve_bytes = reserve_bytes
         self._transferring: set[str] = set()
         self._lock = threading.Lock()
-        for folder in (self._complete, self._partial):
-            with store_errors("create", folder):
-                folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path | None:
-        """Folder of the files of a complete artifact, or None."""
+        """Folder of the files of a complete artifact, or None.
+
+        Raises:
+            agent.errors.StoreError: the disk does not say.
+        """
         folder = self._complete / digest
-        return folder / FILES if (folder / MANIFEST).is_file() else None
+        with store_errors("look into", folder):
+            return folder / FILES if (folder / MANIFEST).is_file() else None
 
     def manifest(self, digest: str) -> Manifest | None:
         """Of a complete artifact, or None when there is none or its manifest is damaged."""
         return _load_manifest(self._complete / digest)
 
     def digests(self) -> list[str]:
-        """Of the complete artifacts."""
-        return sorted(folder.name for folder in self._complete.iterdir() if (folder / MANIFEST).is_file())
+        """Of the complete artifacts.
+
+        Raises:
+            agent.errors.StoreError: the disk does not say.
+        """
+        with store_errors("look into", self._complete):
+            return sorted(folder.name for folder in _folders(self._complete) if (folder / MANIFEST).is_file())
 
     def renew(self, manifest: Manifest) -> None:
         """Replace a complete artifact's manifest by one for the same files: measured again, or another chat template.
@@ -71,17 +84,18 @@ class ArtifactStore:
         if not same:
             write_atomically(path, manifest.to_json())
 
-    def verify(self, digest: str) -> None:
-        """Read every file again and compare with the manifest; blocking.
+    def verify(self, digest: str, stop: Stop = lambda: False) -> None:
+        """Read every file again and compare with the manifest; blocking. Ends early when ``stop()`` turns true.
 
         Raises:
-            agent.errors.StoreError: a file is missing or has other bytes (STORE_CORRUPT).
+            agent.errors.StoreError: a file is missing or has other bytes (STORE_CORRUPT), or it was stopped
+                (CANCELLED).
         """
         manifest = self.manifest(digest)
         if manifest is None:
             raise StoreError(f"{self._complete / digest}: no artifact, or its manifest is damaged", _CORRUPT)
         for file in manifest.files:
-            _verify_file(self._complete / digest / FILES / file.path, file)
+            _verify_file(self._complete / digest / FILES / file.path, file, stop)
 
     def discard(self, digest: str) -> None:
         """Forget an artifact, complete or not; the way out when ``verify`` fails.
@@ -92,19 +106,42 @@ class ArtifactStore:
         for folder in (self._complete / digest, self._partial / digest):
             _delete(folder)
 
-    def collect(self, keep: Sequence[str]) -> int:
-        """Delete what is neither in ``keep`` nor being transferred; returns bytes freed.
+    def collect(self, keep: Sequence[str], spare: Sequence[str] = ()) -> int:
+        """Delete the complete artifacts that are not in ``keep``; returns bytes freed.
+
+        Those in ``spare`` are no longer complete, but their bytes stay for the next transfer. Of what unfinished
+        transfers left over, the oldest beyond KEPT_PARTIALS go.
 
         Raises:
             agent.errors.StoreError: something cannot be deleted.
         """
         freed = 0
-        for folder in [*self._complete.iterdir(), *self._partial.iterdir()]:
-            if folder.name not in keep and folder.name not in self._transferring:
-                freed += _size(folder)
-                _delete(folder)
-                _log.info("artifact_deleted", digest=folder.name)
+        with store_errors("collect", self._complete):
+            for folder in _folders(self._complete):
+                if folder.name in keep:
+                    continue
+                if folder.name in spare and not (self._partial / folder.name).exists():
+                    self._set_apart(folder)
+                else:
+                    freed += _remove(folder)
+        spared = {*keep, *spare}
+        leftovers = [folder for folder in self._leftovers() if folder.name not in spared]
+        for folder in leftovers[: max(0, len(leftovers) - KEPT_PARTIALS)]:
+            freed += _remove(folder)
         return freed
+
+    def _set_apart(self, folder: Path) -> None:
+        self._partial.mkdir(parents=True, exist_ok=True)
+        folder.rename(self._partial / folder.name)
+        sync_folder(self._complete)
+        sync_folder(self._partial)
+        _log.info("artifact_set_apart", digest=folder.name)
+
+    def _leftovers(self) -> list[Path]:
+        """What unfinished transfers left over and no transfer fills now, the oldest first."""
+        with store_errors("look into", self._partial):
+            found = [folder for folder in _folders(self._partial) if folder.name not in self._transferring]
+            return sorted(found, key=_last_begun)
 
     def begin(self, manifest: Manifest) -> Partial:
         """Open an artifact for writing, after a look at the disk; blocking. End with ``commit`` or ``abandon``.
@@ -115,12 +152,13 @@ class ArtifactStore:
         folder = self._partial / manifest.digest
         self._claim(manifest)
         try:
-            self._check_room(manifest, folder)
             with store_errors("create", folder):
+                self._make_room(manifest, folder)
+                self._complete.mkdir(parents=True, exist_ok=True)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / MANIFEST).write_bytes(manifest.to_json())  # synced with the rest, before it counts
             return Partial(folder, manifest)
-        except StoreError:
+        except BaseException:
             self._transferring.discard(manifest.digest)
             raise
 
@@ -138,7 +176,8 @@ class ArtifactStore:
         """
         digest = partial.manifest.digest
         partial.sync()
-        partial.close()
+        with store_errors("close", partial.folder):
+            partial.close()
         complete = self._complete / digest
         with store_errors("complete", complete):
             if complete.exists():  # without a manifest, or damaged: or else nobody had fetched it again
@@ -149,27 +188,39 @@ class ArtifactStore:
         self._transferring.discard(digest)
 
     def abandon(self, partial: Partial) -> None:
-        """Stop writing; what came stays for the next attempt."""
-        partial.close()
-        self._transferring.discard(partial.manifest.digest)
+        """Stop writing; what has arrived stays for the next attempt."""
+        try:
+            partial.close()
+        except OSError as error:  # of what came last something may be lost; the next attempt reads it all again
+            _log.warning("partial_not_closed", digest=partial.manifest.digest, error=str(error))
+        finally:
+            self._transferring.discard(partial.manifest.digest)
 
     def donors(self, digest: str) -> Iterator[Donor]:
         """Other artifacts on disk, complete ones first."""
-        for folder in [*sorted(self._complete.iterdir()), *sorted(self._partial.iterdir())]:
+        with store_errors("look into", self._complete.parent):
+            folders = [*sorted(_folders(self._complete)), *sorted(_folders(self._partial))]
+        for folder in folders:
             if folder.name != digest and (manifest := _load_manifest(folder)) is not None:
                 yield Donor(folder, manifest)
 
-    def _check_room(self, manifest: Manifest, folder: Path) -> None:
-        there = _allocated(folder)
-        needed = max(manifest.size - there, 0)
+    def _make_room(self, manifest: Manifest, folder: Path) -> None:
+        """Delete what was left over, the oldest first, until the artifact fits; nothing where that is not enough."""
+        needed = max(manifest.size - _allocated(folder), 0)
         free = free_bytes(self._partial)
-        if needed + self._reserve_bytes > free:
+        leftovers = [(old, _allocated(old)) for old in self._leftovers()]
+        most = free + sum(size for _, size in leftovers)
+        if needed + self._reserve_bytes > most:
             raise StoreError(
                 f"artifact {manifest.id} needs {mebibytes(needed)} more in {self._partial}"
                 f" ({mebibytes(manifest.size)} in all, and {mebibytes(self._reserve_bytes)} are kept free),"
-                f" and {mebibytes(free)} are free; free {mebibytes(needed + self._reserve_bytes - free)} or more",
+                f" and {mebibytes(most)} are free; free {mebibytes(needed + self._reserve_bytes - most)} or more",
                 FailureCode.STORE_DISK_FULL,
             )
+        for old, _ in leftovers:
+            if needed + self._reserve_bytes <= free_bytes(self._partial):
+                return
+            _remove(old)
 
 
 _CORRUPT = FailureCode.STORE_CORRUPT
@@ -183,11 +234,13 @@ def _load_manifest(folder: Path) -> Manifest | None:
     return manifest if manifest.digest == folder.name else None
 
 
-def _verify_file(path: Path, file: ArtifactFile) -> None:
+def _verify_file(path: Path, file: ArtifactFile, stop: Stop) -> None:
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as source:
             while block := source.read(_BLOCK):
+                if stop():
+                    raise StoreError(f"the reading back of {path} was cancelled", FailureCode.CANCELLED)
                 digest.update(block)
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; the artifact must be fetched again", _CORRUPT) from None
@@ -211,8 +264,31 @@ def _allocated(folder: Path) -> int:
     return total
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return list(parent.iterdir())
+    except FileNotFoundError:  # nothing was written yet
+        return []
+
+
+def _last_begun(folder: Path) -> float:
+    try:
+        return (folder / MANIFEST).stat().st_mtime  # written each time that a transfer begins
+    except FileNotFoundError:
+        return 0.0
+
+
+def _remove(folder: Path) -> int:
+    """Delete it; returns the bytes that the disk gets back.
+
+    Raises:
+        agent.errors.StoreError: it cannot be deleted.
+    """
+    with store_errors("delete", folder):
+        freed = _allocated(folder)
+    _delete(folder)
+    _log.info("artifact_deleted", digest=folder.name, bytes=freed)
+    return freed
 
 
 def _delete(folder: Path) -> None:

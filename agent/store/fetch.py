@@ -10,11 +10,9 @@ import asyncio
 import contextlib
 import hashlib
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
 
 import structlog
 
@@ -26,15 +24,15 @@ from agent.core.chunks import ChunkTable
 from agent.core.ports import Link, Message, ProgressHandler
 from agent.core.transfer import Outcome, Request, TransferCore
 from agent.errors import LinkError, StoreError, TransferError
+from agent.platform.concurrency import Stop, in_thread
 from agent.store.artifacts import ArtifactStore
-from agent.store.partial import Partial, Stop
+from agent.store.partial import Partial
 
 TICK_S = 0.25
 PROGRESS_S = 0.5
 #: Brought to the disk while more comes: a power cut then costs little, and the end does not wait for all of it.
 FLUSH_BYTES = 32 * 1024 * 1024
 
-T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -67,11 +65,11 @@ class Fetcher:
             agent.errors.TransferError: no chunk for ``stall_s`` seconds.
         """
         if self._store.path(manifest.digest) is not None:
-            await _in_thread(lambda _stop: self._store.renew(manifest))
+            await in_thread(lambda _stop: self._store.renew(manifest))
             return _all_there(manifest)
-        partial = await _in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
+        partial = await in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
         try:
-            present = await _in_thread(lambda stop: self._find(partial, stop))
+            present = await in_thread(lambda stop: self._find(partial, stop))
             core = TransferCore(
                 partial.table,
                 present,
@@ -82,7 +80,7 @@ class Fetcher:
             )
             if not core.complete:
                 await _Session(self._link, self._device, partial, core, self._monotonic, on_progress).run(present)
-            await _in_thread(lambda _stop: self._store.commit(partial))
+            await in_thread(lambda _stop: self._store.commit(partial))
         finally:
             self._store.abandon(partial)
         progress = core.progress(self._monotonic())
@@ -243,7 +241,7 @@ class _Session:
         hint = "does a controller serve it, and does the broker let this device read its chunks?"
         raise TransferError(
             f"artifact {self._partial.manifest.id} stalled at {progress.bytes_done} of {progress.bytes_total} bytes:"
-            f" no chunk came for {self._core.silent_s(now):.0f} s{wrong}; what came is kept;"
+            f" no chunk came for {self._core.silent_s(now):.0f} s{wrong}; what has arrived is kept for the next order;"
             f" {hint if self._linked else 'the broker is not connected'}"
         )
 
@@ -295,17 +293,3 @@ def _all_there(manifest: Manifest) -> Progress:
         bytes_done=manifest.size,
         bytes_reused=manifest.size,
     )
-
-
-async def _in_thread(work: Callable[[Stop], T], undo: Callable[[T], None] | None = None) -> T:
-    """Run blocking ``work`` elsewhere. When cancelled, tell it to stop and wait for it: it uses what we then close."""
-    stopped = threading.Event()
-    task = asyncio.ensure_future(asyncio.to_thread(work, stopped.is_set))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        stopped.set()
-        await asyncio.wait([task])
-        if undo is not None and task.exception() is None:
-            undo(task.result())
-        raise

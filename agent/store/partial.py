@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.contract.manifest import Manifest
 from agent.core.chunks import ChunkTable, Place
 from agent.errors import StoreError
+from agent.platform.concurrency import Stop
 from agent.platform.files import is_hole, reserve, sync_file, sync_folder, write_at
 from agent.store.files import explained, store_errors
 
 FILES = "files"
 MANIFEST = "manifest.json"
-
-Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Partial:
                 path = folder / FILES / file.path
                 with store_errors("make room for", path):
                     self._open(path, file.size)
-        except StoreError:
+        except BaseException:
             self.close()
             raise
 
@@ -86,10 +85,11 @@ class Partial:
     def present(self, stop: Stop) -> Iterator[int]:
         """First occurrences whose bytes the files hold already, as their SHA-256 proves.
 
-        A repeat that is missing is filled in. Blocking; ends early when ``stop()`` turns true.
+        A repeat that is missing is filled in. What the disk does not read is not there, so it is fetched and written
+        again. Blocking; ends early when ``stop()`` turns true.
 
         Raises:
-            agent.errors.StoreError: the disk does not read.
+            agent.errors.StoreError: the disk refuses a repeat.
         """
         for first in self.table.unique():
             if stop():
@@ -161,17 +161,31 @@ class Partial:
             sync_folder(self.folder)
 
     def close(self) -> None:
-        """No more writes; may be called twice."""
+        """No more writes; may be called twice.
+
+        Raises:
+            OSError: the disk refuses what was written before; everything is closed even so.
+        """
         with self._lock:
             descriptors, self._descriptors = self._descriptors, []
+        failed: OSError | None = None
         for descriptor in descriptors:
-            os.close(descriptor)
+            try:
+                os.close(descriptor)
+            except OSError as error:  # a network's or a failing disk's last word; the others must be closed even so
+                failed = error
+        if failed is not None:
+            raise failed
 
     def _holds(self, place: Place, first: int) -> bool:
         size = self.table.sizes[first]
-        if self._empty[place.file] or is_hole(self._descriptors[place.file], place.offset, size):
+        try:
+            if self._empty[place.file] or is_hole(self._descriptors[place.file], place.offset, size):
+                return False
+            data = self._read(place, size)
+        except (OSError, StoreError):
             return False
-        return hashlib.sha256(self._read(place, size)).hexdigest() == self.table.digests[first]
+        return hashlib.sha256(data).hexdigest() == self.table.digests[first]
 
     def _read(self, place: Place, size: int) -> bytes:
         try:

@@ -6,6 +6,7 @@ tuf, securesystemslib and cryptography (10 MiB) are imported when something is v
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -18,7 +19,9 @@ from agent.contract.manifest import Manifest, manifest_target
 from agent.contract.messages import ArtifactRef, Desired, SignedDesired
 from agent.core.ports import Clock, Link
 from agent.errors import TrustError
+from agent.platform.concurrency import in_thread
 from agent.trust.accepted import Accepted, load_accepted, save_accepted
+from agent.trust.disk import disk_error
 from agent.trust.identity import Identity
 from agent.trust.requests import MetadataRequests, RetryPolicy
 from agent.trust.time import VerifiedClock
@@ -47,6 +50,7 @@ class TrustClient:
         self._updates_made: Updates | None = None
         self._order_path = self._folder / "order.json"
         self._accepted = load_accepted(self._order_path, identity.device)
+        self._remembering = threading.Lock()
 
     def verify_desired(self, payload: bytes, newest_sequence: int) -> Desired:
         """The order in a ``SignedDesired`` payload, by the director's keys as last verified. No network; blocking.
@@ -88,7 +92,7 @@ class TrustClient:
         data = await self._in_thread(lambda fetcher: self._refresh(fetcher, manifest_target(ref.digest)))
         self._check_order_again(ref)
         try:
-            manifest = await asyncio.to_thread(Manifest.from_json, data)  # megabytes, on a small core
+            manifest = await in_thread(lambda _stop: Manifest.from_json(data))  # megabytes, on a small core
         except MalformedMessageError as error:
             raise TrustError(f"the signed manifest of {ref.id} cannot be read: {error}") from error
         if (manifest.digest, manifest.id) != (ref.digest, ref.id):
@@ -111,10 +115,8 @@ class TrustClient:
             from agent.trust.fetcher import LinkFetcher
 
             fetcher = LinkFetcher(self._requests, asyncio.get_running_loop())
-            try:
-                return await asyncio.to_thread(work, fetcher)
-            finally:
-                fetcher.stop()
+            # The lock is held until the thread has ended: two at once would write the same metadata.
+            return await in_thread(lambda _stop: work(fetcher), on_cancel=fetcher.stop)
 
     def _updates(self) -> Updates:
         if self._updates_made is None:
@@ -158,11 +160,16 @@ class TrustClient:
         self._remember(replace(order, confirmed=True))
 
     def _remember(self, order: Accepted) -> None:
-        try:
-            save_accepted(self._order_path, order)
-        except OSError as error:
-            raise TrustError(f"the trust store cannot be written: {error}", FailureCode.STORE_IO) from error
-        self._accepted = order
+        """Keep it, unless a newer one was kept meanwhile: checks may run side by side, and end in any order."""
+        with self._remembering:
+            kept = self._accepted
+            if kept is not None and kept.desired.sequence > order.desired.sequence:
+                return
+            try:
+                save_accepted(self._order_path, order)
+            except OSError as error:
+                raise disk_error(error, self._order_path) from error
+            self._accepted = order
 
 
 def _parsed(payload: bytes) -> SignedDesired:

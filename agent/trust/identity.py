@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from agent.contract.base import MalformedMessageError
 from agent.contract.bundle import Bundle
 from agent.errors import ConfigError
-from agent.platform.files import PRIVATE, write_atomic
+from agent.platform.files import PRIVATE, reason, write_atomic
 
 _BUNDLE = "bundle.json"
 
@@ -72,11 +73,19 @@ def enrol(bundle: Bundle, state_folder: Path, *, replace: bool = False) -> Ident
             if pem is None:
                 (folder / name).unlink(missing_ok=True)
             else:
-                write_atomic(folder / name, pem.encode(), PRIVATE)
-        write_atomic(folder / _BUNDLE, bundle.to_json(), PRIVATE)
+                _keep(folder / name, pem.encode())
+        _keep(folder / _BUNDLE, bundle.to_json())
     except OSError as error:
-        raise ConfigError(f"the identity cannot be written to {folder}: {error}") from error
+        raise ConfigError(f"the identity cannot be written to {folder}: {reason(error, folder)}") from error
     return _identity(bundle, state_folder)
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write what has changed: a device that is started with its bundle each time also starts on a full disk."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == data:
+            return
+    write_atomic(path, data, PRIVATE)
 
 
 def load(state_folder: Path) -> Identity:

@@ -7,7 +7,6 @@ Source: The Update Framework specification 1.0, section 5, "detailed client work
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from agent.contract.director import DIRECTOR_TARGET, ISSUED_AT_FIELD, DirectorKe
 from agent.contract.failures import FailureCode
 from agent.errors import TrustError
 from agent.platform.files import PRIVATE, sync_file, sync_folder, write_atomic
+from agent.trust.disk import disk_error
 from agent.trust.fetcher import METADATA_URL, TARGETS_URL, LinkFetcher
 from agent.trust.time import VerifiedClock
 
@@ -86,14 +86,17 @@ class Updates:
 
         Expiry is not looked at: an order is only the first step, and the next one refreshes.
         """
-        with suppress(OSError, tuf_errors.RepositoryError, MalformedMessageError, KeyError):
+        try:
             data = (self._metadata / "targets.json").read_bytes()
             targets = Metadata[Targets].from_bytes(data)
             self._newest_root().verify_delegate(Targets.type, targets.signed_bytes, targets.signatures)
             keys = (self._targets / DIRECTOR_TARGET).read_bytes()
             targets.signed.targets[DIRECTOR_TARGET].verify_length_and_hashes(keys)
             return DirectorKeys.from_json(keys)
-        return None
+        except (FileNotFoundError, tuf_errors.RepositoryError, MalformedMessageError, KeyError):
+            return None
+        except OSError as error:  # a disk that does not read must not look like a signature that is wrong
+            raise disk_error(error, self._metadata) from error
 
     def _newest_root(self) -> Root:
         root = Metadata[Root].from_bytes(self._root).signed
@@ -103,7 +106,7 @@ class Updates:
                 following = Metadata[Root].from_bytes(data)
                 root.verify_delegate(Root.type, following.signed_bytes, following.signatures)
                 following.signed.verify_delegate(Root.type, following.signed_bytes, following.signatures)
-            except (OSError, tuf_errors.RepositoryError):
+            except (FileNotFoundError, tuf_errors.RepositoryError):
                 return root
             root = following.signed
 
@@ -174,8 +177,4 @@ class Updates:
         except tuf_errors.DownloadError as error:
             raise TrustError(str(error), FailureCode.TRUST_UNREACHABLE) from error
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise TrustError(
-                f"the trust store cannot be written: {error}",
-                FailureCode.STORE_DISK_FULL if full else FailureCode.STORE_IO,
-            ) from error
+            raise disk_error(error, self._metadata) from error

@@ -25,8 +25,8 @@ from agent.core.inference import (
     ModelInfo,
     TokenEvent,
 )
-from agent.core.ports import ProgressHandler
-from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
+from agent.core.ports import ProgressHandler, Stop
+from agent.errors import AgentError, RuntimeLoadError, StoreError, TransferError, TrustError
 
 
 class SimClock:
@@ -80,6 +80,8 @@ class SimStore:
     corrupt: set[str] = field(default_factory=set)
     #: Comes out wrong however often it is fetched.
     rotten: set[str] = field(default_factory=set)
+    #: Bytes of artifacts that are not complete, by digest.
+    partial: dict[str, int] = field(default_factory=dict)
 
     def path(self, digest: str) -> Path | None:
         return Path("/simulated") / digest if digest in self.complete else None
@@ -87,7 +89,7 @@ class SimStore:
     def manifest(self, digest: str) -> Manifest | None:
         return self.complete.get(digest)
 
-    def verify(self, digest: str) -> None:
+    def verify(self, digest: str, stop: Stop = lambda: False) -> None:
         if digest in self.corrupt | self.rotten or digest not in self.complete:
             raise StoreError(f"{digest[:12]}: other bytes than the manifest's", FailureCode.STORE_CORRUPT)
 
@@ -95,10 +97,12 @@ class SimStore:
         self.complete.pop(digest, None)
         self.corrupt.discard(digest)
 
-    def collect(self, keep: Sequence[str]) -> int:
+    def collect(self, keep: Sequence[str], spare: Sequence[str] = ()) -> int:
         gone = [digest for digest in self.complete if digest not in keep]
         for digest in gone:
-            del self.complete[digest]
+            manifest = self.complete.pop(digest)
+            if digest in spare:
+                self.partial[digest] = manifest.size
         return len(gone)
 
 
@@ -109,6 +113,8 @@ class SimTransfer:
     store: SimStore
     error: AgentError | None = None
     hang: bool = False
+    #: The share of the bytes that comes before no more does.
+    stall_at: float | None = None
     fetched: list[str] = field(default_factory=list)
 
     async def fetch(
@@ -121,8 +127,17 @@ class SimTransfer:
         if manifest.digest in self.store.complete:
             return Progress(bytes_total=manifest.size, bytes_done=manifest.size, bytes_reused=manifest.size)
         self.fetched.append(manifest.digest)
+        here = self.store.partial.pop(manifest.digest, 0)
+        if self.stall_at is not None:
+            self.store.partial[manifest.digest] = max(here, int(manifest.size * self.stall_at))
+            raise TransferError(f"stalled at {self.store.partial[manifest.digest]} of {manifest.size} bytes")
         self.store.complete[manifest.digest] = manifest
-        progress = Progress(bytes_total=manifest.size, bytes_done=manifest.size, bytes_received=manifest.size)
+        progress = Progress(
+            bytes_total=manifest.size,
+            bytes_done=manifest.size,
+            bytes_received=manifest.size - here,
+            bytes_reused=here,
+        )
         on_progress(progress)
         return progress
 

@@ -10,6 +10,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest, Probe
 from agent.contract.messages import Proof
 from agent.core.inference import DoneEvent, GenerationRequest, InferenceError, ModelInfo, Sampling, TokenEvent
+from agent.core.probes import misanswered
 from agent.errors import ProbeError, RuntimeLoadError
 from agent.runtimes.host.settings import Render
 from agent.runtimes.host.supervisor import WorkerProcess
@@ -60,12 +61,9 @@ async def _probe(worker: WorkerProcess, manifest: Manifest, probe: Probe, render
         code = FailureCode.RUNTIME_CRASHED if crashed else FailureCode.PROBE_FAILED
         kind = RuntimeLoadError if crashed else ProbeError
         raise kind(f"{manifest.id}: probe {probe.prompt!r}: {error}", code) from error
-    text = answer.casefold()
-    if probe.expect and not any(expected.casefold() in text for expected in probe.expect):
-        found = f"was answered {answer[:200]!r}, which holds none of {list(probe.expect)}"
-        raise ProbeError(f"{manifest.id}: probe {probe.prompt!r} {found}")
-    if not done.completion_tokens:
-        raise ProbeError(f"{manifest.id}: probe {probe.prompt!r} was answered with nothing")
+    wrong = misanswered(probe, answer, done.completion_tokens)
+    if wrong is not None:
+        raise ProbeError(f"{manifest.id}: probe {probe.prompt!r} {wrong}")
     return done
 
 

@@ -7,7 +7,6 @@ standard error, which is the log.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ import traceback
 from typing import Any, TextIO
 
 from agent.contract.manifest import Toolchain
+from agent.platform.files import is_disk_full
 from fleet.errors import BuildError, FleetError
 from fleet.toolchains.drivers.base import DISK_FULL, ConvertJob, SpeakJob
 from fleet.toolchains.progress import Progress
@@ -41,8 +41,8 @@ def main() -> int:
         _send(events, error="out of memory", kind=BuildError.__name__)
     except Exception as error:  # toolchains raise anything
         traceback.print_exc()
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        _send(events, error=f"{type(error).__name__}: {error}", kind=DISK_FULL if full else "unexpected")
+        kind = DISK_FULL if is_disk_full(error) else "unexpected"
+        _send(events, error=f"{type(error).__name__}: {error}", kind=kind)
     else:
         _send(events, result=result)
         _leave(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.contract.failures import FailureCode
@@ -35,13 +35,13 @@ def order(sequence: int = 1, *artifacts: ArtifactRef, **more: object) -> Desired
 CORRUPT = Failure(code=FailureCode.STORE_CORRUPT, message="other bytes")
 
 
-HAPPY: list[tuple[core.Event, State, core.Work | None]] = [
-    (core.Ordered(order()), State.RESOLVING, core.Work.RESOLVE),
-    (core.Resolved((NEW,)), State.TRANSFERRING, core.Work.TRANSFER),
-    (core.Transferred((NEW,)), State.VERIFYING, core.Work.VERIFY),
-    (core.Verified(), State.PROVING, core.Work.PROVE),
-    (core.Proved(NEW, PROOF), State.ACTIVATING, core.Work.ACTIVATE),
-    (core.Activated(NEW.digest), State.PROBATION, core.Work.WATCH),
+HAPPY: list[tuple[core.Event, State, core.Step | None]] = [
+    (core.Ordered(order()), State.RESOLVING, core.Step.RESOLVE),
+    (core.Resolved((NEW,)), State.TRANSFERRING, core.Step.TRANSFER),
+    (core.Transferred((NEW,)), State.VERIFYING, core.Step.VERIFY),
+    (core.Verified(), State.PROVING, core.Step.PROVE),
+    (core.Proved(NEW, PROOF), State.ACTIVATING, core.Step.ACTIVATE),
+    (core.Activated(NEW.digest), State.PROBATION, core.Step.WATCH),
     (core.Healthy(NEW.digest), State.COMMITTED, None),
 ]
 
@@ -58,19 +58,19 @@ def at(state: State, committed: ArtifactRef | None = OLD) -> core.Deployment:
     return deployment
 
 
-def works(effects: tuple[core.Effect, ...]) -> list[core.Work]:
-    return [effect.work for effect in effects if isinstance(effect, core.Begin)]
+def steps(effects: tuple[core.Effect, ...]) -> list[core.Step]:
+    return [effect.step for effect in effects if isinstance(effect, core.Begin)]
 
 
-UNDERWAY = [state for state, row in core.TABLE.items() if row.work]
+UNDERWAY = [state for state, row in core.STATES.items() if row.step]
 
 
-def test_the_happy_way_begins_each_states_work_and_commits():
+def test_the_happy_way_begins_each_states_step_and_commits():
     deployment = core.Deployment()
-    for event, state, work in HAPPY:
+    for event, state, step in HAPPY:
         deployment, effects = core.decide(deployment, event, NOW)
         assert deployment.state is state
-        assert works(effects) == ([work] if work else [])
+        assert steps(effects) == ([step] if step else [])
         assert core.Report() in effects
     assert deployment.committed == NEW
     assert deployment.previous is None
@@ -83,9 +83,10 @@ def test_committing_keeps_the_one_before_for_rollback():
 
 
 @pytest.mark.parametrize("state", UNDERWAY)
-def test_every_state_with_work_has_a_deadline_and_a_way_out(state: State):
-    row = core.TABLE[state]
-    assert row.then and row.on_failure and row.success
+def test_every_state_with_a_step_has_a_deadline_and_a_way_out(state: State):
+    onwards = {following for origin, _, following in core.edges() if origin is state}
+    assert onwards & {State.ROLLED_BACK, State.FAILED}
+    assert len(onwards) > 2
     assert 0 < core.deadline_s(at(state), NOW) <= 6 * 3600
 
 
@@ -112,14 +113,13 @@ def test_a_passed_deadline_is_a_failure_that_says_so(state: State):
 @pytest.mark.parametrize("state", UNDERWAY)
 def test_a_restart_serves_the_committed_artifact_first_and_resumes_where_the_table_says(state: State):
     resumed, effects = core.decide(at(state), core.Restarted(), NOW)
-    row = core.TABLE[state]
     assert effects[0] == core.Serve()
-    assert resumed.state is row.on_restart
-    assert works(effects) == [core.TABLE[row.on_restart].work]
-    assert resumed.restarts == int(row.counts_restarts)
+    assert resumed.state is core.TABLE[core.Case.RESTARTED][state]
+    assert steps(effects) == [core.STATES[resumed.state].step]
+    assert resumed.restarts == int(core.STATES[state].counts_restarts)
 
 
-@pytest.mark.parametrize("state", [state for state in UNDERWAY if core.TABLE[state].counts_restarts])
+@pytest.mark.parametrize("state", [state for state in UNDERWAY if core.STATES[state].counts_restarts])
 def test_a_boot_loop_gives_the_artifact_up_by_itself(state: State):
     deployment = at(state)
     for _ in range(core.MAX_RESTARTS + 1):
@@ -175,7 +175,7 @@ def test_a_failure_meant_for_an_older_order_spares_the_newer():
     assert core.decide(deployment, core.Failed(BROKEN, sequence=0), NOW) == (deployment, ())
 
 
-def test_a_newer_order_supersedes_the_work_of_the_older():
+def test_a_newer_order_supersedes_the_step_of_the_older():
     superseded, effects = core.decide(at(State.PROBATION), core.Ordered(order(2, OTHER)), NOW)
     assert superseded.state is State.RESOLVING
     assert effects[0] == core.Halt()
@@ -189,7 +189,7 @@ def test_an_order_for_what_is_committed_already_is_done_at_once():
     done, effects = core.decide(at(State.COMMITTED), core.Ordered(order(2, NEW)), NOW)
     assert done.state is State.COMMITTED
     assert done.newest_sequence == 2
-    assert works(effects) == []
+    assert steps(effects) == []
 
 
 def test_what_serves_can_be_lost_twice_before_nothing_is_left():
@@ -223,7 +223,7 @@ def test_the_window_is_waited_for_but_not_past_the_orders_deadline():
     wait = Window(not_before=NOW + timedelta(hours=1))
     for state in (State.PROVING, State.ACTIVATING):
         waiting = at(state).model_copy(update={"desired": order(1, window=wait)})
-        own = core.TABLE[state].deadline_s
+        own = core.STATES[state].deadline_s
         assert own is not None
         assert core.deadline_s(waiting, NOW) == 3600 + own
     endless = Window(not_before=NOW + timedelta(days=3))
@@ -258,10 +258,10 @@ def test_no_order_of_events_breaks_what_must_hold(events: list[core.Event]):
         except core.IllegalTransitionError:
             assert deployment is before
             continue
-        # Work is begun exactly when a state of work is entered, and one work at a time.
-        assert len(works(effects)) <= 1
-        for work in works(effects):
-            assert core.TABLE[deployment.state].work is work
+        # A step is begun exactly when its state is entered, and one at a time.
+        assert len(steps(effects)) <= 1
+        for step in steps(effects):
+            assert core.STATES[deployment.state].step is step
         # Only what passed proof, activation and probation is committed, and only as ordered.
         if deployment.committed != before.committed and deployment.state is State.COMMITTED:
             assert isinstance(event, core.Healthy)
@@ -271,3 +271,139 @@ def test_no_order_of_events_breaks_what_must_hold(events: list[core.Event]):
             assert deployment.committed.digest in deployment.keep()
         # The journal's document survives the disk.
         assert core.Deployment.from_json(deployment.to_json()) == deployment
+
+
+REFS = st.sampled_from([OLD, NEW, OTHER])
+FAILURES = st.builds(Failure, code=st.sampled_from(FailureCode), message=st.just("so it was"))
+DEPLOYMENTS = st.builds(
+    core.Deployment,
+    state=st.sampled_from(State),
+    desired=st.none() | st.builds(order, st.integers(1, 5), REFS),
+    candidates=st.lists(REFS, max_size=2).map(tuple),
+    chosen=st.none() | REFS,
+    committed=st.none() | REFS,
+    previous=st.none() | REFS,
+    failure=st.none() | FAILURES,
+    restarts=st.integers(0, core.MAX_RESTARTS + 1),
+    touched=st.booleans(),
+    newest_sequence=st.integers(0, 5),
+)
+ANY_EVENT: dict[type, st.SearchStrategy[core.Event]] = {
+    core.Ordered: st.builds(core.Ordered, st.builds(order, st.integers(1, 7), REFS)),
+    core.Resolved: st.builds(core.Resolved, st.lists(REFS, max_size=2).map(tuple)),
+    core.Transferred: st.builds(core.Transferred, st.lists(REFS, max_size=2).map(tuple)),
+    core.Verified: st.just(core.Verified()),
+    core.Proved: st.builds(core.Proved, REFS, st.just(PROOF)),
+    core.Activated: st.builds(core.Activated, REFS.map(lambda ref: ref.digest)),
+    core.Healthy: st.builds(core.Healthy, REFS.map(lambda ref: ref.digest)),
+    core.Failed: st.builds(core.Failed, FAILURES, st.none() | st.integers(0, 5)),
+    core.DeadlinePassed: st.builds(core.DeadlinePassed, st.floats(0, 1e6)),
+    core.Unhealthy: st.builds(core.Unhealthy, REFS.map(lambda ref: ref.digest), FAILURES),
+    core.Restarted: st.just(core.Restarted()),
+}
+PAIRS = [(state, kind) for state in State for kind in ANY_EVENT]
+
+
+def test_the_table_is_complete():
+    assert set(core.TABLE) == set(core.CASES) == set(core.Case)
+    assert set(core.STATES) == set(State)
+    assert all(set(row) == set(State) for row in core.TABLE.values())
+    assert {kind for kinds in core.CASES.values() for kind in kinds} == set(ANY_EVENT)
+
+
+@pytest.mark.parametrize(("state", "kind"), PAIRS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_decide_takes_the_edges_of_the_table_and_no_others(state: State, kind: type):
+    edges = {following for origin, case, following in core.edges() if origin is state and kind in core.CASES[case]}
+    taken: set[State] = set()
+
+    @settings(max_examples=120)
+    @given(deployment=DEPLOYMENTS, event=ANY_EVENT[kind])
+    def takes_an_edge_or_refuses(deployment: core.Deployment, event: core.Event) -> None:
+        before = deployment.model_copy(update={"state": state})
+        case = core.case_of(before, event, NOW)
+        assert kind in core.CASES[case]
+        try:
+            after, _ = core.decide(before, event, NOW)
+        except core.IllegalTransitionError:
+            assert core.TABLE[case][state] is None
+            return
+        assert after.state is core.TABLE[case][state]
+        taken.add(after.state)
+
+    takes_an_edge_or_refuses()
+    assert taken <= edges
+    if not edges:
+        assert not taken
+
+
+def example_of(case: core.Case, state: State) -> tuple[core.Deployment, core.Event]:
+    """A deployment in this state, and an event that means this case there."""
+    base = core.Deployment(
+        state=state, desired=order(3, NEW), candidates=(NEW,), chosen=NEW, committed=OLD, newest_sequence=3
+    )
+
+    def but(**changes: object) -> core.Deployment:
+        return base.model_copy(update=changes)
+
+    examples: dict[core.Case, tuple[core.Deployment, core.Event]] = {
+        core.Case.ORDERED: (base, core.Ordered(order(4, OTHER))),
+        core.Case.ORDERED_COMMITTED: (base, core.Ordered(order(4, OLD))),
+        core.Case.ORDERED_AGAIN: (base, core.Ordered(order(3, NEW))),
+        core.Case.RESOLVED: (base, core.Resolved((NEW,))),
+        core.Case.TRANSFERRED: (base, core.Transferred((NEW,))),
+        core.Case.VERIFIED: (base, core.Verified()),
+        core.Case.PROVED: (base, core.Proved(NEW, PROOF)),
+        core.Case.ACTIVATED: (base, core.Activated(NEW.digest)),
+        core.Case.ACTIVATED_OTHER: (base, core.Activated(OTHER.digest)),
+        core.Case.HEALTHY: (base, core.Healthy(NEW.digest)),
+        core.Case.HEALTHY_OTHER: (base, core.Healthy(OTHER.digest)),
+        core.Case.FAILED: (base, core.Failed(BROKEN)),
+        core.Case.FAILED_TOUCHED: (but(touched=True), core.Failed(BROKEN)),
+        core.Case.FAILED_OLD: (base, core.Failed(BROKEN, sequence=2)),
+        core.Case.UNHEALTHY_NEW: (but(touched=True), core.Unhealthy(NEW.digest, BROKEN)),
+        core.Case.UNHEALTHY_BACK: (but(previous=OTHER), core.Unhealthy(OLD.digest, BROKEN)),
+        core.Case.UNHEALTHY_DAMAGED: (base, core.Unhealthy(OLD.digest, CORRUPT)),
+        core.Case.UNHEALTHY_LIMPING: (base, core.Unhealthy(OLD.digest, BROKEN)),
+        core.Case.UNHEALTHY_OLD: (base, core.Unhealthy(OTHER.digest, BROKEN)),
+        core.Case.RESTARTED: (base, core.Restarted()),
+        core.Case.RESTARTED_TOO_OFTEN: (but(restarts=core.MAX_RESTARTS), core.Restarted()),
+    }
+    return examples[case]
+
+
+@pytest.mark.parametrize("case", core.Case, ids=lambda case: case.name)
+@pytest.mark.parametrize("state", State, ids=str)
+def test_each_cell_of_the_table_is_what_decide_does(case: core.Case, state: State):
+    deployment, event = example_of(case, state)
+    following = core.TABLE[case][state]
+    if core.case_of(deployment, event, NOW) is not case:
+        assert following is None, "an edge that nothing can take"
+    elif following is None:
+        with pytest.raises(core.IllegalTransitionError, match=state.value):
+            core.decide(deployment, event, NOW)
+    else:
+        assert core.decide(deployment, event, NOW)[0].state is following
+
+
+VERDICTS = [FailureCode.PROBE_FAILED, FailureCode.STORE_CORRUPT, FailureCode.BOOT_LOOP, FailureCode.HEALTH_ERRORS]
+NO_VERDICTS = [
+    FailureCode.TRANSFER_STALLED,
+    FailureCode.STORE_DISK_FULL,
+    FailureCode.CANCELLED,
+    FailureCode.DEADLINE,
+    FailureCode.TRUST_UNREACHABLE,
+]
+
+
+@pytest.mark.parametrize("state", UNDERWAY)
+@pytest.mark.parametrize("code", VERDICTS + NO_VERDICTS)
+def test_bytes_are_spared_unless_the_failure_speaks_against_them(state: State, code: FailureCode):
+    failed, effects = core.decide(at(state), core.Failed(Failure(code=code, message="")), NOW)
+    assert core.Collect() in effects
+    assert failed.keep() == (OLD.digest,)
+    assert failed.spare() == ((NEW.digest,) if code in NO_VERDICTS else ())
+
+
+def test_nothing_is_spared_while_it_is_wanted_or_once_it_is_committed():
+    assert at(State.TRANSFERRING).spare() == ()
+    assert at(State.COMMITTED).spare() == ()

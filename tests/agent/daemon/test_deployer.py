@@ -18,7 +18,8 @@ from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
-from agent.daemon.steps import Parts, Works
+from agent.daemon.state import AgentState
+from agent.daemon.steps import StepParts, Steps
 from agent.errors import ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
 from tests.contract.test_contract import MANIFEST
 from tests.simulators.device import MemoryJournal, SimClock, SimHost, SimStore, SimTransfer, SimTrust
@@ -61,6 +62,8 @@ class Device:
     transfer: SimTransfer = field(init=False)
     deployer: Deployer = field(init=False)
     monitor: Monitor = field(init=False)
+    state: AgentState = field(init=False)
+    progress: list[Progress] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.transfer = SimTransfer(self.store)
@@ -69,11 +72,12 @@ class Device:
     async def boot(self) -> AsyncIterator[Device]:
         clock = SimClock()
         self.monitor = Monitor(self.host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
-        parts = Parts(
+        parts = StepParts(
             self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, retry_s=(0.01,)
         )
-        works = Works(parts, lambda _: None)
-        self.deployer = Deployer(works, parts, self.journal, self._saw)
+        steps = Steps(parts, self.progress.append)
+        self.state = AgentState()
+        self.deployer = Deployer(steps, parts, self.journal, self.state, self._saw)
         task = asyncio.create_task(self.deployer.run())
         try:
             yield self
@@ -81,8 +85,8 @@ class Device:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _saw(self, deployment: core.Deployment) -> None:
-        self.states.append(deployment.state)
+    def _saw(self) -> None:
+        self.states.append(self.state.deployment.state)
 
     async def until(self, wanted: Callable[[core.Deployment], bool]) -> core.Deployment:
         await until(lambda: wanted(self.deployer.deployment), timeout_s=10)
@@ -102,7 +106,7 @@ async def test_an_order_goes_all_the_way_and_reports_each_state():
         assert done.state is State.COMMITTED
         assert done.committed == ref(NEW)
         assert device.host.history == ["", NEW.digest]
-        ways = [state for state, row in core.TABLE.items() if row.work] + [State.COMMITTED]
+        ways = [state for state, row in core.STATES.items() if row.step] + [State.COMMITTED]
         assert [state for state in device.states if state in ways] == ways
 
 
@@ -176,7 +180,7 @@ async def test_each_fault_ends_in_its_code_with_the_old_model_serving(fault: Fau
         assert (ended.state, ended.failure and ended.failure.code) == (fault.state, fault.code)
         assert ended.committed == ref(OLD)
         await device.until(lambda _: device.host.serving == OLD)
-        assert NEW.digest not in device.store.complete
+        await until(lambda: NEW.digest not in device.store.complete, "the new artifact to be collected")
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -189,7 +193,7 @@ async def test_the_next_order_is_taken_after_any_fault(fault: Fault):
         assert device.host.serving == OTHER
 
 
-@pytest.mark.parametrize("state", [state for state, row in core.TABLE.items() if row.work], ids=str)
+@pytest.mark.parametrize("state", [state for state, row in core.STATES.items() if row.step], ids=str)
 async def test_killed_in_any_state_the_old_model_serves_and_the_deployment_commits(state: State):
     """The journal is saved before anything is done, so a crash anywhere is a crash after some save."""
     device = Device()
@@ -227,7 +231,7 @@ async def test_a_controller_that_is_away_is_waited_for():
         assert (await device.deploys(1, NEW)).state is State.COMMITTED
 
 
-async def test_work_past_its_deadline_fails_and_frees_the_device():
+async def test_a_step_past_its_deadline_fails_and_frees_the_device():
     async with Device().boot() as device:
         device.transfer.hang = True
         ended = await device.deploys(1, NEW, deadline_s=0.3)
@@ -278,7 +282,7 @@ async def test_of_several_variants_the_fastest_that_passes_is_taken_and_the_rest
         device.host.prove_errors[OTHER.digest] = ProbeError("said Berlin")
         done = await device.deploys(1, OLD, NEW, OTHER)
         assert done.committed == ref(NEW)
-        assert list(device.store.complete) == [NEW.digest]
+        await until(lambda: list(device.store.complete) == [NEW.digest], "the others to be collected")
 
 
 async def test_an_order_that_is_not_signed_is_reported_and_changes_nothing():
@@ -287,10 +291,8 @@ async def test_an_order_that_is_not_signed_is_reported_and_changes_nothing():
         before, saved = device.deployer.deployment, device.journal.saved
         device.trust.error = TrustError("signed by nobody we know", FailureCode.TRUST_SIGNATURE)
         device.deployer.orders.take(order(2, NEW))
-        await device.until(lambda _: device.deployer.orders.rejected is not None)
-        assert device.deployer.orders.rejected == Failure(
-            code=FailureCode.TRUST_SIGNATURE, message="signed by nobody we know"
-        )
+        await device.until(lambda _: device.state.rejected is not None)
+        assert device.state.rejected == Failure(code=FailureCode.TRUST_SIGNATURE, message="signed by nobody we know")
         assert (device.deployer.deployment, device.journal.saved) == (before, saved)
         assert device.trust.refreshed == 1, "the director's keys may have changed: asked once, not for ever"
 
@@ -301,7 +303,7 @@ async def test_the_retained_order_coming_again_does_nothing():
         saved = device.journal.saved
         device.deployer.orders.take(order(1, OLD))
         await asyncio.sleep(0.1)
-        assert device.deployer.orders.rejected is None
+        assert device.state.rejected is None
         assert device.journal.saved == saved
 
 
@@ -354,9 +356,9 @@ async def test_a_full_disk_under_the_journal_ends_the_deployment_not_the_agent()
         device.journal.full = True
         device.host.hang_in_prove = False
         device.deployer.orders.take(order(3, OTHER))
-        await device.until(lambda _: device.deployer.orders.rejected is not None)
-        assert device.deployer.orders.rejected
-        assert device.deployer.orders.rejected.code is FailureCode.STORE_DISK_FULL
+        await device.until(lambda _: device.state.rejected is not None)
+        assert device.state.rejected
+        assert device.state.rejected.code is FailureCode.STORE_DISK_FULL
         device.deployer.post(core.Failed(Failure(code=FailureCode.PROBE_FAILED, message="said Berlin")))
         assert (await device.until(lambda now: now.state is State.FAILED)).committed == ref(OLD)
         device.journal.full = False
@@ -393,7 +395,7 @@ async def test_a_passing_shortage_at_boot_does_not_cost_the_device_its_model(att
         assert again.deployer.deployment.committed == ref(OLD)
 
 
-async def test_with_one_to_go_back_to_patience_ends():
+async def test_with_one_to_go_back_to_the_attempts_end():
     first = Device()
     async with first.boot():
         await first.deploys(1, OLD)
@@ -406,7 +408,7 @@ async def test_with_one_to_go_back_to_patience_ends():
         assert ended.failure and ended.failure.code is FailureCode.RUNTIME_LOAD
 
 
-async def test_a_halted_work_ends_before_the_next_begins():
+async def test_a_halted_step_ends_before_the_next_begins():
     """Two at once would write to, and unsubscribe from, the same things."""
     busy: list[str] = []
 
@@ -438,7 +440,7 @@ async def test_an_order_that_found_the_disk_full_is_taken_when_there_is_room():
         await device.deploys(1, OLD)
         device.journal.full = True
         device.deployer.orders.take(order(2, NEW))
-        await device.until(lambda _: device.deployer.orders.rejected is not None)
+        await device.until(lambda _: device.state.rejected is not None)
         device.journal.full = False
         assert (await device.settled(2)).committed == ref(NEW)
 

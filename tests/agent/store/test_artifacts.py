@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -236,19 +237,136 @@ def test_corrupt_artifact_is_discarded_and_fetched_again(
     store.verify(manifest.digest)
 
 
-def test_collect_spares_what_is_kept_and_what_is_under_way(store: ArtifactStore, tmp_path: Path) -> None:
+def test_collect_deletes_what_is_complete_and_not_kept(store: ArtifactStore, tmp_path: Path) -> None:
     made = [make_artifact(tmp_path / name, {"f": noise(100_000, n)}, name) for n, name in enumerate("abcd")]
     for name, manifest in zip("ab", made, strict=False):
         complete(store, tmp_path / name, manifest)
     store.abandon(fill(store, tmp_path / "c", made[2]))
     transferring = fill(store, tmp_path / "d", made[3])
     freed = store.collect([made[0].digest])
-    assert freed > 200_000
+    assert freed > 100_000
     assert store.digests() == [made[0].digest]
-    assert [donor.manifest.digest for donor in store.donors("")] == [made[0].digest, made[3].digest]
+    assert {donor.manifest.digest for donor in store.donors("")} == {each.digest for each in (made[0], *made[2:])}
     store.commit(transferring)
     assert store.collect([]) > 200_000
     assert store.digests() == []
+
+
+def partial_names(store: ArtifactStore, made: Iterable[Manifest]) -> list[str]:
+    there = {donor.manifest.digest for donor in store.donors("")} - set(store.digests())
+    return [manifest.model.name for manifest in made if manifest.digest in there]
+
+
+def begun(store: ArtifactStore, folder: Path, names: str) -> list[Manifest]:
+    """Half of each, begun a second after the one before."""
+    made = [make_artifact(folder / name, {"f": noise(200_000, n)}, name) for n, name in enumerate(names)]
+    for n, (name, manifest) in enumerate(zip(names, made, strict=True)):
+        store.abandon(fill(store, folder / name, manifest, 0.5))
+        os.utime(folder / "device" / "partial" / manifest.digest / "manifest.json", (n, n))
+    return made
+
+
+def test_collect_leaves_the_newest_left_overs_and_those_that_are_spared(store: ArtifactStore, tmp_path: Path) -> None:
+    made = begun(store, tmp_path, "abcdefg")
+    assert store.collect([], [made[1].digest]) > 0
+    assert partial_names(store, made) == ["b", *"defg"]
+    assert store.collect([]) > 0
+    assert partial_names(store, made) == list("defg")
+    assert store.collect([]) == 0
+
+
+def test_what_has_arrived_survives_collections_and_restarts(store: ArtifactStore, tmp_path: Path) -> None:
+    (manifest,) = begun(store, tmp_path, "a")
+    for _ in range(3):
+        store.collect([])
+        store = ArtifactStore(tmp_path / "device", reserve_bytes=0)
+    partial = store.begin(manifest)
+    assert len(list(partial.present(never))) == round(0.5 * len(list(partial.table.unique())))
+    store.abandon(partial)
+
+
+def test_a_spared_artifact_is_no_longer_complete_and_needs_no_byte_again(
+    store: ArtifactStore, source: Path, manifest: Manifest
+) -> None:
+    complete(store, source, manifest)
+    assert store.collect([], [manifest.digest]) == 0
+    assert store.path(manifest.digest) is None
+    partial = store.begin(manifest)
+    assert set(partial.present(never)) == set(partial.table.unique())
+    store.commit(partial)
+    store.verify(manifest.digest)
+
+
+def test_room_is_made_by_the_oldest_left_overs_and_no_more_of_them_than_needed(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "device", 4 * MIB):
+        store = ArtifactStore(tmp_path / "device", reserve_bytes=0)
+        made = [make_artifact(tmp_path / name, {"f": noise(MIB, n)}, name) for n, name in enumerate("abc")]
+        for n, (name, manifest) in enumerate(zip("abc", made, strict=True)):
+            store.abandon(fill(store, tmp_path / name, manifest, 0.5))
+            os.utime(tmp_path / "device" / "partial" / manifest.digest / "manifest.json", (n, n))
+        huge = make_artifact(tmp_path / "huge", {"f": noise(5 * MIB, 9)}, "huge")
+        with pytest.raises(StoreError, match="are free; free") as caught:
+            store.begin(huge)
+        assert caught.value.code is FailureCode.STORE_DISK_FULL
+        assert partial_names(store, made) == list("abc"), "deleting them would not have helped"
+        large = make_artifact(tmp_path / "large", {"f": noise(int(1.5 * MIB), 8)}, "large")
+        store.abandon(store.begin(large))
+        assert partial_names(store, made) == list("bc")
+        store.abandon(store.begin(made[1]))  # what is there already needs no room
+        assert partial_names(store, made) == list("bc")
+
+
+def test_a_disk_that_does_not_read_some_bytes_has_them_fetched_again(
+    store: ArtifactStore, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_artifact(source, {"model.bin": noise(MIB)})
+    store.abandon(fill(store, source, manifest))
+    partial = store.begin(manifest)
+    bad = partial.table.places(1)[0].offset
+    read = os.pread
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        if offset == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, size, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", pread)
+        missing = set(partial.table.unique()) - set(partial.present(never))
+    assert missing == {1}
+    for first in missing:
+        partial.write(first, chunk(source, partial, first))
+    store.commit(partial)
+    store.verify(manifest.digest)
+
+
+def test_a_disk_that_refuses_at_the_closing_leaves_nothing_open_and_nothing_claimed(
+    store: ArtifactStore, source: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = fill(store, source, manifest)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    close = os.close
+
+    def refuse(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", refuse)
+        store.abandon(partial)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - len(manifest.files)
+    complete(store, source, manifest)
+    store.verify(manifest.digest)
+
+
+def test_reading_back_ends_early_when_nobody_waits_for_it(
+    store: ArtifactStore, source: Path, manifest: Manifest
+) -> None:
+    complete(store, source, manifest)
+    with pytest.raises(StoreError, match="cancelled") as caught:
+        store.verify(manifest.digest, lambda: True)
+    assert caught.value.code is FailureCode.CANCELLED
+    assert store.path(manifest.digest) is not None
 
 
 def test_too_small_a_disk_is_told_with_the_figures_before_anything_is_written(
@@ -263,7 +381,7 @@ def test_too_small_a_disk_is_told_with_the_figures_before_anything_is_written(
     assert f"needs {manifest.size / MIB:.1f} MiB more" in text
     assert str(tmp_path / "device" / "partial") in text
     assert "are free" in text
-    assert list((tmp_path / "device" / "partial").iterdir()) == []
+    assert not list((tmp_path / "device").rglob("*"))
     assert store.collect([]) == 0
 
 
@@ -271,7 +389,7 @@ def test_full_disk(tmp_path: Path, source: Path, manifest: Manifest) -> None:
     with small_disk(tmp_path / "disk", MIB) as disk:
         with pytest.raises(StoreError, match="are free; free"):
             ArtifactStore(disk, reserve_bytes=0).begin(manifest)
-        assert not list((disk / "partial").iterdir())
+        assert not list(disk.iterdir())
 
 
 def test_disk_that_fills_up_between_the_look_and_the_writing(tmp_path: Path, source: Path, manifest: Manifest) -> None:
