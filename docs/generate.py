@@ -213,7 +213,7 @@ def runtimes() -> str:
     rows += [(f"`{name}`", partial(_has_parameter, name)) for name in sorted(PARAMETERS)]
     rows += [(f"`response_format`: {label}", partial(_has_guidance, kind)) for kind, label in _RESPONSE_FORMATS.items()]
     rows += [
-        ("answers computed together, by default", lambda has: str(has.max_sequences)),
+        ("answers computed together, by default; one of them a short one", lambda has: str(has.max_sequences)),
         ("a prompt that begins like one before starts from there", lambda has: _yes(has.prefix_reuse)),
         ("embeddings (these are models that answer)", lambda _: "no"),
     ]

@@ -51,7 +51,7 @@ async def load_model(
     options = LoadOptions(
         context=manifest.context,
         kv_tokens=kv_tokens,
-        max_sequences=settings.answers_at_once(spec.sequences),
+        max_sequences=settings.answers_at_once(spec),
         threads=settings.threads or _cores(),
         device=manifest.target.value.upper(),
         extra=dict(settings.runtime_options.get(spec.name, {})),

@@ -264,7 +264,7 @@ class WorkerHost:
         return plan(
             manifest.memory,
             context=manifest.context,
-            sequences=self._settings.answers_at_once(spec.sequences),
+            sequences=self._settings.answers_at_once(spec),
             available=self._available(),
             held=self._active.worker.memory_bytes() if self._active is not None else 0,
             limit=self._settings.memory_limit_bytes or None,

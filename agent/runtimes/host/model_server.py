@@ -190,7 +190,7 @@ class ModelServer:
     def _most_long(self, now: float) -> int:
         """Slots that long requests may take: all but one where a slot was made for short ones, or while those come."""
         slots = self.info.capabilities.max_sequences
-        made = not self._settings.max_sequences and slots > self._loaded.spec.sequences
+        made = not self._settings.max_sequences and slots >= self._loaded.spec.slots
         kept = made or now < self._short_until
         return self._settings.long_answers_at_once(slots) if kept else slots
 

@@ -11,6 +11,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.core.inference import GenerationRequest
 from agent.core.supervision import RestartPolicy
+from agent.runtimes.protocol.registry import RuntimeSpec
 
 Render = Callable[[Manifest, list[dict[str, Any]]], str]
 """Messages to a prompt, through the manifest's chat template; given by whoever composes the agent."""
@@ -59,9 +60,9 @@ class HostSettings:
     #: Options for a runtime by its name, e.g. {"llamacpp": {"n_batch": 512}}.
     runtime_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def answers_at_once(self, suits: int) -> int:
-        """What was set, or what ``suits`` the runtime and one slot more, which is for short requests alone."""
-        return self.max_sequences or suits + (suits > 1)
+    def answers_at_once(self, spec: RuntimeSpec) -> int:
+        """The engine's slots: as many as were set, else what suits the runtime and one for short requests alone."""
+        return self.max_sequences or spec.slots
 
     def long_answers_at_once(self, slots: int) -> int:
         """How many of the engine's ``slots`` long requests may take while short ones come."""

@@ -30,6 +30,11 @@ class RuntimeSpec:
     extra: str = ""
     sequences: int = 4
 
+    @property
+    def slots(self) -> int:
+        """Answers at once where nothing else is set: those that suit it, and one for short requests alone."""
+        return self.sequences + (self.sequences > 1)
+
 
 REGISTRY: Mapping[str, RuntimeSpec] = {
     spec.name: spec
@@ -86,7 +91,7 @@ def _version(package: str) -> str | None:
 
 def features(spec: RuntimeSpec) -> Capabilities:
     """What a model has in that runtime where nothing is set otherwise; imports its module."""
-    return replace(resolve(spec.module).features, max_sequences=spec.sequences)
+    return replace(resolve(spec.module).features, max_sequences=spec.slots)
 
 
 def resolve(module: str) -> Runtime:

@@ -113,6 +113,12 @@ async def test_chat_whole_and_streamed_say_the_same(device: Device) -> None:
     assert chunks[-1].usage.completion_tokens == 6
 
 
+async def test_the_bytes_of_all_tokens_make_the_text(device: Device) -> None:
+    answer = await device.chat(logprobs=True, max_tokens=16)
+    entries = answer.choices[0].logprobs.content
+    assert b"".join(bytes(entry.bytes) for entry in entries) == answer.choices[0].message.content.encode()
+
+
 async def test_completions(device: Device) -> None:
     answer = await device.client.completions.create(model=device.model, prompt="Once", max_tokens=3, temperature=0)
     assert answer.usage is not None
