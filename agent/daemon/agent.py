@@ -17,10 +17,10 @@ from agent.contract.messages import Failure, RuntimeFact, SignedDesired, State
 from agent.core import deployment as core
 from agent.core.health import after_unhealthy
 from agent.core.ports import Link, Message, ModelHost
-from agent.core.supervision import HostNews, meaning_of_host_event
+from agent.core.supervision import HostNews, RestartPolicy, meaning_of_host_event
 from agent.daemon.control import ControlServer
 from agent.daemon.deployer import Deployer
-from agent.daemon.jobs import Job, Jobs
+from agent.daemon.jobs import RETRY, Job, Jobs
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Reporter
 from agent.daemon.state import AgentState
@@ -106,11 +106,11 @@ class Body:
 class Agent:
     """Runs until told to stop."""
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, retry: RestartPolicy = RETRY) -> None:
         self._body = body
         self._paused = body.state_dir / "paused"
         self._unread: set[str] = set()
-        self._jobs = Jobs(self._all_jobs())
+        self._jobs = Jobs(self._all_jobs(), retry)
 
     def _all_jobs(self) -> tuple[Job, ...]:
         """The one place that says what is vital: taking decisions about the model, which includes serving it."""

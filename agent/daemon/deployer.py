@@ -161,9 +161,8 @@ class Deployer:
     async def _collect(self, before: Sequence[asyncio.Task[None]]) -> None:
         await _ended(before)
         keep, spare = self.deployment.keep(), self.deployment.spare()
-        self._steps.forget(keep)
         try:
-            freed = await in_thread(lambda _stop: self._parts.store.collect(keep, spare))
+            freed = await self._steps.collect(keep, spare)
         except AgentError as error:
             log.warning("old artifacts not collected", code=error.code.value, error=str(error))
         except Exception:  # the boundary: the next collection may work

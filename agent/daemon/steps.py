@@ -135,9 +135,15 @@ class Steps:
                 return str(error)
         return None
 
-    def forget(self, keep: Sequence[str]) -> None:
-        """Drop the manifests of all other artifacts."""
+    async def collect(self, keep: Sequence[str], spare: Sequence[str]) -> int:
+        """Drop what the device no longer needs; returns bytes freed.
+
+        Raises:
+            AgentError: something cannot be deleted.
+        """
         self._manifests = {digest: known for digest, known in self._manifests.items() if digest in keep}
+        async with self._disk_lock:
+            return await in_thread(lambda _stop: self._parts.store.collect(keep, spare))
 
     async def _resolve(self, order: Desired) -> core.Resolved:
         """What the device cannot run is not fetched; ``core.selection`` says why for each."""

@@ -51,11 +51,13 @@ class SimTrust:
     unreachable: int = 0
     error: TrustError | None = None
     refreshed: int = 0
+    #: The order's JSON by the envelope that carries it.
+    payloads: dict[bytes, bytes] = field(default_factory=dict)
 
     def verify_desired(self, payload: bytes, newest_sequence: int) -> Desired:
         if self.error is not None:
             raise self.error
-        desired = Desired.from_json(payload)
+        desired = Desired.from_json(self.payloads.get(payload, payload))
         if desired.sequence <= newest_sequence:
             raise TrustError(f"sequence {desired.sequence} is a replay", FailureCode.TRUST_REPLAY)
         return desired
@@ -159,6 +161,7 @@ class SimHost:
     short_of_memory: int = 0
     serving: Manifest | None = None
     history: list[str] = field(default_factory=list)
+    closed: bool = False
 
     async def runtimes(self) -> Sequence[RuntimeFact]:
         return [RuntimeFact(name="onnx_genai", usable=self.usable, reason="" if self.usable else "not installed")]
@@ -189,6 +192,9 @@ class SimHost:
     async def retire(self) -> None:
         self.serving = None
         self.history.append("")
+
+    async def close(self) -> None:
+        self.closed = True
 
     def active(self) -> ModelInfo | None:
         if self.serving is None:

@@ -3,101 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 
-from agent.contract.base import sha256_hex
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import ArtifactFile, Manifest, artifact_digest
-from agent.contract.messages import ArtifactRef, Desired, Failure, Progress, State
+from agent.contract.manifest import Manifest
+from agent.contract.messages import Failure, Progress, State
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
-from agent.daemon.deployer import Deployer
-from agent.daemon.monitor import Monitor
-from agent.daemon.state import AgentState
-from agent.daemon.steps import StepParts, Steps
 from agent.errors import ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
-from tests.contract.test_contract import MANIFEST
-from tests.simulators.device import MemoryJournal, SimClock, SimHost, SimStore, SimTransfer, SimTrust
+from tests.agent.daemon.world import NEW, OLD, OTHER, Device, order, ref
+from tests.simulators.device import MemoryJournal, SimClock, SimStore, SimTransfer
 from tests.waiting import until
-
-AT = datetime(2026, 11, 23, tzinfo=UTC)
-
-
-def make_manifest(word: str) -> Manifest:
-    data = word.encode()
-    files = (ArtifactFile(path="w", size=len(data), sha256=sha256_hex(data), chunks=((len(data), sha256_hex(data)),)),)
-    change = {"id": f"phi-{word}", "files": files, "digest": artifact_digest(f"phi-{word}", files), "size": len(data)}
-    return MANIFEST.model_copy(update=change)
-
-
-OLD, NEW, OTHER = make_manifest("old"), make_manifest("new"), make_manifest("other")
-
-
-def ref(manifest: Manifest) -> ArtifactRef:
-    return ArtifactRef(id=manifest.id, digest=manifest.digest)
-
-
-def order(sequence: int, *manifests: Manifest, **more: object) -> bytes:
-    fields: dict[str, object] = {
-        "device": "pi-1", "sequence": sequence, "deployment": f"d{sequence}", "issued_at": AT,
-        "expires_at": AT + timedelta(days=1), "artifacts": tuple(map(ref, manifests)), "probation_s": 0.05,
-    }  # fmt: skip
-    return Desired.model_validate(fields | more).to_json()
-
-
-@dataclass
-class Device:
-    """A daemon with its parts; `boot` may be called again after `crash`."""
-
-    trust: SimTrust = field(default_factory=lambda: SimTrust("pi-1", {each.digest: each for each in (OLD, NEW, OTHER)}))
-    store: SimStore = field(default_factory=SimStore)
-    host: SimHost = field(default_factory=SimHost)
-    journal: MemoryJournal = field(default_factory=MemoryJournal)
-    states: list[State] = field(default_factory=list)
-    transfer: SimTransfer = field(init=False)
-    deployer: Deployer = field(init=False)
-    monitor: Monitor = field(init=False)
-    state: AgentState = field(init=False)
-    progress: list[Progress] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.transfer = SimTransfer(self.store)
-
-    @asynccontextmanager
-    async def boot(self) -> AsyncIterator[Device]:
-        clock = SimClock()
-        self.monitor = Monitor(self.host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
-        parts = StepParts(
-            self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, retry_s=(0.01,)
-        )
-        steps = Steps(parts, self.progress.append)
-        self.state = AgentState()
-        self.deployer = Deployer(steps, parts, self.journal, self.state, self._saw)
-        task = asyncio.create_task(self.deployer.run())
-        try:
-            yield self
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    def _saw(self) -> None:
-        self.states.append(self.state.deployment.state)
-
-    async def until(self, wanted: Callable[[core.Deployment], bool]) -> core.Deployment:
-        await until(lambda: wanted(self.deployer.deployment), timeout_s=10)
-        return self.deployer.deployment
-
-    async def settled(self, sequence: int) -> core.Deployment:
-        return await self.until(lambda now: now.newest_sequence == sequence and not now.underway)
-
-    async def deploys(self, sequence: int, *manifests: Manifest, **more: object) -> core.Deployment:
-        self.deployer.orders.take(order(sequence, *manifests, **more))
-        return await self.settled(sequence)
 
 
 async def test_an_order_goes_all_the_way_and_reports_each_state():
