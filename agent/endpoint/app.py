@@ -145,7 +145,7 @@ async def _admitted(
     request_context = request[REQUEST_CONTEXT]
     request_context.origin = origin = cors.check(request)
     if origin is not None and request.method == "OPTIONS":
-        return cors.preflight(origin)
+        return cors.preflight(origin, request.headers.get("Access-Control-Request-Headers", ""))
     request_context.client = request.remote or request_context.client
     holder = None if is_open(request.path) else keyring.holder(request)
     if holder is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ from agent.endpoint.openai.errors import ApiError
 #: Open without a key: probes of supervisors, and the page, whose calls then need one.
 _OPEN = frozenset({"/health/live", "/health/ready", "/", "/favicon.ico"})
 _OPEN_PREFIX = "/static/"
+#: A header's name, as RFC 9110 has it.
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -138,14 +141,18 @@ class Cors:
             return None
         raise ApiError(403, f"the origin {origin[:128]!r} may not call this endpoint", code="origin_refused")
 
-    def preflight(self, origin: str) -> web.Response:
-        """The answer to a browser that asks first."""
+    def preflight(self, origin: str, wanted: str) -> web.Response:
+        """The answer to a browser that asks first; ``wanted`` are the headers that its page adds.
+
+        An origin that may call may add what it likes: clients name their version and platform in headers of their own.
+        """
+        allowed = [name for part in wanted.split(",")[:64] if _HEADER.fullmatch(name := part.strip())]
         return web.Response(
             status=204,
             headers={
                 **self.headers(origin),
                 "Access-Control-Allow-Methods": "GET, POST, DELETE",
-                "Access-Control-Allow-Headers": "Authorization, Content-Type, OpenAI-Beta",
+                "Access-Control-Allow-Headers": ", ".join(dict.fromkeys(["Authorization", "Content-Type", *allowed])),
                 "Access-Control-Max-Age": "600",
             },
         )

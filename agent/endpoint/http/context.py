@@ -91,13 +91,17 @@ async def read_body(request: web.Request) -> bytes:
     """The whole body, which must be JSON by its Content-Type.
 
     Raises:
-        ApiError: 413 too large, 408 too slow, 415 not JSON, 429 too many at once.
+        ApiError: 413 too large, 408 too slow, 415 not JSON or compressed, 429 too many at once.
     """
     context, request_context = request.app[CONTEXT], request[REQUEST_CONTEXT]
     limits = context.config.limits
     if request.content_type != "application/json":
         # A browser may send other types across origins without asking first.
         raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"the body is encoded as {encoding[:64]!r}, which is not taken here: send it as it is"
+        raise ApiError(415, message, code="unsupported_content_encoding", headers={"Accept-Encoding": "identity"})
     if (request.content_length or 0) > limits.body_bytes:
         raise too_large(limits.body_bytes)
     expected = limits.body_bytes if request.content_length is None else request.content_length

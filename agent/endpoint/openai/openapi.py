@@ -28,7 +28,7 @@ _POSTS: dict[str, tuple[type[ApiModel], str]] = {
 _GETS = {
     "/v1/models": "What serves now.",
     "/v1/models/{name}": "One model.",
-    "/v1/responses/{id}": "A stored response.",
+    "/v1/responses/{id}": "A stored response; with stream=true as server-sent events.",
     "/v1/responses/{id}/input_items": "What a stored response was asked.",
     "/v1/conversations/{id}": "A conversation.",
     "/v1/conversations/{id}/items": "What a conversation holds.",

@@ -381,3 +381,36 @@ async def test_stopping_ends_those_that_do_not(serve: Serve):
     with pytest.raises(aiohttp.ClientError):
         await task
     assert endpoint.inference.running == 0
+
+
+async def test_an_allowed_page_may_add_what_headers_its_client_has(serve: Serve):
+    endpoint = await serve(cors_origins=("https://app.example",))
+    wanted = "authorization,content-type,x-stainless-arch,x-stainless-retry-count,openai-organization, bad\x0bname, x y"
+    headers = {
+        "Origin": "https://app.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": wanted.replace("\x0b", ";"),
+    }
+    url = endpoint.url + "/v1/chat/completions"
+    async with endpoint.http.options(url, headers=headers) as response:
+        assert response.status == 204
+        allowed = {name.strip().lower() for name in response.headers["Access-Control-Allow-Headers"].split(",")}
+    assert allowed == {
+        "authorization",
+        "content-type",
+        "x-stainless-arch",
+        "x-stainless-retry-count",
+        "openai-organization",
+    }
+    async with endpoint.http.options(url, headers={**headers, "Origin": "https://other.example"}) as response:
+        assert response.status == 403
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "deflate, gzip", "x" * 500])
+async def test_an_encoding_that_is_not_taken_is_named(endpoint: Endpoint, encoding: str):
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    url = endpoint.url + "/v1/chat/completions"
+    async with endpoint.http.post(url, data=b"\x1f\x8b\x08", headers=headers) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (415, "unsupported_content_encoding")
+        assert encoding[:64] in error["message"]

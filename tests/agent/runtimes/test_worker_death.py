@@ -253,3 +253,19 @@ async def test_output_is_kept_in_bounds_and_broken_lines_are_cut():
     assert all(len(line) <= 500 for line in child.last_lines)
     assert child.last_lines[-1].endswith("last")
     child.close()
+
+
+async def test_output_that_cannot_be_logged_does_not_hide_a_death(monkeypatch):
+    """The log may be on a full disk, or its pipe broken, just when a worker writes its last words."""
+
+    def refuse(self: ChildProcess, raw: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ChildProcess, "_line", refuse)
+    faults: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context["exception"]))
+    worker = await WorkerProcess.start(RuntimeSpec("none", "tests.no_such_module", "onnx_genai"))
+    death = await asyncio.wait_for(asyncio.shield(worker.died), 30)
+    assert "exit status 1" in death.message
+    await asyncio.wait_for(worker.kill(), 5)
+    assert faults, "the module that does not exist was written about"
