@@ -41,10 +41,10 @@ def read_bundle(path: Path) -> Bundle:
         ConfigError: missing, readable by others, damaged, or of another version; says which field.
     """
     try:
-        data = path.read_bytes()
+        data, mode = path.read_bytes(), stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
         raise ConfigError(f"bundle {path} cannot be read: {error.strerror or error}") from error
-    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if os.name == "posix" and mode & 0o077:
         raise ConfigError(f"bundle {path} holds a private key and can be read by others: chmod 600 it")
     try:
         return Bundle.from_json(data)
@@ -95,7 +95,7 @@ def load(state_folder: Path) -> Identity:
         ConfigError: none, or damaged.
     """
     path = state_folder / "identity" / _BUNDLE
-    if not path.exists():
+    if not _is_there(path):
         raise ConfigError(f"this device has no identity in {state_folder}: start it with --bundle FILE")
     return _identity(read_bundle(path), state_folder)
 
@@ -123,11 +123,18 @@ def _pem_files(bundle: Bundle) -> dict[str, str | None]:
 def _enrolled(state_folder: Path, replace: bool) -> Bundle | None:
     path = state_folder / "identity" / _BUNDLE
     try:
-        return read_bundle(path) if path.exists() else None
+        return read_bundle(path) if _is_there(path) else None
     except ConfigError:
         if replace:
             return None
         raise
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ConfigError(f"the identity {path} cannot be read: {error.strerror or error}") from error
 
 
 def _refuse_another(old: Bundle, new: Bundle, same_fleet: bool) -> None:

@@ -14,7 +14,6 @@ import pytest
 from agent.contract.manifest import Manifest
 from agent.contract.messages import Progress
 from agent.core.ports import ProgressHandler, Stop
-from agent.platform.concurrency import in_thread
 from tests.agent.daemon.world import NEW, OLD, OTHER, Device, order
 from tests.simulators.device import SimStore, SimTransfer
 
@@ -61,24 +60,25 @@ class SlowStore(SimStore):
 
 
 class SlowTransfer(SimTransfer):
-    """Writes in a thread, and cleans up after itself when it is cancelled."""
+    """Writes in a thread, which it waits for when it is cancelled; a second cancellation would cut that wait short."""
 
     files: Files
+
+    def _write(self, digest: str) -> None:
+        with self.files.used_by("fetch", digest):
+            time.sleep(0.03)
 
     async def fetch(
         self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
     ) -> Progress:
-        if manifest.digest in self.store.complete:
-            return await super().fetch(manifest, window_bytes=window_bytes, stall_s=stall_s, on_progress=on_progress)
-        with self.files.used_by("fetch", manifest.digest):
+        if manifest.digest not in self.store.complete:
+            writing = asyncio.get_running_loop().run_in_executor(None, self._write, manifest.digest)
             try:
-                await in_thread(lambda _stop: time.sleep(0.02))
-                return await super().fetch(
-                    manifest, window_bytes=window_bytes, stall_s=stall_s, on_progress=on_progress
-                )
-            finally:
-                await asyncio.sleep(0.01)  # a clean-up that a second cancellation would cut short
-                await in_thread(lambda _stop: time.sleep(0.01))
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait([writing])
+                raise
+        return await super().fetch(manifest, window_bytes=window_bytes, stall_s=stall_s, on_progress=on_progress)
 
 
 def slow_device() -> tuple[Device, Files]:
