@@ -1,0 +1,194 @@
+"""The daemon over the real store, fetcher, link and chunk server: what has arrived is never fetched twice."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.contract.failures import FailureCode
+from agent.contract.manifest import Manifest, Probe
+from agent.contract.messages import State
+from agent.core import deployment as core
+from agent.core.ports import Handler, Message
+from agent.link import MqttLink
+from agent.store.artifacts import ArtifactStore
+from agent.store.fetch import Fetcher
+from tests.agent.daemon.world import Device, order
+from tests.disk import MIB
+from tests.simulators.artifacts import make_artifact, noise
+from tests.simulators.broker import Broker, embedded_broker
+from tests.simulators.device import SimHost, SimTrust
+from tests.simulators.transfer import linked, serving
+from tests.waiting import until
+
+__all__ = ["embedded_broker"]
+
+
+class ThinLink:
+    """A link over which a given number of chunk bytes comes, and then no more."""
+
+    def __init__(self, link: MqttLink) -> None:
+        self._link = link
+        self.left = 1 << 40
+
+    @property
+    def connected(self) -> bool:
+        return self._link.connected
+
+    async def publish(self, *arguments: Any, **more: Any) -> None:
+        await self._link.publish(*arguments, **more)
+
+    async def subscribe(self, topic: str, handler: Handler, **more: Any) -> None:
+        def pass_on(message: Message) -> None:
+            if self.left >= len(message.payload):
+                self.left -= len(message.payload)
+                handler(message)
+
+        await self._link.subscribe(topic, pass_on, **more)
+
+    async def unsubscribe(self, topic: str) -> None:
+        await self._link.unsubscribe(topic)
+
+
+class RealTransfer:
+    """A device with a real disk and a real link."""
+
+    def __init__(self, folder: Path, link: MqttLink, manifests: list[Manifest]) -> None:
+        self.home = folder / "device"
+        self.manifests = manifests
+        self.link = ThinLink(link)
+        self.device = self._new()
+
+    def _new(self, **kept: Any) -> Device:
+        known = {manifest.digest: manifest for manifest in self.manifests}
+        store = ArtifactStore(self.home, reserve_bytes=0)
+        device = Device(trust=SimTrust("pi-1", known), store=store, host=SimHost(), **kept)  # type: ignore[arg-type]
+        device.transfer = Fetcher(self.link, store, f"d-{uuid.uuid4().hex[:8]}")  # type: ignore[assignment]
+        return device
+
+    def restart(self) -> None:
+        self.device = self._new(journal=self.device.journal)
+
+    async def order(self, sequence: int, manifest: Manifest, **more: Any) -> core.Deployment:
+        limits = {"transfer": {"window_bytes": MIB, "stall_s": 1.0}}
+        self.device.progress.clear()
+        return await self.device.deploys(sequence, manifest, **(limits | more))
+
+    @property
+    def received(self) -> int:
+        return self.device.progress[-1].bytes_received
+
+
+@pytest.fixture
+def manifests(tmp_path: Path) -> list[Manifest]:
+    seed = uuid.uuid4().int
+    probes = (Probe(prompt="What is the capital of France?", expect=("Paris",)),)
+    made = [make_artifact(tmp_path / name, {"w": noise(4 * MIB, seed + n)}, name) for n, name in enumerate("abc")]
+    return [manifest.model_copy(update={"probes": probes}) for manifest in made]
+
+
+@asynccontextmanager
+async def world(broker: Broker, folder: Path, manifests: list[Manifest]) -> AsyncIterator[RealTransfer]:
+    known = {each.digest: (each, folder / name) for each, name in zip(manifests, "abc", strict=True)}
+    async with serving(broker.url, known), linked(broker.url) as link:
+        yield RealTransfer(folder, link, manifests)
+
+
+Interruption = Callable[[RealTransfer], Any]
+
+
+async def by_a_stall(real: RealTransfer, manifest: Manifest) -> None:
+    ended = await real.order(1, manifest)
+    assert (ended.state, ended.failure and ended.failure.code) == (State.FAILED, FailureCode.TRANSFER_STALLED)
+    assert ended.failure and "kept for the next order" in ended.failure.message
+
+
+async def by_the_deadline(real: RealTransfer, manifest: Manifest) -> None:
+    ended = await real.order(1, manifest, deadline_s=1.0, transfer={"window_bytes": MIB, "stall_s": 60.0})
+    assert ended.failure and ended.failure.code is FailureCode.DEADLINE
+
+
+async def by_the_person_at_the_device(real: RealTransfer, manifest: Manifest) -> None:
+    limits = {"window_bytes": MIB, "stall_s": 60.0}
+    real.device.deployer.orders.take(order(1, manifest, transfer=limits))
+    await until(lambda: real.link.left < MIB / 4)
+    real.device.deployer.roll_back("the person at the device asked for it")
+    ended = await real.device.settled(1)
+    assert ended.failure and ended.failure.code is FailureCode.CANCELLED
+
+
+INTERRUPTIONS = [by_a_stall, by_the_deadline, by_the_person_at_the_device]
+
+
+@pytest.mark.parametrize("interrupted", INTERRUPTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("restarted", [False, True], ids=["", "and a restart"])
+async def test_a_transfer_that_was_interrupted_at_90_percent_needs_the_rest_only(
+    embedded_broker: Broker,
+    tmp_path: Path,
+    manifests: list[Manifest],
+    interrupted: Callable[[RealTransfer, Manifest], Any],
+    restarted: bool,
+) -> None:
+    manifest = manifests[0]
+    async with world(embedded_broker, tmp_path, manifests) as real:
+        real.link.left = int(0.9 * manifest.size)
+        async with real.device.boot():
+            await interrupted(real, manifest)
+            real.link.left = 1 << 40
+            if not restarted:
+                assert (await real.order(2, manifest)).state is State.COMMITTED
+                assert real.received < 0.2 * manifest.size
+        if restarted:
+            real.restart()
+            async with real.device.boot():
+                assert (await real.order(2, manifest)).state is State.COMMITTED
+                assert real.received < 0.2 * manifest.size
+
+
+async def test_an_order_in_between_costs_the_interrupted_one_nothing(
+    embedded_broker: Broker, tmp_path: Path, manifests: list[Manifest]
+) -> None:
+    first, second, _ = manifests
+    async with world(embedded_broker, tmp_path, manifests) as real, real.device.boot():
+        real.link.left = int(0.9 * first.size)
+        await by_a_stall(real, first)
+        real.link.left = 1 << 40
+        assert (await real.order(2, second)).state is State.COMMITTED
+        assert (await real.order(3, first)).state is State.COMMITTED
+        assert real.received < 0.2 * first.size
+
+
+async def test_a_superseded_transfer_goes_on_where_it_was(
+    embedded_broker: Broker, tmp_path: Path, manifests: list[Manifest]
+) -> None:
+    first, second, _ = manifests
+    async with world(embedded_broker, tmp_path, manifests) as real, real.device.boot():
+        real.link.left = int(0.9 * first.size)
+        real.device.deployer.orders.take(order(1, first, transfer={"window_bytes": MIB, "stall_s": 60.0}))
+        await until(lambda: real.link.left < MIB / 4)
+        real.link.left = 1 << 40
+        assert (await real.order(2, second)).state is State.COMMITTED
+        assert (await real.order(3, first)).state is State.COMMITTED
+        assert real.received < 0.2 * first.size
+
+
+async def test_whole_bytes_of_a_deployment_that_was_cancelled_are_not_fetched_again(
+    embedded_broker: Broker, tmp_path: Path, manifests: list[Manifest]
+) -> None:
+    manifest = manifests[0]
+    async with world(embedded_broker, tmp_path, manifests) as real, real.device.boot():
+        real.device.host.hang_in_prove = True
+        real.device.deployer.orders.take(order(1, manifest))
+        await real.device.until(lambda now: now.state is State.PROVING)
+        real.device.deployer.roll_back("the person at the device asked for it")
+        await real.device.settled(1)
+        real.device.host.hang_in_prove = False
+        assert (await real.order(2, manifest)).state is State.COMMITTED
+        assert real.received == 0
+        await asyncio.sleep(0)
