@@ -52,7 +52,7 @@ from agent.core.deployment_events import (
     Unhealthy,
     Verified,
 )
-from agent.core.deployment_table import CASES, STATES, TABLE, Case, edges
+from agent.core.deployment_table import CASES, STATES, TABLE, Case, edges, speaks_against_artifact
 
 __all__ = [
     "CASES",
@@ -85,6 +85,7 @@ __all__ = [
     "case_of",
     "deadline_s",
     "decide",
+    "decide_unsaved",
     "edges",
     "speaks_against_artifact",
 ]
@@ -95,29 +96,6 @@ MOST_BETWEEN_DECISIONS_S = 3600.0
 MAX_RESTARTS = 5
 #: What a deadline out of the order may add for loading, proving and the like.
 _SLACK_S = 120.0
-
-#: Failures of the link, the disk, the clock or the people. They say nothing about the artifact, so what has arrived of
-#: it is kept for the next order.
-_NOT_THE_ARTIFACT = frozenset(
-    {
-        FailureCode.TRUST_UNREACHABLE,
-        FailureCode.TRUST_EXPIRED,
-        FailureCode.TRANSFER_STALLED,
-        FailureCode.TRANSFER_UNAVAILABLE,
-        FailureCode.STORE_DISK_FULL,
-        FailureCode.STORE_IO,
-        FailureCode.RUNTIME_MISSING,
-        FailureCode.RUNTIME_MEMORY,
-        FailureCode.DEADLINE,
-        FailureCode.CANCELLED,
-        FailureCode.INTERNAL,
-    }
-)
-
-
-def speaks_against_artifact(code: FailureCode) -> bool:
-    """Whether a failure is a verdict on the artifact; the others leave its bytes worth keeping."""
-    return code not in _NOT_THE_ARTIFACT
 
 
 class Deployment(WireModel):
@@ -278,6 +256,19 @@ def deadline_s(deployment: Deployment, now: datetime) -> float:
         wait = max(0.0, (order.window.not_before - now).total_seconds())
         return min(left, wait + (row.deadline_s or 0.0))
     return left if row.deadline_s is None else min(row.deadline_s, left)
+
+
+def decide_unsaved(before: Deployment, event: Event, decided: Decided, failure: Failure, now: datetime) -> Decided:
+    """What to do about a decision that the journal refused with ``failure``: nothing new is begun without memory.
+
+    A new order is left for later. The success of a step is a failure, as the next state would be forgotten. What ends
+    a deployment, or keeps the device serving, holds even so.
+    """
+    if isinstance(event, Ordered):
+        return before, (Report(),)
+    if isinstance(event, Resolved | Transferred | Verified | Proved | Activated | Healthy):
+        return decide(before, Failed(failure), now)
+    return decided
 
 
 # The actions: each makes the deployment of the state that the table names, and lists the effects.

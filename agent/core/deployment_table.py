@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from agent.contract.failures import FailureCode
 from agent.contract.messages import State
 from agent.core.deployment_events import (
     Activated,
@@ -157,3 +158,27 @@ TABLE: Mapping[Case, Mapping[State, State | None]] = MappingProxyType(
 def edges() -> list[tuple[State, Case, State]]:
     """Every transition that the table allows, state by state."""
     return [(state, case, row[state]) for state in STATES for case, row in TABLE.items() if row[state] is not None]  # type: ignore[misc]
+
+
+#: Failures of the link, the disk, the clock or the people. They say nothing about the artifact, so what has arrived of
+#: it is kept for the next order.
+_NOT_THE_ARTIFACT = frozenset(
+    {
+        FailureCode.TRUST_UNREACHABLE,
+        FailureCode.TRUST_EXPIRED,
+        FailureCode.TRANSFER_STALLED,
+        FailureCode.TRANSFER_UNAVAILABLE,
+        FailureCode.STORE_DISK_FULL,
+        FailureCode.STORE_IO,
+        FailureCode.RUNTIME_MISSING,
+        FailureCode.RUNTIME_MEMORY,
+        FailureCode.DEADLINE,
+        FailureCode.CANCELLED,
+        FailureCode.INTERNAL,
+    }
+)
+
+
+def speaks_against_artifact(code: FailureCode) -> bool:
+    """Whether a failure is a verdict on the artifact; the others leave its bytes worth keeping."""
+    return code not in _NOT_THE_ARTIFACT

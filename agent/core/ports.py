@@ -112,11 +112,19 @@ class ArtifactStore(Protocol):
     """Artifacts on disk, content-addressed."""
 
     def path(self, digest: str) -> Path | None:
-        """Folder of a complete, verified artifact, or None."""
+        """Folder of a complete, verified artifact, or None.
+
+        Raises:
+            agent.errors.StoreError: the disk does not say.
+        """
         ...
 
     def manifest(self, digest: str) -> Manifest | None:
-        """Of a complete artifact."""
+        """Of a complete artifact, or None where there is none or it is damaged.
+
+        Raises:
+            agent.errors.StoreError: the disk does not say.
+        """
         ...
 
     def verify(self, digest: str, stop: Stop = ...) -> None:

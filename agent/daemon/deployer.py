@@ -21,8 +21,6 @@ from agent.platform.concurrency import cancelled_once, ended, in_thread
 
 log = structlog.get_logger()
 
-Decided = tuple[core.Deployment, tuple[core.Effect, ...]]
-
 #: A step that was told to stop and has not ended after so many seconds is named in the log, again and again.
 SLOW_END_S = 30.0
 
@@ -111,7 +109,9 @@ class Deployer:
             return
         failure = await self._save(after) if after != before else None
         if failure is not None:
-            after, effects = self._without_memory(before, event, failure, (after, effects))
+            after, effects = core.decide_unsaved(before, event, (after, effects), failure, self._parts.clock.now())
+            if isinstance(event, core.Ordered):
+                self.orders.again(failure)
         self._state.deployment = after
         if after.state is not before.state or after.deployment_id != before.deployment_id:
             self._log_change(before, after)
@@ -125,17 +125,6 @@ class Deployer:
             log.error("journal not saved", code=error.code.value, error=str(error))
             return Failure(code=error.code, message=str(error))
         return None
-
-    def _without_memory(
-        self, before: core.Deployment, event: core.Event, failure: Failure, decided: Decided
-    ) -> Decided:
-        """A disk that refuses must not end the agent: nothing new is begun on it, and what serves goes on."""
-        if isinstance(event, core.Ordered):
-            self.orders.again(failure)
-            return before, (core.Report(),)
-        if before.underway and not isinstance(event, core.Failed | core.DeadlinePassed | core.Restarted):
-            return core.decide(before, core.Failed(failure), self._parts.clock.now())
-        return decided
 
     def _log_change(self, before: core.Deployment, after: core.Deployment) -> None:
         words = {"deployment": after.deployment_id, "was": before.state.value, "state": after.state.value}

@@ -10,6 +10,8 @@ order or a restart is none of these reasons.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import shutil
 import threading
@@ -24,7 +26,7 @@ from agent.contract.manifest import ArtifactFile, Manifest
 from agent.errors import StoreError
 from agent.platform.concurrency import Stop
 from agent.platform.files import free_bytes, mebibytes, sync_folder
-from agent.store.files import store_errors, write_atomically
+from agent.store.files import explained, store_errors, write_atomically
 from agent.store.partial import FILES, MANIFEST, Donor, Partial
 
 #: Never filled by a transfer: the journal, logs and the system need it.
@@ -60,8 +62,14 @@ class ArtifactStore:
             return folder / FILES if (folder / MANIFEST).is_file() else None
 
     def manifest(self, digest: str) -> Manifest | None:
-        """Of a complete artifact, or None when there is none or its manifest is damaged."""
-        return _load_manifest(self._complete / digest)
+        """Of a complete artifact, or None when there is none or its manifest is damaged.
+
+        Raises:
+            agent.errors.StoreError: the disk does not say.
+        """
+        folder = self._complete / digest
+        with store_errors("read the manifest in", folder):
+            return _load_manifest(folder)
 
     def digests(self) -> list[str]:
         """Of the complete artifacts.
@@ -197,12 +205,13 @@ class ArtifactStore:
             self._transferring.discard(partial.manifest.digest)
 
     def donors(self, digest: str) -> Iterator[Donor]:
-        """Other artifacts on disk, complete ones first."""
+        """Other artifacts on disk, complete ones first. One that does not read is left out."""
         with store_errors("look into", self._complete.parent):
             folders = [*sorted(_folders(self._complete)), *sorted(_folders(self._partial))]
         for folder in folders:
-            if folder.name != digest and (manifest := _load_manifest(folder)) is not None:
-                yield Donor(folder, manifest)
+            with contextlib.suppress(OSError):
+                if folder.name != digest and (manifest := _load_manifest(folder)) is not None:
+                    yield Donor(folder, manifest)
 
     def _make_room(self, manifest: Manifest, folder: Path) -> None:
         """Delete what was left over, the oldest first, until the artifact fits; nothing where that is not enough."""
@@ -224,12 +233,27 @@ class ArtifactStore:
 
 
 _CORRUPT = FailureCode.STORE_CORRUPT
+_EUCLEAN = {getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG}
+
+
+#: What a disk answers whose files are gone or whose sectors are bad. Anything else (no descriptors left, no rights, a
+#: full disk) says nothing about the bytes, and must not cost a device its artifact.
+_DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, *_EUCLEAN})
 
 
 def _load_manifest(folder: Path) -> Manifest | None:
+    """None where there is none, or it is damaged.
+
+    Raises:
+        OSError: the disk does not read for another reason.
+    """
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
-    except (OSError, MalformedMessageError):
+    except MalformedMessageError:
+        return None
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
         return None
     return manifest if manifest.digest == folder.name else None
 
@@ -245,6 +269,8 @@ def _verify_file(path: Path, file: ArtifactFile, stop: Stop) -> None:
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; the artifact must be fetched again", _CORRUPT) from None
     except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise explained(error, "read", path) from error
         raise StoreError(f"{path} does not read: {error.strerror}; the disk may be failing", _CORRUPT) from error
     if digest.hexdigest() != file.sha256:
         raise StoreError(

@@ -407,3 +407,38 @@ def test_bytes_are_spared_unless_the_failure_speaks_against_them(state: State, c
 def test_nothing_is_spared_while_it_is_wanted_or_once_it_is_committed():
     assert at(State.TRANSFERRING).spare() == ()
     assert at(State.COMMITTED).spare() == ()
+
+
+@pytest.mark.parametrize("kind", ANY_EVENT, ids=lambda kind: kind.__name__)
+def test_without_memory_nothing_new_is_begun_and_what_serves_goes_on(kind: type):
+    full = Failure(code=FailureCode.STORE_DISK_FULL, message="no room")
+
+    @settings(max_examples=60)
+    @given(deployment=DEPLOYMENTS, event=ANY_EVENT[kind])
+    def holds(deployment: core.Deployment, event: core.Event) -> None:
+        try:
+            decided = core.decide(deployment, event, NOW)
+        except core.IllegalTransitionError:
+            return
+        after, effects = core.decide_unsaved(deployment, event, decided, full, NOW)
+        if kind is core.Ordered:
+            assert (after, effects) == (deployment, (core.Report(),))
+        elif kind in (core.Failed, core.DeadlinePassed, core.Unhealthy, core.Restarted):
+            assert (after, effects) == decided
+        else:
+            assert steps(effects) == []
+            assert after.failure == full
+            assert after.committed == deployment.committed
+
+    holds()
+
+
+def test_a_transition_that_the_state_does_not_know_names_both():
+    with pytest.raises(core.IllegalTransitionError, match="Verified while idle"):
+        core.decide(core.Deployment(), core.Verified(), NOW)
+
+
+def test_a_deadline_without_an_order_is_the_states_own():
+    assert core.deadline_s(core.Deployment(state=State.VERIFYING), NOW) == 1800
+    assert core.deadline_s(core.Deployment(), NOW) == 0
+    assert core.Deployment().deployment_id == ""

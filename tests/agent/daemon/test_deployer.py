@@ -6,15 +6,18 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Failure, Progress, State
+from agent.contract.messages import Desired, Failure, Progress, State
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
-from agent.errors import ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
+from agent.core.inference import ModelInfo
+from agent.errors import AgentError, ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
 from tests.agent.daemon.world import NEW, OLD, OTHER, Device, order, ref
 from tests.simulators.device import MemoryJournal, SimClock, SimStore, SimTransfer
 from tests.waiting import until
@@ -376,3 +379,169 @@ async def test_pausing_holds_an_order_that_is_being_checked():
         assert device.deployer.deployment.newest_sequence == 0
         device.deployer.orders.resume()
         assert (await device.settled(1)).state is State.COMMITTED
+
+
+async def test_a_journal_that_does_not_read_is_a_fresh_start_not_a_crash(monkeypatch: pytest.MonkeyPatch):
+    def refuse(_: MemoryJournal) -> bytes | None:
+        raise StoreError("cannot read the journal: Input/output error")
+
+    monkeypatch.setattr(MemoryJournal, "load", refuse)
+    async with Device().boot() as device:
+        assert device.deployer.deployment == core.Deployment()
+        assert (await device.deploys(1, NEW)).state is State.COMMITTED
+
+
+async def test_a_full_disk_does_not_undo_a_deployment_when_the_old_artifact_is_lost():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        device.host.hang_in_prove = True
+        device.deployer.orders.take(order(2, NEW))
+        await device.until(lambda now: now.state is State.PROVING)
+        device.journal.full = True
+        lost = Failure(code=FailureCode.STORE_CORRUPT, message="other bytes")
+        device.deployer.post(core.Unhealthy(OLD.digest, lost))
+        now = await device.until(lambda now: now.committed is None)
+        assert now.state is State.PROVING
+
+
+@pytest.mark.parametrize("error", [StoreError("cannot delete"), RuntimeError("a fault of ours")])
+async def test_artifacts_that_cannot_be_collected_cost_the_deployment_nothing(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(SimStore, "collect", refuse)
+    with capture_logs() as logs:
+        async with Device().boot() as device:
+            assert (await device.deploys(1, NEW)).state is State.COMMITTED
+            await until(lambda: any(line["event"] == "old artifacts not collected" for line in logs))
+            assert (await device.deploys(2, OTHER)).state is State.COMMITTED
+
+
+async def test_a_step_that_ends_slowly_is_named_in_the_log(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("agent.daemon.deployer.SLOW_END_S", 0.02)
+
+    class SlowToStop(SimTransfer):
+        async def fetch(self, manifest: Manifest, **more: object) -> Progress:  # type: ignore[override]
+            try:
+                if manifest.digest == NEW.digest:
+                    await asyncio.Event().wait()
+                return await super().fetch(manifest, **more)  # type: ignore[arg-type]
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.1)
+                raise
+
+    device = Device()
+    device.transfer = SlowToStop(device.store)
+    with capture_logs() as logs:
+        async with device.boot():
+            device.deployer.orders.take(order(1, NEW))
+            await device.until(lambda now: now.state is State.TRANSFERRING)
+            assert (await device.deploys(2, OTHER)).state is State.COMMITTED
+    assert [line for line in logs if line["event"].startswith("step still ending")]
+
+
+async def test_a_fault_of_ours_in_a_step_in_serving_or_in_a_check_is_reported_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def break_(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        monkeypatch.setattr(device.host, "prove", break_)
+        ended = await device.deploys(2, NEW)
+        assert ended.failure and ended.failure.code is FailureCode.INTERNAL
+        assert "ZeroDivisionError" in ended.failure.message
+        monkeypatch.setattr(device.trust, "verify_desired", break_)
+        device.deployer.orders.take(order(3, NEW))
+        await until(lambda: device.state.rejected is not None)
+        assert device.state.rejected and device.state.rejected.code is FailureCode.INTERNAL
+    again = Device(journal=device.journal, store=device.store)
+    monkeypatch.setattr(again.host, "activate", break_)
+    with capture_logs() as logs:
+        async with again.boot():
+            await until(lambda: [line for line in logs if line["event"] == "not serving"])
+    assert next(line for line in logs if line["event"] == "not serving")["code"] == FailureCode.INTERNAL.value
+
+
+async def test_a_restart_amid_attempts_to_serve_begins_them_anew():
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD)
+    again = Device(journal=first.journal, store=first.store)
+    again.host.short_of_memory = 10**6
+    async with again.boot():
+        await until(lambda: again.host.short_of_memory < 10**6 - 3)
+        for sequence in range(2, 5):  # each is for what is committed, and asks to serve it again
+            again.deployer.orders.take(order(sequence, OLD))
+            await again.until(lambda now, sequence=sequence: now.newest_sequence == sequence)  # type: ignore[misc]
+        again.host.short_of_memory = 0
+        await again.until(lambda _: again.host.serving == OLD)
+        assert len([digest for digest in again.host.history if digest == OLD.digest]) == 1
+
+
+async def test_a_missing_artifact_is_lost_and_the_one_before_serves():
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD)
+        await first.deploys(2, NEW)
+    again = Device(journal=first.journal, store=first.store)
+    del again.store.complete[NEW.digest]
+    async with again.boot():
+        await again.until(lambda _: again.host.serving == OLD)
+        failure = again.deployer.deployment.failure
+        assert failure and "is not on disk" in failure.message
+
+
+async def test_an_activation_that_is_cut_short_when_it_serves_already_is_watched(monkeypatch: pytest.MonkeyPatch):
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        activate = device.host.activate
+
+        async def cut_short(manifest: Manifest, folder: Path) -> ModelInfo:
+            await activate(manifest, folder)
+            raise RuntimeLoadError("the old one did not drain")
+
+        watched: list[str] = []
+        reset = device.monitor.reset
+        monkeypatch.setattr(device.host, "activate", cut_short)
+        monkeypatch.setattr(device.monitor, "reset", lambda manifest: (watched.append(manifest.id), reset(manifest)))
+        assert (await device.deploys(2, NEW)).state is State.ROLLED_BACK
+        await device.until(lambda _: device.monitor.digest == OLD.digest)
+        assert watched[:2] == [NEW.id, OLD.id]
+
+
+async def test_with_a_manifest_at_hand_an_absent_controller_is_not_waited_for():
+    device = Device()
+    device.store.complete[NEW.digest] = NEW
+    device.trust.unreachable = 10**9
+    async with device.boot():
+        assert (await device.deploys(1, NEW)).state is State.COMMITTED
+
+
+async def test_steps_that_lack_what_they_need_say_so():
+    async with Device().boot() as device:
+        steps = device.steps
+        with pytest.raises(AgentError, match="there is no order to verify"):
+            await steps.perform(core.Step.VERIFY, core.Deployment())
+        ordered = core.Deployment(desired=Desired.from_json(order(1, NEW)))
+        for step in (core.Step.TRANSFER, core.Step.PROVE, core.Step.ACTIVATE, core.Step.WATCH):
+            with pytest.raises(AgentError, match=r"names no artifact|nothing was chosen"):
+                await steps.perform(step, ordered)
+        missing = ordered.model_copy(update={"candidates": (ref(NEW),)})
+        with pytest.raises(AgentError, match="is not complete on disk"):
+            await steps.perform(core.Step.PROVE, missing)
+
+
+async def test_an_order_is_rolled_back_at_most_once_and_pausing_twice_is_pausing():
+    async with Device().boot() as device:
+        device.deployer.orders.pause()
+        device.deployer.orders.pause()
+        device.deployer.orders.resume()
+        assert not device.state.paused
+        with pytest.raises(AgentError, match="no artifact before"):
+            device.deployer.roll_back("why not")
+        device.deployer.post(core.Verified())  # nothing that it knows now
+        assert (await device.deploys(1, NEW)).state is State.COMMITTED

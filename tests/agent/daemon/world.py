@@ -68,6 +68,7 @@ class Device:
     deployer: Deployer = field(init=False)
     monitor: Monitor = field(init=False)
     state: AgentState = field(init=False)
+    steps: Steps = field(init=False)
     progress: list[Progress] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,9 +81,9 @@ class Device:
         parts = StepParts(
             self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, retry_s=(0.01,)
         )
-        steps = Steps(parts, self.progress.append)
+        self.steps = Steps(parts, self.progress.append)
         self.state = AgentState()
-        self.deployer = Deployer(steps, parts, self.journal, self.state, self._saw)
+        self.deployer = Deployer(self.steps, parts, self.journal, self.state, self._saw)
         task = asyncio.create_task(self.deployer.run())
         try:
             yield self

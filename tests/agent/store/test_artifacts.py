@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -495,3 +497,41 @@ while True:
 def test_files_are_those_of_the_manifest_by_digest(source: Path, manifest: Manifest) -> None:
     for file in manifest.files:
         assert hashlib.sha256((source / file.path).read_bytes()).hexdigest() == file.sha256
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.ENOSPC, errno.ENOMEM])
+@pytest.mark.parametrize("name", ["manifest.json", "again"])
+def test_a_disk_that_cannot_be_read_now_is_no_verdict_on_the_artifact(
+    store: ArtifactStore, source: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, code: int, name: str
+) -> None:
+    complete(store, source, manifest)
+    real = io.open
+
+    def refuse(file: object, *arguments: Any, **more: Any) -> Any:
+        if isinstance(file, Path) and file.name == name:
+            raise OSError(code, os.strerror(code), str(file))
+        return real(file, *arguments, **more)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", refuse)
+        with pytest.raises(StoreError, match=name.replace(".json", "")) as caught:
+            store.verify(manifest.digest)
+        assert list(store.donors("")) == [] or name != "manifest.json"
+    expected = FailureCode.STORE_DISK_FULL if code == errno.ENOSPC else FailureCode.STORE_IO
+    assert caught.value.code is expected
+    store.verify(manifest.digest)
+
+
+def test_looking_for_chunks_ends_early_when_nobody_waits(store: ArtifactStore, source: Path, tmp_path: Path) -> None:
+    weights = noise(MIB)
+    old = make_artifact(source, {"model.bin": weights})
+    complete(store, source, old)
+    partial = store.begin(make_artifact(tmp_path / "new", {"model.bin": weights + b"tail"}))
+    assert list(partial.present(lambda: True)) == []
+    assert list(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), lambda: True)) == []
+    asked = iter([False, False, True])
+    some = list(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), lambda: next(asked, True)))
+    assert len(some) <= 1
+    (source.parent / "device" / "artifacts" / old.digest / "files" / "model.bin").unlink()
+    assert list(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), never)) == []
+    store.abandon(partial)
