@@ -35,26 +35,28 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path, handles: list[int]) -> None:
+    refusals: list[tuple[str, OSError]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the state folder {folder} cannot be made: {error.strerror or error}") from error
-    refusals: list[OSError] = []
+    except OSError as error:  # it may be there even so
+        refusals.append(("made", error))
+    locked = False
     for path, flags in ((folder, os.O_RDONLY), (folder / "agent.lock", os.O_RDWR | os.O_CREAT)):
         if path is folder and os.name == "nt":
             continue
         try:
             handles.append(os.open(path, flags, 0o644))
             _lock(handles[-1])
+            locked = True
         except OSError as error:
             if error.errno in _HELD and error.filename is None:  # of the lock, not of the opening
                 raise ConfigError(
                     f"another agent runs with the state folder {folder}; stop it, or name another with --state-dir"
                 ) from None
-            refusals.append(error)
-    if len(refusals) == (1 if os.name == "nt" else 2):
-        why = refusals[-1].strerror or refusals[-1]
-        raise ConfigError(f"the state folder {folder} cannot be locked: {why}") from refusals[-1]
+            refusals.append(("locked", error))
+    if not locked:
+        what, first = refusals[0]
+        raise ConfigError(f"the state folder {folder} cannot be {what}: {first.strerror or first}") from first
 
 
 if sys.platform == "win32":

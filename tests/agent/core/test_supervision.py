@@ -7,14 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.failures import FailureCode
+from agent.core.health import after_unhealthy
+from agent.core.orders import AfterRefusal, after_refusal, keys_may_be_new
 from agent.core.supervision import (
     ATTEMPTS_BEFORE_FALLBACK,
     MOST_ATTEMPTS,
     GiveUp,
+    HostNews,
     Restart,
     RestartPolicy,
     after_death,
     after_failed_serve,
+    meaning_of_host_event,
 )
 
 POLICY = RestartPolicy(window_s=300.0, limit=3, first_s=0.5, max_s=4.0)
@@ -80,3 +84,39 @@ def test_without_one_it_is_reported_once_and_tried_for_long():
     assert [one.report for one in decisions] == [True] + [False] * (MOST_ATTEMPTS - 1)
     assert [one.retry for one in decisions] == [True] * (MOST_ATTEMPTS - 1) + [False]
     assert not any(one.lost for one in decisions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "digest", "means"),
+    [
+        ("crashed", "watched", HostNews.DEATH),
+        ("crashed", "candidate", HostNews.NOTHING),
+        ("gave_up", "watched", HostNews.LOST),
+        ("gave_up", "another", HostNews.LOST),
+        ("restarted", "watched", HostNews.NOTHING),
+        ("activated", "watched", HostNews.NOTHING),
+    ],
+)
+def test_what_an_event_of_the_host_means(kind: str, digest: str, means: HostNews):
+    assert meaning_of_host_event(kind, digest, "watched") is means
+
+
+@pytest.mark.parametrize("code", FailureCode)
+def test_an_order_that_could_not_be_checked_is_tried_again_or_rejected(code: FailureCode):
+    passing = {FailureCode.TRUST_UNREACHABLE, FailureCode.STORE_DISK_FULL, FailureCode.STORE_IO}
+    assert (after_refusal(code) is AfterRefusal.RETRY) is (code in passing)
+    if keys_may_be_new(code):
+        assert code.value.startswith("trust.")
+
+
+@pytest.mark.parametrize("code", FailureCode)
+@pytest.mark.parametrize("serves_committed", [False, True])
+@pytest.mark.parametrize("has_previous", [False, True])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_only_what_is_broken_gives_way_and_only_to_something(
+    code: FailureCode, serves_committed: bool, has_previous: bool, is_new: bool
+):
+    decision = after_unhealthy(code, serves_committed=serves_committed, has_previous=has_previous, is_new=is_new)
+    broken = code in (FailureCode.HEALTH_ERRORS, FailureCode.HEALTH_RESTARTS, FailureCode.HEALTH_MEMORY)
+    assert decision.give_way is (broken and serves_committed and has_previous)
+    assert decision.report is (decision.give_way or is_new)
