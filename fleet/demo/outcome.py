@@ -11,9 +11,13 @@ from agent.contract.messages import HealthReport, Reported
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """``broker`` is embedded, or the URL of one; ``port`` the endpoint's, None for a free one."""
+    """What the demo is asked for.
 
-    toolchain: Toolchain = Toolchain.ONNX_GENAI
+    ``toolchain`` None takes ONNX Runtime GenAI where its toolchain is installed, else MLX. ``broker`` is embedded, or
+    the URL of one. ``port`` is the endpoint's; None takes a free one.
+    """
+
+    toolchain: Toolchain | None = None
     precision: Precision = Precision.INT4
     port: int | None = None
     broker: str = "embedded"

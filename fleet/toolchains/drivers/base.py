@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -98,14 +99,20 @@ class ToolchainDriver(Protocol):
         ...
 
 
-def installed_versions(driver: ToolchainDriver) -> dict[str, str]:
+#: What a recovery computes with, in every toolchain that has one.
+RECOVERY_PACKAGES = ("torch",)
+
+
+def installed_versions(driver: ToolchainDriver, options: Mapping[str, Any]) -> dict[str, str]:
     """Package to version of everything that decides the driver's output: phifleet, which drives and mends, too.
+    Which packages those are may depend on the recipe's ``options``.
 
     Raises:
         BuildError: one is not installed; names the extra.
     """
     found, missing = {}, []
-    for package in (*driver.packages, "phifleet"):
+    needed = (*driver.packages, *(RECOVERY_PACKAGES if options.get("recover") else ()), "phifleet")
+    for package in dict.fromkeys(needed):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -43,8 +43,7 @@ class Mlx:
 
     name: ClassVar[Toolchain] = Toolchain.MLX
     extra: ClassVar[str] = "quantize"
-    #: torch is what a recovery computes with.
-    packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers", "torch")
+    packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers")
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
         """Group size, and at INT4 one of mlx-lm's mixed recipes."""

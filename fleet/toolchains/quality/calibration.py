@@ -17,7 +17,7 @@ from fleet.errors import UsageError
 from fleet.toolchains.checkpoint.chat import conversation
 
 BUNDLED = "bundled"
-_CONVERSATIONS = Path(__file__).resolve().parents[1] / "data" / "calibration" / "conversations.jsonl"
+_CONVERSATIONS = Path(__file__).resolve().parents[2] / "data" / "calibration" / "conversations.jsonl"
 #: Characters of one piece of an operator's text: some 500 tokens.
 _PIECE_CHARACTERS = 2000
 _MAX_PIECES = 64

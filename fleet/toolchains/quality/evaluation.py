@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.contract.base import canonical_json, sha256_hex
 from fleet.errors import UsageError
 
-PROMPTS = Path(__file__).resolve().parents[1] / "data" / "evaluation" / "prompts.toml"
+PROMPTS = Path(__file__).resolve().parents[2] / "data" / "evaluation" / "prompts.toml"
 #: Tokens that the reference model adds to each prompt, at most; it may end its answer earlier.
 CONTINUATION_TOKENS = 96
 #: A text is cut into pieces of so many tokens; the first half of each is context, the second half is scored.

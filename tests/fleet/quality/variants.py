@@ -14,7 +14,8 @@ import numpy as np
 from fleet.core import phi_variants
 from fleet.core.phi_variants import Variant
 from fleet.toolchains.checkpoint import gguf_source, phi3_writer
-from fleet.toolchains.checkpoint.gguf_source import LlamaGguf, packaged_gguf
+from fleet.toolchains.checkpoint.gguf_source import LlamaGguf
+from fleet.toolchains.checkpoint.sample_source import sample_gguf
 from tests.models import CACHE
 
 LAYERS, VOCABULARY, CONTEXT = 2, 49152, 16384
@@ -88,7 +89,7 @@ def _factors(config: dict[str, Any], head: int) -> dict[str, Any]:
 
 def _write(variant: Variant, folder: Path) -> None:
     config = small_config(variant)
-    vocabulary = LlamaGguf(packaged_gguf()).vocabulary()
+    vocabulary = LlamaGguf(sample_gguf()).vocabulary()
     if config["model_type"] == "phi3":
         phi3_writer.write_weights(folder, phi3_writer.random_weights(config, seed=1))
     else:

@@ -143,12 +143,12 @@ def test_a_toolchain_that_is_not_installed_names_its_extra() -> None:
         packages = ("mlx-lm", "no-such-package")
 
     with pytest.raises(BuildError, match=r"needs no-such-package; install phifleet\[quantize\]"):
-        installed_versions(Absent())
+        installed_versions(Absent(), {})
 
 
 def test_every_driver_says_what_it_needs(tiny_dir: Path) -> None:
     for name, driver in DRIVERS.items():
-        assert driver.name is name and driver.extra and installed_versions(driver)
+        assert driver.name is name and driver.extra and installed_versions(driver, {})
         recipe = Recipe(toolchain=name, precision=P.INT4, target=D.CPU)
         tiny = checkpoint(tiny_dir)
         large = replace(tiny, weights_bytes=10**11, facts=tiny.facts.model_copy(update={"parameters": 5 * 10**10}))

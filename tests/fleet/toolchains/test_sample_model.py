@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,9 @@ def test_the_sample_is_a_speaking_phi_3_and_checks_itself(tmp_path: Path) -> Non
     assert report.logits_difference == 0.0
     assert "Paris" in report.answer
     assert report.license == "apache-2.0"
+    # What a machine without PyTorch compares its sample with are the weights whose logits were compared here.
+    weights = (tmp_path / "sample" / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == sample_model.WEIGHTS_SHA256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sample"]
     found = inspect(tmp_path / "sample")
     assert (found.facts.architecture, found.facts.max_context) == ("Phi3ForCausalLM", 8192)
