@@ -24,7 +24,7 @@ from agent.core.chunks import ChunkTable
 from agent.core.ports import Link, Message, ProgressHandler
 from agent.core.transfer import Outcome, Request, TransferCore
 from agent.errors import LinkError, StoreError, TransferError
-from agent.platform.concurrency import Stop, in_thread
+from agent.platform.concurrency import Stop, ended, in_thread
 from agent.store.artifacts import ArtifactStore
 from agent.store.partial import Partial
 
@@ -249,7 +249,7 @@ class _Session:
         for task in self._requests:
             task.cancel()
         if self._flush is not None:
-            await asyncio.wait([self._flush])
+            await ended([self._flush])
         for topic in (self._shared_filter, self._own_filter):
             await self._link.unsubscribe(topic)
 

@@ -25,8 +25,8 @@ class FileJournal:
                 stored = self._path.read_bytes()
             except FileNotFoundError:
                 return None
-        digest, _, document = stored.partition(b"\n")
-        if digest == _digest(document):
+        digest, end, document = stored.partition(b"\n")
+        if end and digest == _digest(document):
             return document
         self._set_aside()
         return None

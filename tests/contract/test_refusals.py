@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from agent.contract.director import DirectorKeys
 from agent.contract.manifest import ArtifactFile, Chat, SamplingDefaults
 from agent.contract.messages import ArtifactRef, ChunkRange, Desired
+from agent.contract.profile import DeviceProfile
 from agent.contract.templates import TemplateFailedError, render
+from fleet.profiles_loader import load_profile
 from tests.contract.test_contract import MANIFEST
 
 AT = datetime(2026, 11, 23, tzinfo=UTC)
@@ -79,3 +81,11 @@ def test_a_template_has_what_transformers_gives_it():
 def test_a_template_that_fails_says_how(template: str, words: str):
     with pytest.raises(TemplateFailedError, match=words):
         render(chat(template), [], now=now)
+
+
+def test_a_recipe_for_an_accelerator_that_the_profile_has_not():
+    profile = load_profile("iot-x86").model_dump(mode="json")
+    profile["recipes"][0]["target"] = "npu"
+    profile["accelerators"] = []
+    with pytest.raises(ValidationError, match=r"target npu is not among the accelerators \(none\)"):
+        DeviceProfile.model_validate(profile)

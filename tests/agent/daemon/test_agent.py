@@ -352,3 +352,17 @@ async def test_progress_of_an_older_order_is_not_reported_for_a_newer_one(tmp_pa
         assert whole.reporter.reported().progress is not None
         whole.state.deployment = whole.state.deployment.model_copy(update={"newest_sequence": 2})
         assert whole.reporter.reported().progress is None
+
+
+async def test_a_model_that_limps_with_nothing_to_go_back_to_serves_on_and_is_logged_once(tmp_path: Path) -> None:
+    whole = WholeAgent(tmp_path)
+    async with whole.run(canary_interval_s=0):
+        await whole.order(order(1, OLD))
+        await whole.settled(1)
+        with capture_logs() as logs:
+            for _ in range(20):
+                whole.body.monitor.request_ended(OLD.digest, "timeout")
+            before = len(whole.published(topics.health("pi-1"), HealthReport))
+            await until(lambda: len(whole.published(topics.health("pi-1"), HealthReport)) > before + 6)
+        assert len([line for line in logs if line["event"] == "unhealthy"]) == 1
+        assert whole.device.host.serving == OLD

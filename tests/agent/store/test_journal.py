@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from agent.contract.failures import FailureCode
@@ -27,6 +27,7 @@ def test_what_was_saved_last_is_there_after_a_restart(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["journal"]
 
 
+@example(document=b"", at=64, damage=b"")
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=st.binary(max_size=200), at=st.integers(0, 300), damage=st.binary(max_size=20))
 def test_damage_is_set_aside_and_never_believed(tmp_path: Path, document: bytes, at: int, damage: bytes) -> None:

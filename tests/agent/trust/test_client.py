@@ -16,10 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.contract.base import sha256_hex
+from agent.contract.director import DirectorKeys
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile, Manifest
-from agent.core.ports import Trust
+from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, SignedDesired
+from agent.core.ports import Message, Trust
 from agent.errors import TrustError
+from agent.trust import orders, requests
 from agent.trust.client import TrustClient
 from tests.agent.trust.conftest import IMPATIENT, MakeWorld, World
 from tests.simulators.link import Faults
@@ -174,3 +177,52 @@ def test_no_change_to_an_order_goes_unnoticed(refreshed: tuple[World, TrustClien
 def test_any_other_bytes_are_refused(refreshed: tuple[World, TrustClient, bytes], payload: bytes) -> None:
     with pytest.raises(TrustError):
         refreshed[1].verify_desired(payload, 0)
+
+
+async def test_a_target_that_is_larger_than_any_may_be_is_not_fetched(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agent.trust import updates
+
+    manifest = make_manifest(b"huge")
+    world.repository.publish(manifest)
+    await world.client.refresh()
+    monkeypatch.setattr(updates, "MAX_TARGET_BYTES", 100)
+    with pytest.raises(TrustError, match="at most 100 are taken"):
+        await world.client.manifest(ref(manifest))
+
+
+async def test_the_manifests_of_long_ago_are_not_kept(world: World) -> None:
+    from agent.trust.updates import KEPT_TARGETS
+
+    manifests = [make_manifest(b"%d" % n) for n in range(KEPT_TARGETS + 3)]
+    for manifest in manifests:
+        world.repository.publish(manifest)
+        await world.client.manifest(ref(manifest))
+    kept = list((world.identity.trust_folder / "targets").glob("*.json"))
+    assert len(kept) == KEPT_TARGETS + 1  # and the director's keys
+
+
+async def test_an_order_says_nothing_about_an_artifact_that_it_does_not_name(world: World) -> None:
+    manifests = [make_manifest(b"one"), make_manifest(b"other")]
+    for manifest in manifests:
+        world.repository.publish(manifest)
+    await world.client.refresh()
+    ordered = make_desired(world.clock).model_copy(update={"artifacts": (ref(manifests[0]),)})
+    world.client.verify_desired(world.repository.sign_desired(ordered), 0)
+    assert await world.client.manifest(ref(manifests[1])) == manifests[1], "the order is about another artifact"
+
+
+def test_an_answer_to_another_question_is_no_answer() -> None:
+    want = MetadataWant(device="pi-1", name="3.root.json", offset=0)
+    for name, offset in (("4.root.json", 0), ("3.root.json", 128)):
+        answer = MetadataAnswer(status=MetadataStatus.OK, name=name, offset=offset, total=2)
+        with pytest.raises(ValueError, match="another question"):
+            requests._checked(want, Message("t", b"{}", properties=answer.to_properties()))
+
+
+def test_a_directors_key_that_cannot_be_read_is_said(world: World) -> None:
+    payload = SignedDesired.from_json(world.repository.sign_desired(make_desired(world.clock)))
+    keyid = str(payload.signatures[0]["keyid"])
+    with pytest.raises(TrustError, match="a key of the director cannot be read"):
+        orders.verified_order(payload, DirectorKeys(keys={keyid: {"keytype": "ed25519"}}))

@@ -163,3 +163,11 @@ def test_no_damage_shows_the_key_or_raises_anything_else(bundle: Bundle, data: s
         Bundle.from_json(payload[:begin] + data.draw(st.binary(max_size=5)) + payload[end:])
     except MalformedMessageError as error:
         assert "PRIVATE KEY" not in str(error)
+
+
+def test_a_damaged_identity_is_replaced_when_it_is_asked_for(bundle: Bundle, tmp_path: Path) -> None:
+    enrol(bundle, tmp_path)
+    (tmp_path / "identity" / "bundle.json").write_bytes(b"{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        enrol(bundle, tmp_path)
+    assert enrol(bundle, tmp_path, replace=True) == load(tmp_path)
