@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -366,3 +367,15 @@ async def test_a_model_that_limps_with_nothing_to_go_back_to_serves_on_and_is_lo
             await until(lambda: len(whole.published(topics.health("pi-1"), HealthReport)) > before + 6)
         assert len([line for line in logs if line["event"] == "unhealthy"]) == 1
         assert whole.device.host.serving == OLD
+
+
+async def test_the_control_port_answers_only_what_it_knows_and_whom_it_knows(tmp_path: Path) -> None:
+    whole = WholeAgent(tmp_path)
+    async with whole.run():
+        assert "explode" in (await whole.ask("explode"))["error"]
+        where = json.loads((tmp_path / "control.json").read_bytes())
+        for line in (b'{"token": "wrong", "command": "status"}\n', b"rubbish\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", where["port"])
+            writer.write(line)
+            assert b"error" in await reader.readline()
+            writer.close()

@@ -545,3 +545,31 @@ async def test_an_order_is_rolled_back_at_most_once_and_pausing_twice_is_pausing
             device.deployer.roll_back("why not")
         device.deployer.post(core.Verified())  # nothing that it knows now
         assert (await device.deploys(1, NEW)).state is State.COMMITTED
+
+
+async def test_an_order_that_has_ended_is_rejected_without_asking_for_other_keys():
+    async with Device().boot() as device:
+        device.trust.error = TrustError("order 1 ended at noon", FailureCode.TRUST_EXPIRED)
+        device.deployer.orders.take(order(1, NEW))
+        await until(lambda: device.state.rejected is not None)
+        assert device.trust.refreshed == 0
+
+
+async def test_an_artifact_that_cannot_be_read_for_now_is_not_discarded(monkeypatch: pytest.MonkeyPatch):
+    first = Device()
+    async with first.boot():
+        await first.deploys(1, OLD)
+    again = Device(journal=first.journal, store=first.store)
+    left = [2]
+    verify = again.store.verify
+
+    def flaky(digest: str, stop: Callable[[], bool] = lambda: False) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise StoreError("cannot read: Too many open files", FailureCode.STORE_IO)
+        verify(digest, stop)
+
+    monkeypatch.setattr(again.store, "verify", flaky)
+    async with again.boot():
+        await again.until(lambda _: again.host.serving == OLD)
+        assert again.deployer.deployment.committed == ref(OLD)
