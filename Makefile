@@ -14,10 +14,11 @@ export PIP_USER := 0
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo )
 DEV_EXTRAS := quantize,llamacpp,dev
 
-.PHONY: help demo test test-variants check format bench docs dist clean
+.PHONY: help demo test test-bare test-variants check format bench docs dist clean
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
 	@echo "make test    all tests"
+	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; some five minutes"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
 	@echo "make check   format, lint, types, import rules, generated docs"
 	@echo "make bench   the figures of the README, as ratios against a peer in the same run"
@@ -49,7 +50,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.made
 
 # The package as a wheel in dist/, to be installed on a controller or carried to a device.
 dist: $(VENV)/.made
-	@$(PIP) wheel --quiet --no-deps --wheel-dir dist . && ls dist/phifleet-*.whl
+	@rm -f dist/phifleet-*.whl; $(PIP) wheel --quiet --no-deps --wheel-dir dist . && ls dist/phifleet-*.whl
 
 # Debian packages that the tests use: the broker, and a browser for the pages.
 .PHONY: debian
@@ -67,6 +68,14 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev debian
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What README and operations.md tell people to type, typed on a Debian 12 of its own: needs root, debootstrap and nspawn.
+BARE_TOOLS := debootstrap systemd-nspawn
+test-bare: $(VENV)/.dev
+	@for tool in $(BARE_TOOLS); do PATH="$$PATH:/usr/sbin" command -v $$tool >/dev/null || missing=1; done; \
+	  test -z "$${missing:-}" || { $(SUDO)apt-get update -qq; \
+	  $(SUDO)env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap systemd-container >/dev/null; }
+	@$(SUDO)env PHIFLEET_BARE_TESTS=1 $(BIN)/python -m pytest -p no:cacheprovider tests/bare $(PYTEST_ARGS)
 
 # Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each.
 test-variants: export PHIFLEET_VARIANTS ?= all

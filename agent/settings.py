@@ -1,4 +1,4 @@
-"""The agent's settings: a TOML file, then ``PHIFLEET_AGENT_*`` in the environment, then flags.
+"""The agent's settings: the machine's TOML file or the one that is named, then ``PHIFLEET_AGENT_*``, then flags.
 
 Each field's unit is in its name or its description; ``--show-config`` prints each value and where it came from.
 """
@@ -15,8 +15,10 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from agent.contract.base import explain
 from agent.errors import ConfigError
+from agent.platform.config_files import system_file, unread
 
 ENV_PREFIX = "PHIFLEET_AGENT_"
+FILE_NAME = "agent.toml"
 
 
 def _default_state() -> Path:
@@ -97,7 +99,7 @@ def load(flags: dict[str, Any], file: Path | None) -> tuple[AgentSettings, dict[
         ConfigError: a value is wrong; the message names it and its source.
     """
     layers = {
-        str(file): read_file(file),
+        str(file or system_file(FILE_NAME)): read_file(file),
         f"{ENV_PREFIX}* in the environment": EnvSettingsSource(AgentSettings)(),
         "flag": {name: value for name, value in flags.items() if value is not None},
     }
@@ -112,18 +114,21 @@ def load(flags: dict[str, Any], file: Path | None) -> tuple[AgentSettings, dict[
 
 
 def read_file(file: Path | None) -> dict[str, Any]:
-    """The values of a TOML file; none of no file.
+    """The values of a TOML file; None takes the machine's, which need not exist.
 
     Raises:
-        ConfigError: missing, or no TOML.
+        ConfigError: the file is missing, cannot be read, or is not TOML.
     """
-    if file is None:
-        return {}
+    named, file = file is not None, file or system_file(FILE_NAME)
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not named:
+            return {}
         raise ConfigError(f"configuration file {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"configuration file {file}: {unread(error)}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"configuration file {file}: {error}") from None
 
 

@@ -1,4 +1,6 @@
-"""The controller's settings: a TOML file, then ``PHIFLEET_*`` in the environment, then flags.
+"""The controller's settings: the machine's TOML file, the user's, ``PHIFLEET_*`` in the environment, then flags.
+
+The later ones go before the earlier ones; a file that is named takes the place of both files.
 
 Each field's unit is in its name or its description; ``--show-config`` prints each value and where it came from.
 """
@@ -16,9 +18,11 @@ import platformdirs
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
+from agent.platform.config_files import system_file, unread
 from fleet.errors import UsageError
 
 ENV_PREFIX = "PHIFLEET_"
+FILE_NAME = "fleet.toml"
 EMBEDDED = "embedded"
 #: Names the file when no flag does.
 CONFIG_VARIABLE = "PHIFLEET_CONFIG"
@@ -102,9 +106,10 @@ class FleetSettings(BaseSettings):
         return f"mqtt://127.0.0.1:{self.broker_port}" if self.broker == EMBEDDED else self.broker
 
 
-def default_file() -> Path:
-    """Where the configuration is looked for when nothing names it; it need not be there."""
-    return Path(platformdirs.user_config_dir("phifleet", appauthor=False)) / "fleet.toml"
+def default_files() -> tuple[Path, Path]:
+    """The machine's file and the user's, which are read when nothing names one; they need not be there."""
+    user = Path(platformdirs.user_config_dir("phifleet", appauthor=False)) / FILE_NAME
+    return system_file(FILE_NAME), user
 
 
 def load(flags: dict[str, Any], file: Path | None) -> tuple[FleetSettings, dict[str, str]]:
@@ -114,7 +119,7 @@ def load(flags: dict[str, Any], file: Path | None) -> tuple[FleetSettings, dict[
         UsageError: a value is wrong, or a field unknown; the message names it, its source and what is allowed.
     """
     layers: Layers = {
-        **_file_layer(file),
+        **_file_layers(file),
         f"{ENV_PREFIX}* in the environment": EnvSettingsSource(FleetSettings)(),
         "flag": {name: value for name, value in flags.items() if value is not None},
     }
@@ -141,16 +146,23 @@ def _explain(location: tuple[int | str, ...], message: str, source: dict[str, st
     return f"{origin}: {name}: {message.removeprefix('Value error, ')}"
 
 
-def _file_layer(file: Path | None) -> Layers:
+def _file_layers(file: Path | None) -> Layers:
     named = file or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
-    path = named or default_file()
+    if named is not None:
+        return {str(named): _read(named)}
+    return {str(path): found for path in default_files() if (found := _read(path, needed=False))}
+
+
+def _read(path: Path, *, needed: bool = True) -> dict[str, Any]:
     try:
-        return {str(path): tomllib.loads(path.read_text(encoding="utf-8"))}
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if named is None:
+        if not needed:
             return {}
         raise UsageError(f"configuration file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"configuration file {path}: {unread(error)}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"configuration file {path}: {error}") from None
 
 

@@ -9,11 +9,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from agent.contract.bundle import Bundle
 from fleet.cli.context import Context, actor
-from fleet.operations.devices import add_device, remove_device, renew_bundle
+from fleet.operations.devices import add_device, only_here, remove_device, renew_bundle
 from fleet.operations.fleet import Fleet
 from fleet.operations.views import DeviceView, describe_deployment, describe_device, device_views
 from fleet.profiles_loader import load_profile, profile_paths
+from fleet.settings import default_files
 
 
 @click.group()
@@ -24,32 +26,68 @@ def device() -> None:
 @device.command("add")
 @click.argument("device_id", metavar="ID")
 @click.option("--profile", "profile_name", required=True, help="Name of a profile, or a TOML file.")
-@click.option("--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="File to write; 0600.")
+@click.option(
+    "--bundle",
+    "bundle_path",
+    type=click.Path(path_type=Path, allow_dash=True),
+    required=True,
+    help="File to write, mode 0600; - is standard output.",
+)
 @click.option("--broker", help="What the device connects to, if not what the controller does.")
 @click.pass_obj
 def add_command(context: Context, device_id: str, profile_name: str, bundle_path: Path, broker: str | None) -> None:
     """Add a device and write the bundle it starts from: broker, identity, and the root of trust."""
     profile = load_profile(profile_name)
     custom = profile_name not in profile_paths()
+    file = _file(bundle_path)
     with Fleet(context.settings) as fleet:
-        add_device(fleet, device_id, profile, bundle_path, actor(), broker=broker, custom=custom)
-    click.echo(f"added {device_id} ({profile.name}); bundle {bundle_path}")
-    click.echo("it is what the device believes: carry it there by a way that you trust, then start")
-    click.echo(f"  phifleet-agent run --bundle {bundle_path.name}")
+        bundle = add_device(fleet, device_id, profile, file, actor(), broker=broker, custom=custom)
+    _tell(f"added {device_id} ({profile.name}); broker {bundle.broker}; bundle {file or 'on standard output'}", file)
+    _hand_over(bundle, file)
+    _tell("it is what the device believes: carry it there by a way that you trust, then start", file)
+    _tell(f"  phifleet-agent run --bundle {file.name if file else 'FILE'}", file)
 
 
 @device.command("bundle")
 @click.argument("device_id", metavar="ID")
-@click.option("--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="File to write; 0600.")
+@click.option(
+    "--bundle",
+    "bundle_path",
+    type=click.Path(path_type=Path, allow_dash=True),
+    required=True,
+    help="File to write, mode 0600; - is standard output.",
+)
 @click.option("--broker", help="What the device connects to, if not what the controller does.")
 @click.pass_obj
 def bundle_command(context: Context, device_id: str, bundle_path: Path, broker: str | None) -> None:
     """Write the bundle of a device again: with today's root of trust, and a new certificate where there is TLS."""
+    file = _file(bundle_path)
     with Fleet(context.settings) as fleet:
-        bundle = renew_bundle(fleet, device_id, bundle_path, actor(), broker=broker)
-    click.echo(f"bundle of {device_id} ({bundle.profile}): {bundle_path}")
+        bundle = renew_bundle(fleet, device_id, file, actor(), broker=broker)
+    _tell(f"bundle of {device_id} ({bundle.profile}); broker {bundle.broker}: {file or 'on standard output'}", file)
+    _hand_over(bundle, file)
     if bundle.certificate is not None:
-        click.echo("it holds a new certificate and key; the one before stays good until it expires")
+        _tell("it holds a new certificate and key; the one before stays good until it expires", file)
+
+
+def _file(named: Path) -> Path | None:
+    """None for ``-``: standard output, which lets the operator's shell write where this program's user may not."""
+    return None if str(named) == "-" else named
+
+
+def _tell(line: str, file: Path | None) -> None:
+    click.echo(line, err=file is None)
+
+
+def _hand_over(bundle: Bundle, file: Path | None) -> None:
+    if file is None:
+        click.echo(bundle.model_dump_json(indent=2))
+    if only_here(bundle.broker):
+        click.echo(
+            f"warning: no other machine can connect to {bundle.broker}. For another machine set `broker` in "
+            f"{default_files()[0]}, or pass --broker, and write the bundle again with `phifleet device bundle`",
+            err=True,
+        )
 
 
 @device.command("list")

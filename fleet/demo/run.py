@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import tempfile
@@ -25,7 +26,7 @@ from fleet.operations.devices import add_device
 from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor
-from fleet.settings import FleetSettings, load
+from fleet.settings import CONFIG_VARIABLE, FleetSettings, load
 from fleet.toolchains.build.build import build
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint, resolve_model
 from fleet.toolchains.checkpoint.sample_model import SampleReport, make_sample
@@ -69,7 +70,7 @@ def _settings(options: DemoOptions, folder: Path) -> FleetSettings:
         "broker_port": free_port(),
         "database": f"sqlite:///{folder.as_posix()}/fleet.db",
     }
-    return load(own, None)[0]
+    return load(own, Path(os.devnull))[0]
 
 
 class _Demo:
@@ -121,6 +122,7 @@ class _Demo:
     def _controller(self) -> Process:
         settings = self._fleet.settings
         environment = {
+            CONFIG_VARIABLE: os.devnull,
             "PHIFLEET_HOME": str(settings.home),
             "PHIFLEET_BROKER": settings.broker,
             "PHIFLEET_BROKER_PORT": str(settings.broker_port),
@@ -131,7 +133,16 @@ class _Demo:
     def _agent(self, profile: DeviceProfile) -> Process:
         bundle = self._folder / "device.bundle.json"
         add_device(self._fleet, DEVICE, profile, bundle, Actor("demo", datetime.now(UTC)), custom=True)
-        arguments = ["agent", "run", "--bundle", str(bundle), "--state-dir", str(self._folder / "device")]
+        arguments = [
+            "agent",
+            "--config",
+            os.devnull,
+            "run",
+            "--bundle",
+            str(bundle),
+            "--state-dir",
+            str(self._folder / "device"),
+        ]
         arguments += ["--port", str(self._options.port or 0)]
         environment = {"PHIFLEET_AGENT_HEALTH_INTERVAL_S": "1"}
         return Process("agent", arguments, self._folder / "agent.log", environment)

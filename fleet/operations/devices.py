@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,7 +23,7 @@ def add_device(
     fleet: Fleet,
     device: str,
     profile: DeviceProfile,
-    bundle_path: Path,
+    bundle_path: Path | None,
     actor: Actor,
     *,
     broker: str | None = None,
@@ -29,8 +31,9 @@ def add_device(
 ) -> Bundle:
     """Record a device and write its bundle, which is there whole or not at all.
 
-    ``broker`` is what the device connects to, if not what the controller does. ``custom``: the profile does not come
-    with phifleet, so the registry keeps all of it.
+    Without a ``bundle_path`` the caller takes the bundle on, such as to standard output. ``broker`` is what the device
+    connects to, if not what the controller does. ``custom``: the profile does not come with phifleet, so the registry
+    keeps all of it.
 
     Raises:
         UsageError: the id is not a device id, the device is there already, or the file is, its folder is not, or it
@@ -50,12 +53,15 @@ def add_device(
     try:
         fleet.registry.devices.add(device, profile, profile.model_dump(mode="json") if custom else None, actor)
     except BaseException:
-        bundle_path.unlink(missing_ok=True)
+        if bundle_path is not None:
+            bundle_path.unlink(missing_ok=True)
         raise
     return bundle
 
 
-def renew_bundle(fleet: Fleet, device: str, bundle_path: Path, actor: Actor, *, broker: str | None = None) -> Bundle:
+def renew_bundle(
+    fleet: Fleet, device: str, bundle_path: Path | None, actor: Actor, *, broker: str | None = None
+) -> Bundle:
     """Write the bundle of a device again: today's root of trust, and a new certificate where there is TLS.
 
     Raises:
@@ -107,12 +113,23 @@ def remove_device(fleet: Fleet, device: str, actor: Actor) -> int:
     return fleet.ca.revoke(device) if fleet.ca.exists else 0
 
 
-def refuse_unless_new(path: Path) -> None:
+def only_here(broker: str) -> bool:
+    """Whether a broker's URL names this machine itself, which no other device can connect to."""
+    host = urlsplit(broker).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def refuse_unless_new(path: Path | None) -> None:
     """Before a certificate is made for it.
 
     Raises:
         UsageError: the file is there already, or its folder is not.
     """
+    if path is None:
+        return
     if path.exists():
         raise UsageError(f"{path} is there already; a bundle holds a private key and is never overwritten")
     if not path.parent.is_dir():
@@ -126,8 +143,11 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"broker_ca {path}: cannot be read: {error}") from None
 
 
-def _write_bundle(path: Path, bundle: Bundle) -> None:
+def _write_bundle(path: Path | None, bundle: Bundle) -> None:
+    if path is None:
+        return
     try:
         write_atomic(path, bundle.model_dump_json(indent=2).encode(), PRIVATE)
     except OSError as error:
-        raise UsageError(f"bundle {path}: cannot be written: {reason(error, path.parent)}") from None
+        hint = "; with --bundle - it goes to standard output" if isinstance(error, PermissionError) else ""
+        raise UsageError(f"bundle {path}: cannot be written: {reason(error, path.parent)}{hint}") from None

@@ -148,6 +148,41 @@ def test_a_device_is_added_with_a_bundle_that_only_its_owner_may_read(
     assert "pi-1" in phifleet("device", "list").out
 
 
+def test_a_bundle_on_standard_output_is_the_bundle_alone(phifleet: Phifleet, world: World) -> None:
+    added = phifleet("device", "add", "pi-1", "--profile", PROFILE, "--bundle", "-")
+    assert added.code == 0
+    assert Bundle.from_json(added.out.encode()).device == "pi-1"
+    assert "added pi-1" in added.err and "broker mqtt://127.0.0.1:18830" in added.err
+    again = phifleet("device", "bundle", "pi-1", "--bundle", "-")
+    assert Bundle.from_json(again.out.encode()).device == "pi-1"
+
+
+@pytest.mark.parametrize(
+    ("broker", "warned"),
+    [
+        ("mqtt://127.0.0.1:1883", True),
+        ("mqtt://127.8.8.8:1883", True),
+        ("mqtt://localhost:1883", True),
+        ("mqtt://LOCALHOST:1883", True),
+        ("mqtt://[::1]:1883", True),
+        ("mqtt://broker.example:1883", False),
+        ("mqtt://[2001:db8::1]:1883", False),
+        ("mqtt://localhost.example:1883", False),
+    ],
+)
+def test_a_bundle_whose_broker_only_this_machine_reaches_is_warned_of(
+    phifleet: Phifleet, world: World, tmp_path: Path, broker: str, warned: bool
+) -> None:
+    path = tmp_path / "pi-1.json"
+    added = phifleet("device", "add", "pi-1", "--profile", PROFILE, "--bundle", str(path), "--broker", broker)
+    assert added.code == 0 and f"broker {broker}" in added.out, "the operator sees what the device will connect to"
+    assert ("warning: no other machine can connect" in added.err) is warned
+    path.unlink()
+    again = phifleet("device", "bundle", "pi-1", "--bundle", str(path), "--broker", broker)
+    assert f"broker {broker}" in again.out
+    assert ("warning: no other machine can connect" in again.err) is warned
+
+
 def test_a_device_of_an_encrypted_broker_gets_a_certificate_that_removal_revokes(
     phifleet: Phifleet, world: World, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,31 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
         load({}, tmp_path / "no.toml")
     monkeypatch.setenv("PHIFLEET_CONFIG", str(tmp_path / "neither.toml"))
     with pytest.raises(UsageError, match=r"neither\.toml does not exist"):
+        load({}, None)
+
+
+def test_the_machines_file_is_read_by_everybody_and_the_users_goes_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, user = tmp_path / "etc" / "fleet.toml", tmp_path / "user" / "fleet.toml"
+    monkeypatch.setattr("fleet.settings.default_files", lambda: (machine, user))
+    assert load({}, None)[1] == {}, "neither need exist"
+    for file, text in ((machine, 'broker = "mqtt://a"\nbroker_port = 1\n'), (user, "broker_port = 2\n")):
+        file.parent.mkdir()
+        write(file, text)
+    settings, source = load({}, None)
+    assert (settings.broker, settings.broker_port) == ("mqtt://a", 2)
+    assert source == {"broker": str(machine), "broker_port": str(user)}
+    named = write(tmp_path / "own.toml", "broker_port = 3\n")
+    assert load({}, named)[0].broker == "embedded", "a file that is named takes the place of both"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_as_whom_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = write(tmp_path / "fleet.toml", "broker_port = 1\n")
+    machine.chmod(0)
+    monkeypatch.setattr("fleet.settings.default_files", lambda: (machine, tmp_path / "none.toml"))
+    with pytest.raises(UsageError, match=r"fleet\.toml: Permission denied; run the command as the user of the service"):
         load({}, None)
 
 
