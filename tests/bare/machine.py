@@ -45,14 +45,22 @@ class Machine:
         base = _base()
         self.root = Path(tempfile.mkdtemp(prefix="machine-", dir=FOLDER))
         subprocess.run(["cp", "-a", "--reflink=auto", f"{base}/.", str(self.root)], check=True)
-        self._furnish()
+        try:
+            self._furnish()
+        except BaseException:
+            _remove(self.root)
+            raise
         bound = [f"--bind-ro={path}" for path in _BOUND if Path(path).exists()]
         command = ["systemd-nspawn", "--quiet", f"--directory={self.root}", "--register=no", "--keep-unit", "--boot"]
         self._log = (FOLDER / "console.log").open("wb")
         self._nspawn = subprocess.Popen(
             [*command, *bound], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
         )
-        self._leader = self._booted()
+        try:
+            self._leader = self._booted()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Machine:
         return self
@@ -65,7 +73,7 @@ class Machine:
             self._nspawn.kill()
             self._nspawn.wait(10)
         self._log.close()
-        subprocess.run(["rm", "-rf", "--one-file-system", str(self.root)], check=False)
+        _remove(self.root)
 
     def run(self, script: str, user: str = "root", *, timeout_s: float = 600) -> Result:
         """Run a script with bash as somebody would at a prompt, but ending at the first command that fails."""
@@ -100,7 +108,7 @@ class Machine:
         """People, the names of the documents, the host's package sources, and a clone of the repository."""
         etc = self.root / "etc"
         for user in ("operator", "admin"):
-            subprocess.run(["chroot", str(self.root), "useradd", "-m", "-s", "/bin/bash", user], check=True)
+            subprocess.run(["chroot", str(self.root), "useradd", "-mN", "-s", "/bin/bash", user], check=True)
             (etc / "sudoers.d" / user).write_text(f"{user} ALL=(ALL) NOPASSWD: ALL\n")
         (etc / "hosts").write_text(f"127.0.0.1 localhost {BROKER}\n")
         _copy_sources(etc)
@@ -133,10 +141,14 @@ def missing() -> str:
     return ", ".join(tool for tool in ("debootstrap", "systemd-nspawn", "nsenter") if shutil.which(tool) is None)
 
 
+def _remove(folder: Path) -> None:
+    subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
+
+
 def _base() -> Path:
     base = FOLDER / "base"
     if not (base / ".made").exists():
-        subprocess.run(["rm", "-rf", "--one-file-system", str(base)], check=True)
+        _remove(base)
         base.mkdir(parents=True)
         FOLDER.chmod(0o700)
         command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(base), *_mirror()]
