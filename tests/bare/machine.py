@@ -97,6 +97,13 @@ class Machine:
         assert result.code == 0, f"{user}: {script}\nended with {result.code}:\n{result.output}\n{self.journal()}"
         return result.output
 
+    def processes(self) -> list[tuple[str, str]]:
+        """Whose each is, and its command line; there is no ps on a bare machine."""
+        each = (
+            'for p in /proc/[0-9]*; do echo "$(stat -c %U $p) $(tr "\\0" " " < $p/cmdline)"; done 2>/dev/null || true'
+        )
+        return [(user, line) for user, _, line in (found.partition(" ") for found in self.must(each).splitlines())]
+
     def journal(self) -> str:
         """The newest lines of the services' logs."""
         return self.run("journalctl --no-pager -n 30 -u 'phifleet*' -u mosquitto").output
