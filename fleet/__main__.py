@@ -47,10 +47,10 @@ class LazyGroup(click.Group):
                 raise click.ClickException(f"`phifleet {cmd_name}` is not part of this version") from None
             if package in ("agent", "fleet"):
                 raise
+            from agent.platform.packages import install_command
+
             extra = "fleet" if package in ("sqlalchemy", "rich", "iotcore", "fastcdc", "cryptography") else "quantize"
-            raise click.ClickException(
-                f"`phifleet {cmd_name}` needs {package}: pip install 'phifleet[{extra}]'"
-            ) from None
+            raise click.ClickException(f"`phifleet {cmd_name}` needs {package}: {install_command(extra)}") from None
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

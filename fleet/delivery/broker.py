@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from agent.platform.packages import install_command
 from fleet.errors import BrokerError
 
 #: A chunk is at most 128 KiB; the rest is room for the topic, properties and control messages such as a long want.
@@ -78,7 +79,7 @@ class EmbeddedBroker:
             from iotcore import Broker
         except ImportError as error:
             raise BrokerError(
-                f"the embedded broker needs the package iotcore: pip install 'phifleet[fleet]' ({error})"
+                f"the embedded broker needs the package iotcore: {install_command('fleet')} ({error})"
             ) from None
         self.port = self.port or _free_port(self.host)
         with tempfile.TemporaryDirectory(prefix="phifleet-broker-") as folder:

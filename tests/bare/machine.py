@@ -117,7 +117,8 @@ class Machine:
         for user in ("operator", "admin"):
             subprocess.run(["chroot", str(self.root), "useradd", "-mN", "-s", "/bin/bash", user], check=True)
             (etc / "sudoers.d" / user).write_text(f"{user} ALL=(ALL) NOPASSWD: ALL\n")
-        (etc / "hosts").write_text(f"127.0.0.1 localhost {BROKER}\n")
+        (etc / "hostname").write_text("bare\n")
+        (etc / "hosts").write_text(f"127.0.0.1 localhost bare {BROKER}\n")
         _copy_sources(etc)
         clone = self.root / USERS["operator"].lstrip("/")
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)

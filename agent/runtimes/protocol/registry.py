@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import cast
 
 from agent.core.inference import Capabilities
+from agent.platform.packages import install_command
 from agent.runtimes.protocol.engine import Runtime
 
 
@@ -76,7 +77,7 @@ def versions(spec: RuntimeSpec) -> dict[str, str] | None:
 def missing(spec: RuntimeSpec) -> str:
     """Why it is not usable, and what to do, when ``versions`` is None."""
     absent = [package for package in spec.packages if _version(package) is None]
-    advice = f"; install it with: pip install 'phifleet[{spec.extra}]'" if spec.extra else ""
+    advice = f"; install it with: {install_command(spec.extra)}" if spec.extra else ""
     return f"not installed: {', '.join(absent)}{advice}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -371,7 +372,7 @@ async def test_runtimes_are_listed_with_the_reason_when_not_usable(tmp_path: Pat
     facts = await WorkerHost(render, HostSettings(cache_file=cache), registry=registry).runtimes()
     assert [fact.usable for fact in facts] == [True, False, False]
     assert facts[0].devices == ("CPU",)
-    assert "pip install 'phifleet[mlx]'" in facts[1].reason
+    assert re.search(r"python\S* -m pip install 'phifleet-\S+\.whl\[mlx\]'", facts[1].reason)
     assert "no_such_module" in facts[2].reason
     with capture_logs() as logs:
         again = await WorkerHost(render, HostSettings(cache_file=cache), registry={"simulated": SPEC}).runtimes()
