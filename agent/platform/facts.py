@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 
 from agent.contract.messages import Facts, RuntimeFact
+from agent.platform.files import free_bytes
 
 
 def collect(
     device: str, profile: str, version: str, folder: Path, runtimes: Sequence[RuntimeFact], at: datetime
 ) -> Facts:
-    """The facts message; ``folder`` is where artifacts go, so its file system is the one that matters."""
+    """The facts message; ``folder`` is where artifacts go, so its file system counts. It need not exist yet."""
     memory = psutil.virtual_memory()
     return Facts(
         device=device,
@@ -28,7 +29,7 @@ def collect(
         cpu_count=os.cpu_count() or 1,
         memory_total_bytes=memory.total,
         memory_available_bytes=memory.available,
-        disk_free_bytes=psutil.disk_usage(str(folder)).free,
+        disk_free_bytes=free_bytes(folder),
         runtimes=tuple(runtimes),
         at=at,
     )

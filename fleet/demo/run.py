@@ -59,7 +59,10 @@ def run_demo(options: DemoOptions, progress: DemoProgress) -> None:
         progress.note(f"phifleet demo: one machine, nothing simulated, in {folder}")
         with Fleet(_settings(options, folder)) as fleet:
             _Demo(options, folder, fleet, progress).run()
-    progress.note("cleaned up: the processes are ended, the folder is removed")
+    progress.note(
+        "cleaned up: the processes are ended, the folder is removed; "
+        "`make demo ARGS=--keep` (or `phifleet demo --keep`) leaves it running"
+    )
 
 
 def _settings(options: DemoOptions, folder: Path) -> FleetSettings:

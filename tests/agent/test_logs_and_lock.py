@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,22 @@ def test_a_log_file_that_is_full_ends_nobody(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_facts_are_of_this_machine(tmp_path: Path) -> None:
-    from datetime import UTC, datetime
-
     found = facts.collect("pi-1", "demo", "1", tmp_path, (), datetime.now(UTC))
     assert found.memory_total_bytes > found.memory_available_bytes > 0
     assert found.disk_free_bytes > 0
     assert found.cpu_count >= 1
     assert found.cpu
+
+
+@pytest.mark.parametrize("folder", ["not/there", "not"])
+def test_facts_of_a_device_whose_state_folder_is_not_made_yet(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`phifleet-agent probe` is the first command on a new device."""
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / folder, Path(folder)):
+        assert facts.collect("pi-1", "demo", "1", path, (), datetime.now(UTC)).disk_free_bytes > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_hottest_sensor_counts_where_there_is_any(monkeypatch: pytest.MonkeyPatch) -> None:

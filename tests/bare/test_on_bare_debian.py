@@ -62,7 +62,7 @@ def test_block(machine: Machine, block: Block):
 def test_the_demo_ended_with_paris_and_left_nothing(machine: Machine):
     """Of the README, once more by hand: its words, its exit code, and a second run that needs no index."""
     output = machine.must("PIP_NO_INDEX=1 make demo", "operator")
-    assert "Paris" in output and "cleaned up" in output
+    assert "Paris" in output and "cleaned up" in output and "ARGS=--keep" in output
     assert machine.must("ls /tmp").count("phifleet-demo-") == 0
     assert "gcc" not in machine.must("ls /usr/bin"), "it needed no compiler"
 
