@@ -18,7 +18,7 @@ DEV_EXTRAS := quantize,llamacpp,dev
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
 	@echo "make test    all tests"
-	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; some five minutes"
+	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; four minutes"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
 	@echo "make check   format, lint, types, import rules, generated docs"
 	@echo "make bench   the figures of the README, as ratios against a peer in the same run"
@@ -39,7 +39,7 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/.made
-	@test -e $(VENV)/.dev || echo "installing phifleet with MLX, the smallest toolchain: about 90 MB to download, nothing to compile"
+	@test -e $(VENV)/.dev || echo "installing phifleet with MLX, the smallest toolchain: 81 MB to download and 93 MB for the sample model, nothing to compile"
 	@$(PIP) install --quiet --editable '.[$(DEMO_EXTRAS)]'
 	@touch $@
 

@@ -86,7 +86,7 @@ def test_the_agent_runs_without_any_toolchain(machine: Machine):
     machine.must("python3 -m venv alone && alone/bin/pip install --quiet phifleet-*.whl", "admin")
     assert machine.must("alone/bin/phifleet-agent --version", "admin").startswith("phifleet-agent, version ")
     probed = machine.must("alone/bin/phifleet-agent --state-dir alone/state probe", "admin")
-    assert re.search(r"onnx_genai.*not installed.*-m pip install 'phifleet-\S+\.whl\[onnx\]'", probed), probed
+    assert re.search(r"(?s)onnx_genai.*not installed.*-m pip install 'phifleet-\S+\.whl\[onnx\]'", probed), probed
     installed = machine.must("alone/bin/pip list", "admin").lower()
     assert not any(name in installed for name in ("numpy", "torch", "sqlalchemy", "transformers", "rich"))
     refused = machine.run("alone/bin/phifleet init", "admin")
