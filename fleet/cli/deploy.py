@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +21,8 @@ from fleet.errors import DeploymentError
 from fleet.operations.deploy import DeployOptions, follow, select_devices
 from fleet.operations.deploy import deploy as deploy_artifacts
 from fleet.operations.fleet import Fleet
-from fleet.operations.views import DeviceView, describe_deployment
+from fleet.operations.views import DeviceView, describe_deployment, fleet_view
+from fleet.registry.models import DeploymentRow
 from fleet.store import find
 
 
@@ -78,7 +80,7 @@ def deploy(
         if not as_json:
             for row in deployments:
                 click.echo(f"{row.device}: ordered {row.artifact} as {row.id}")
-        views = [DeviceView(fleet.registry.devices.get(row.device), row) for row in deployments]
+        views = _views(fleet, deployments)
         if wait:
             views = _wait(fleet, [row.id for row in deployments], timeout_s, Console(stderr=True, quiet=as_json))
     if as_json:
@@ -97,12 +99,18 @@ def _live(console: Console) -> Iterator[Live]:
             console.line()
 
 
+def _views(fleet: Fleet, deployments: Sequence[DeploymentRow]) -> list[DeviceView]:
+    """The devices as they are now, each beside the deployment that is followed."""
+    view = fleet_view(fleet.registry, datetime.now(UTC), [row.device for row in deployments])
+    return [replace(device, deployment=row) for device, row in zip(view.devices, deployments, strict=True)]
+
+
 def _wait(fleet: Fleet, deployments: Sequence[str], timeout_s: float | None, console: Console) -> list[DeviceView]:
     began, hinted = time.monotonic(), False
     views: list[DeviceView] = []
     with _live(console) as live:
         for rows in follow(fleet.registry, deployments, timeout_s):
-            views = [DeviceView(fleet.registry.devices.get(row.device), row) for row in rows]
+            views = _views(fleet, rows)
             live.update(table(views, console.width), refresh=True)
             late = time.monotonic() - began > UNPUBLISHED_HINT_S
             if late and not hinted and any(row.stage == Stage.QUEUED for row in rows):

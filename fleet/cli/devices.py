@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -11,10 +12,11 @@ from rich.table import Table
 
 from agent.contract.bundle import Bundle
 from fleet.cli.context import Context, actor
-from fleet.operations.devices import add_device, only_here, remove_device, renew_bundle
+from fleet.operations.devices import add_device, only_here, remove_device, renew_bundle, revoke_device
 from fleet.operations.fleet import Fleet
-from fleet.operations.views import DeviceView, describe_deployment, describe_device, device_views
+from fleet.operations.views import describe_deployment, describe_device, fleet_view
 from fleet.profiles_loader import load_profile, profile_paths
+from fleet.registry.rows import revoked_text
 from fleet.settings import default_files
 
 
@@ -96,17 +98,17 @@ def _hand_over(bundle: Bundle, file: Path | None) -> None:
 def list_command(context: Context, as_json: bool) -> None:
     """List the devices."""
     with Fleet(context.settings) as fleet:
-        views = device_views(fleet.registry)
+        views = fleet_view(fleet.registry, datetime.now(UTC)).devices
     if as_json:
         click.echo(json.dumps([describe_device(view) for view in views]))
         return
-    table = Table("device", "profile", "online", "agent", "added", "state", "artifact", box=None)
+    table = Table("device", "profile", "presence", "agent", "added", "state", "artifact", box=None)
     for view in views:
         row, deployment = view.device, view.deployment
         table.add_row(
             row.id,
             row.profile,
-            "yes" if row.online else "no",
+            "revoked" if row.revoked_at else view.presence.value,
             row.agent_version or "-",
             f"{row.added_at:%Y-%m-%d}",
             deployment.stage if deployment else "-",
@@ -122,14 +124,31 @@ def list_command(context: Context, as_json: bool) -> None:
 def show_command(context: Context, device_id: str, as_json: bool) -> None:
     """Show what is known of a device: facts, report, health, and its newest deployments."""
     with Fleet(context.settings) as fleet:
-        row, history = fleet.registry.devices.get(device_id), fleet.registry.deployments.history(device_id)
-    document = describe_device(DeviceView(row, history[0] if history else None))
+        (view,) = fleet_view(fleet.registry, datetime.now(UTC), [device_id]).devices
+        history = fleet.registry.deployments.history(device_id)
+    row, document = view.device, describe_device(view)
     document |= {"facts": row.facts, "reported": row.reported, "health": row.health}
     document["deployments"] = [describe_deployment(entry) for entry in history]
     if as_json:
         click.echo(json.dumps(document))
     else:
         Console().print_json(data=document)
+        if row.revoked_at:
+            click.echo(f"{row.id} is {revoked_text(row.revoked_at)}")
+
+
+@device.command("revoke")
+@click.argument("device_id", metavar="ID")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def revoke_command(context: Context, device_id: str, yes: bool) -> None:
+    """Revoke a device: its certificates are void, its order is cancelled, and nobody listens to it any more."""
+    if not yes:
+        click.confirm(f"revoke {device_id}? It must be removed and added again to come back", abort=True)
+    with Fleet(context.settings) as fleet:
+        done = revoke_device(fleet, device_id, actor())
+    for line in done.lines(context.home.ca / "crl.pem"):
+        click.echo(line)
 
 
 @device.command("remove")

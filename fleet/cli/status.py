@@ -17,8 +17,10 @@ from rich.text import Text
 
 from fleet.cli.context import Context
 from fleet.core.deployments import Stage
+from fleet.core.freshness import Presence, age_s
 from fleet.operations.fleet import Fleet
-from fleet.operations.views import DeviceView, describe_fleet, device_views
+from fleet.operations.views import ControllerView, DeviceView, FleetView, age_text, describe_fleet, fleet_view
+from fleet.registry.rows import revoked_text
 
 MIB = 1024 * 1024
 REFRESH_S = 1.0
@@ -37,30 +39,54 @@ _STYLES = {Stage.COMMITTED: "green", Stage.FAILED: "red", Stage.ROLLED_BACK: "ye
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, once.")
 @click.pass_obj
 def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool) -> None:
-    """Show the fleet: presence, deployment, speed. Live on a terminal until interrupted; DEVICES narrows it."""
+    """Show the fleet: the controller, and of each device presence, deployment, speed, and the age of its figures.
+
+    Live on a terminal until interrupted; DEVICES narrows it. Figures that have missed three of their intervals are
+    marked as stale, and presence is unknown while no controller is connected to the broker.
+    """
     with Fleet(context.settings) as fleet:
         if as_json:
-            click.echo(json.dumps(describe_fleet(device_views(fleet.registry, devices), datetime.now(UTC))))
+            click.echo(json.dumps(describe_fleet(fleet_view(fleet.registry, datetime.now(UTC), devices))))
             return
         console = Console()
         if once or not console.is_terminal:
-            views = device_views(fleet.registry, devices)
-            console.print(table(views, console.width) if views else EMPTY)
+            console.print(screen(fleet_view(fleet.registry, datetime.now(UTC), devices), console.width))
             return
         # An interrupt is how a person ends it, and no failure.
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(table(device_views(fleet.registry, devices), console.width), refresh=True)
+                view = fleet_view(fleet.registry, datetime.now(UTC), devices)
+                live.update(screen(view, console.width), refresh=True)
                 time.sleep(REFRESH_S)
 
 
+def screen(view: FleetView, width: int) -> RenderableType:
+    """The controllers, the table, and below it why something failed: a reason is longer than any column."""
+    lines = [_controller_line(controller) for controller in view.controllers]
+    if not view.controllers:
+        lines = [Text("controller: none has ever run on this database; start `phifleet serve`", "yellow")]
+    return Group(*lines, table(view.devices, width) if view.devices else EMPTY)
+
+
+def _controller_line(view: ControllerView) -> Text:
+    row, age = view.row, age_text(view.age_s)
+    if not view.running:
+        how = "was stopped" if row.stopped_at else "was heard of last"
+        ago = f"controller: not running; it {how} {age} ago on {row.host}"
+        return Text(f"{ago}. What follows is of that time.", "red")
+    where = f"controller: running on {row.host} (process {row.pid}), seen {age} ago; broker {row.broker} "
+    if row.connected_since:
+        return Text(f"{where}connected")
+    return Text(f"{where}does not answer: {row.broker_error or 'no reason known'}", "red")
+
+
 def table(views: Sequence[DeviceView], width: int) -> RenderableType:
-    """One line a device, and below the table why something failed: a reason is longer than any column."""
+    """One line a device."""
     made = Table(box=None, pad_edge=False)
     wide = width >= WIDE
     for name in ("device", "", "state", "progress", *(("digest", "runtime") if wide else ())):
         made.add_column(name, no_wrap=True)
-    for name in ("TTFT ms", "TPOT ms", "tokens/s") if wide else ("TTFT", "TPOT", "tok/s"):
+    for name in ("TTFT ms", "TPOT ms", "tokens/s", "age") if wide else ("TTFT", "TPOT", "tok/s", "age"):
         made.add_column(name, justify="right", no_wrap=True)
     for view in views:
         made.add_row(*_cells(view, wide))
@@ -69,34 +95,56 @@ def table(views: Sequence[DeviceView], width: int) -> RenderableType:
 
 def _reasons(views: Sequence[DeviceView]) -> Iterator[Text]:
     for view in views:
+        row, deployment = view.device, view.deployment
+        if row.revoked_at:
+            yield Text.assemble((row.id, "red"), f": {revoked_text(row.revoked_at)}")
         if view.paused:
-            yield Text.assemble((view.device.id, "yellow"), f": {HELD if view.held else PAUSED}")
-    for view in views:
-        row = view.deployment
-        if row and row.failure_code:
-            yield Text.assemble((f"{row.device}: {row.failure_code}", "red"), f": {row.failure_message}")
+            yield Text.assemble((row.id, "yellow"), f": {HELD if view.held else PAUSED}")
+        if deployment and deployment.publish_error and not row.revoked_at:
+            yield Text.assemble((row.id, "red"), f": the broker has not taken its order: {deployment.publish_error}")
+        if deployment and deployment.failure_code:
+            yield Text.assemble((f"{row.id}: {deployment.failure_code}", "red"), f": {deployment.failure_message}")
 
 
 def _cells(view: DeviceView, wide: bool) -> list[str | Text]:
-    row, deployment = view.device, view.deployment
-    health, proof = row.health or {}, (deployment.proof if deployment else None) or {}
-    words = ("online", "offline") if wide else ("on", "off")
+    deployment = view.deployment
     transferring = deployment is not None and deployment.stage == Stage.TRANSFERRING
     cells: list[str | Text] = [
-        row.id,
-        Text(words[0], "green") if row.online else Text(words[1], "dim"),
+        view.device.id,
+        _presence(view, wide),
         _state(view),
         progress_text(deployment.progress) if deployment and transferring else "",
     ]
     if wide:
         digest, runtime = (deployment.served_digest, deployment.runtime) if deployment else (None, None)
         cells += [(digest or "-")[:12], runtime or "-"]
-    return [
-        *cells,
-        _figure(health.get("ttft_ms_p50") or proof.get("ttft_ms")),
-        _figure(health.get("tpot_ms_p50") or proof.get("tpot_ms")),
-        _figure(health.get("tokens_per_s")),
-    ]
+    return [*cells, *_figures(view)]
+
+
+def _presence(view: DeviceView, wide: bool) -> Text:
+    if view.device.revoked_at:
+        return Text("revoked", "red")
+    words = {
+        Presence.ONLINE: ("online", "on", "green"),
+        Presence.OFFLINE: ("offline", "off", "dim"),
+        Presence.UNKNOWN: ("unknown", "?", "yellow"),
+    }
+    long, short, style = words[view.presence]
+    return Text(long if wide else short, style)
+
+
+def _figures(view: DeviceView) -> list[str | Text]:
+    """Of the health report; before there is any, of the proof."""
+    health, deployment = view.device.health, view.deployment
+    if health is None:
+        proof = (deployment.proof if deployment else None) or {}
+        age = age_s(deployment.reported_at, view.at) if deployment and proof else None
+        return [_figure(proof.get("ttft_ms")), _figure(proof.get("tpot_ms")), "-", f"{age_text(age)}"]
+    figures = [_figure(health.get(name)) for name in ("ttft_ms_p50", "tpot_ms_p50", "tokens_per_s")]
+    age_cell = age_text(view.health_age_s)
+    if not view.health_stale:
+        return [*figures, age_cell]
+    return [Text(text, "dim") for text in (*figures, f"{age_cell}, stale")]
 
 
 def _state(view: DeviceView) -> str | Text:

@@ -15,8 +15,11 @@ from rich.table import Column, Table
 from securesystemslib.signer import SSlibKey
 
 from agent.platform.files import PRIVATE, write_atomic
-from fleet.cli.context import Context
+from fleet.cli.context import Context, actor
 from fleet.errors import UsageError
+from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
+from fleet.operations.devices import revoke_device
+from fleet.operations.fleet import Fleet
 from fleet.trust.ca import Credentials, DeviceCA
 from fleet.trust.release import Expiry
 from fleet.trust.repository import ROLES, Repository, RoleStatus
@@ -119,15 +122,21 @@ def rotate_command(
 
 @trust.command("withdraw")
 @click.argument("digest")
+@click.option("--reason", help="Why; `deploy` shows it to whoever orders the artifact again.")
 @click.pass_obj
-def withdraw_command(context: Context, digest: str) -> None:
-    """Take the artifact with DIGEST out of the signed targets: no device will install it any more."""
-    repository = Repository(context.home)
-    found = [published for published in repository.published() if published.startswith(digest)]
-    if len(found) != 1:
-        raise UsageError(f"{digest!r} is the beginning of {len(found)} published digests, not of one")
-    repository.withdraw(found[0])
-    click.echo(f"withdrew {found[0]}")
+def withdraw_command(context: Context, digest: str, reason: str | None) -> None:
+    """Take the artifact with DIGEST out of the signed targets: no device installs it, and `deploy` refuses it."""
+    with Fleet(context.settings) as fleet:
+        click.echo(f"withdrew {withdraw_artifact(fleet, digest, reason, actor())}")
+
+
+@trust.command("reinstate")
+@click.argument("digest")
+@click.pass_obj
+def reinstate_command(context: Context, digest: str) -> None:
+    """Allow an artifact that was withdrawn: the next `deploy` that names it publishes it again."""
+    with Fleet(context.settings) as fleet:
+        click.echo(f"reinstated {reinstate_artifact(fleet, digest, actor())}")
 
 
 @trust.command("revoke")
@@ -135,10 +144,10 @@ def withdraw_command(context: Context, digest: str) -> None:
 @click.pass_obj
 def revoke_command(context: Context, device: str) -> None:
     """Put the certificates of DEVICE on the revocation list, which the broker must then read again."""
-    count = DeviceCA(context.home).revoke(device)
-    if count == 0:
-        raise UsageError(f"no certificate of {device!r} is in force")
-    click.echo(f"revoked {count} of {device}; the broker's list is {context.home.ca / 'crl.pem'}")
+    with Fleet(context.settings) as fleet:
+        done = revoke_device(fleet, device, actor())
+    for line in done.lines(context.home.ca / "crl.pem"):
+        click.echo(line)
 
 
 @trust.command("issue-broker")

@@ -135,7 +135,9 @@ class Superseded:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """The operator removed the device."""
+    """The operator removed or revoked the device; ``reason`` is a sentence for people."""
+
+    reason: str
 
 
 Event = Published | Report | Tick | Superseded | Withdrawn
@@ -166,8 +168,8 @@ def decide(deployment: Deployment, event: Event) -> Deployment:
             return _ticked(deployment, at)
         case Superseded():
             return replace(deployment, stage=Stage.SUPERSEDED) if TABLE[deployment.stage].outstanding else deployment
-        case Withdrawn():
-            return _withdrawn(deployment)
+        case Withdrawn(reason):
+            return _withdrawn(deployment, reason)
 
 
 def _reported(deployment: Deployment, report: Report) -> Deployment:
@@ -197,8 +199,8 @@ def _ticked(deployment: Deployment, at: datetime) -> Deployment:
     return replace(deployment, stage=Stage.FAILED, failure=failure, presumed=True)
 
 
-def _withdrawn(deployment: Deployment) -> Deployment:
+def _withdrawn(deployment: Deployment, reason: str) -> Deployment:
     if not TABLE[deployment.stage].outstanding:
         return deployment
-    failure = Failure(code=FailureCode.CANCELLED, message="the device was removed from the fleet")
+    failure = Failure(code=FailureCode.CANCELLED, message=reason)
     return replace(deployment, stage=Stage.FAILED, failure=failure)

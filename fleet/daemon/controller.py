@@ -13,9 +13,12 @@ from typing import Protocol
 
 import structlog
 
-from agent.link import Link, LinkError
+from agent.link import LinkError
 from agent.platform import systemd
+from fleet.daemon.barring import BarredDevices, Barring, Evict
+from fleet.daemon.heartbeat import Heart
 from fleet.daemon.ingest import Ingest
+from fleet.daemon.link import ControlLink
 from fleet.daemon.publisher import POLL_S, Publisher
 from fleet.daemon.refresh import Refresh
 from fleet.registry import Registry
@@ -40,20 +43,25 @@ class Server(Protocol):
 class Controller:
     """One controller. ``run`` ends when ``stop`` is set, or raises what it cannot live without."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword-only parts, each named where it is passed
         self,
-        link: Link,
+        link: ControlLink,
         registry: Registry,
         repository: Repository,
         servers: tuple[Server, ...] = (),
         *,
         ca: DeviceCA | None = None,
+        barred: BarredDevices | None = None,
+        evict: Evict | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         notify: Callable[[str], bool] = systemd.notify,
         poll_s: float = POLL_S,
     ) -> None:
         self._servers, self._notify = servers, notify
-        self.ingest = Ingest(link, registry, clock)
+        self.barred = barred = BarredDevices() if barred is None else barred
+        self._barring = Barring(registry, barred, evict)
+        self._heart = Heart(link, registry, clock)
+        self.ingest = Ingest(link, registry, clock, self._barring.received, barred)
         self._publisher = Publisher(link, registry, clock, notify, poll_s)
         self._refresh = Refresh(repository, ca, clock)
 
@@ -66,13 +74,15 @@ class Controller:
             LinkError: the broker refuses a subscription.
         """
         await self._refresh.start()
+        await self._barring.start()
+        await self._heart.beat()
         await self.ingest.start()
         for server in self._servers:
             await server.start()
         self._notify("READY=1")
         _log.info("controller ready")
-        parts = (self.ingest.run(), self._publisher.run(), self._refresh.run(), _until(stop))
-        tasks = [asyncio.create_task(part) for part in parts]
+        parts = (self.ingest, self._publisher, self._refresh, self._barring, self._heart)
+        tasks = [asyncio.create_task(part) for part in (*(part.run() for part in parts), _until(stop))]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -89,6 +99,7 @@ class Controller:
             with contextlib.suppress(LinkError):
                 await server.stop()
         await self.ingest.finish()
+        await self._heart.stop()
         malformed = self.ingest.recorder.malformed.total()
         _log.info("controller stopped", dropped=self.ingest.dropped, malformed=malformed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from datetime import datetime
 
 import structlog
@@ -27,8 +27,15 @@ _log = structlog.get_logger("controller")
 class Ingest:
     """Subscribes to what devices report, and writes it."""
 
-    def __init__(self, link: Link, registry: Registry, clock: Callable[[], datetime]) -> None:
-        self._link, self._clock = link, clock
+    def __init__(
+        self,
+        link: Link,
+        registry: Registry,
+        clock: Callable[[], datetime],
+        on_barred: Callable[[str, Message], None],
+        barred: Container[str] = (),
+    ) -> None:
+        self._link, self._clock, self._barred, self._on_barred = link, clock, barred, on_barred
         self.recorder = Recorder(registry)
         self.dropped = 0
         self._waiting: asyncio.Queue[Received] = asyncio.Queue(MAX_WAITING)
@@ -65,6 +72,10 @@ class Ingest:
         return attempt.succeeded
 
     def _receive(self, message: Message) -> None:
+        found = topics.parse_device(message.topic)
+        if found is not None and found[0] in self._barred:
+            self._on_barred(found[0], message)
+            return
         if self._waiting.full():
             self._waiting.get_nowait()
             self.dropped += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import secrets
 from collections.abc import AsyncIterator, Callable
 
@@ -11,6 +13,7 @@ import structlog
 
 from agent.link import LinkError, LinkSettings, MqttLink
 from agent.platform import systemd
+from fleet.daemon.barring import BarredDevices
 from fleet.daemon.controller import Controller
 from fleet.delivery.broker import EmbeddedBroker
 from fleet.delivery.chunk_server import ChunkServer
@@ -24,6 +27,7 @@ from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
 
 BROKER_CHECK_S = 2.0
+EVICT_TIMEOUT_S = 10.0
 CONNECT_CHECK_S = 0.05
 
 _log = structlog.get_logger("serve")
@@ -49,9 +53,22 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
                 await _connected(control, settings.connect_timeout_s, stop)
                 if stop.is_set():
                     return
-                servers = (ChunkServer(bulk, FolderStore(home.artifacts).open), MetadataServer(control, repository))
-                ca = DeviceCA(home)
-                await Controller(control, registry, repository, servers, ca=ca, notify=_notifier(ready)).run(stop)
+                barred = BarredDevices()
+                servers = (
+                    ChunkServer(bulk, FolderStore(home.artifacts).open, barred=barred),
+                    MetadataServer(control, repository, barred=barred),
+                )
+                controller = Controller(
+                    control,
+                    registry,
+                    repository,
+                    servers,
+                    ca=DeviceCA(home),
+                    barred=barred,
+                    evict=functools.partial(end_session, settings),
+                    notify=_notifier(ready),
+                )
+                await controller.run(stop)
         except LinkError as error:
             raise BrokerError(str(error)) from None
 
@@ -67,6 +84,16 @@ def link_settings(settings: FleetSettings, role: str) -> LinkSettings:
         username=settings.broker_username,
         password=settings.broker_password.get_secret_value() if settings.broker_password else None,
     )
+
+
+async def end_session(settings: FleetSettings, device: str) -> None:
+    """Take over the session that a device has at the broker, and end it.
+
+    Raises:
+        LinkError: the broker does not accept a connection with the device's client id.
+    """
+    async with MqttLink(dataclasses.replace(link_settings(settings, "revoke"), client_id=device)) as link:
+        await link.wait_connected(EVICT_TIMEOUT_S)
 
 
 def _notifier(ready: Callable[[], None] | None) -> Callable[[str], bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +75,7 @@ class ChunkServerStats:
     wants: int = 0
     wants_malformed: int = 0
     wants_unknown: int = 0
+    wants_refused: int = 0
     chunks: int = 0
     bytes: int = 0
     coalesced: int = 0
@@ -87,8 +88,14 @@ class ChunkServer:
     """One of any number that share the wants. Give it a link of its own: bulk then never delays control."""
 
     def __init__(
-        self, link: BulkLink, artifacts: Artifacts, *, monotonic: Callable[[], float] = time.monotonic
+        self,
+        link: BulkLink,
+        artifacts: Artifacts,
+        *,
+        barred: Container[str] = (),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._barred = barred
         self._link = link
         self._artifacts = artifacts
         self._monotonic = monotonic
@@ -96,7 +103,9 @@ class ChunkServer:
         self._open: OrderedDict[str, _OpenArtifact] = OrderedDict()
         self._lock = threading.Lock()
         self._complaints: set[str] = set()
-        self._wants = self._malformed = self._unknown = self._chunks = self._bytes = self._unreadable = 0
+        self._wants = self._malformed = self._unknown = self._refused = self._chunks = self._bytes = (
+            self._unreadable
+        ) = 0
 
     async def start(self) -> None:
         """Answer from now on.
@@ -128,6 +137,7 @@ class ChunkServer:
             wants=self._wants,
             wants_malformed=self._malformed,
             wants_unknown=self._unknown,
+            wants_refused=self._refused,
             chunks=self._chunks,
             bytes=self._bytes,
             coalesced=self._queue.counts.coalesced,
@@ -145,13 +155,17 @@ class ChunkServer:
             want = Want.from_json(message.payload)
         except MalformedMessageError as error:
             self._malformed += 1
-            self._complain("want_malformed", message.topic, str(error))
+            self._complain("want malformed", message.topic, str(error))
+            return
+        if want.device in self._barred:
+            self._refused += 1
+            self._complain("want refused", want.device, "the device was revoked or removed")
             return
         with self._lock:
             artifact = self._opened(digest) if digest is not None else None
             if digest is None or artifact is None:
                 self._unknown += 1
-                self._complain("want_unknown_artifact", message.topic, f"asked for by {want.device}")
+                self._complain("want unknown artifact", message.topic, f"asked for by {want.device}")
                 return
             destination = (digest, None if want.shared else want.device)
             self._queue.want(destination, _indices(want, artifact.count), self._monotonic())
@@ -161,6 +175,8 @@ class ChunkServer:
         with self._lock:
             while (item := self._queue.next(self._monotonic())) is not None:
                 (digest, device), index = item
+                if device is not None and device in self._barred:
+                    continue
                 data = self._read(digest, index)
                 if data is not None:
                     self._chunks += 1
@@ -173,7 +189,7 @@ class ChunkServer:
         try:
             return self._artifact(digest)
         except StoreError as error:
-            self._complain("artifact_unreadable", digest, str(error))
+            self._complain("artifact unreadable", digest, str(error))
             return None
 
     def _artifact(self, digest: str) -> _OpenArtifact | None:
@@ -194,7 +210,7 @@ class ChunkServer:
             if artifact is not None:
                 return artifact.read(index)
         except (OSError, StoreError) as error:
-            self._complain("chunk_unreadable", digest, str(error))
+            self._complain("chunk unreadable", digest, str(error))
         self._unreadable += 1
         return None
 

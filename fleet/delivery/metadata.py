@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Protocol
 
 import structlog
@@ -79,7 +79,8 @@ class MetadataSource(Protocol):
 class MetadataServer:
     """Answers on the shared subscription, so several controllers may run side by side."""
 
-    def __init__(self, link: MetadataLink, source: MetadataSource) -> None:
+    def __init__(self, link: MetadataLink, source: MetadataSource, *, barred: Container[str] = ()) -> None:
+        self._barred = barred
         self._link = link
         self._source = source
         self._slots = asyncio.Semaphore(CONCURRENT)
@@ -106,7 +107,9 @@ class MetadataServer:
             self._ignore(str(error))
             return
         # An answer to any other topic would let a device publish, with our rights, where it has none itself.
-        if request.response_topic != topics.metadata(want.device):
+        if want.device in self._barred:
+            self._ignore(f"device {want.device} was revoked or removed")
+        elif request.response_topic != topics.metadata(want.device):
             self._ignore(f"device {want.device} wants the answer on {request.response_topic}")
         elif len(self._tasks) >= MAX_WAITING:
             self._ignore(f"{MAX_WAITING} requests are waiting")
@@ -115,10 +118,10 @@ class MetadataServer:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _ignore(self, reason: str) -> None:
+    def _ignore(self, error: str) -> None:
         self.ignored += 1
         if self.ignored == 1:
-            _log.warning("metadata_request_ignored", reason=reason, note="only the first is logged")
+            _log.warning("metadata request ignored", error=error, note="only the first is logged")
 
     async def _answer(self, want: MetadataWant, correlation: bytes | None) -> None:
         async with self._slots:
@@ -130,7 +133,7 @@ class MetadataServer:
                 )
                 self.answered += 1
             except Exception as error:
-                _log.warning("metadata_answer_failed", device=want.device, name=want.name, reason=str(error))
+                _log.warning("metadata answer failed", device=want.device, name=want.name, error=str(error))
 
     async def _read(self, name: str) -> bytes | None:
         if name in self._cache:

@@ -13,6 +13,7 @@ from agent.contract.profile import DeviceProfile, HealthLimits
 from fleet.core.deployments import TABLE, Stage
 from fleet.core.fit import gate_incompatibilities, incompatibilities
 from fleet.errors import UsageError
+from fleet.operations.artifacts import refuse_withdrawn
 from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor, Registry
@@ -49,11 +50,13 @@ def deploy(
     Several artifacts are variants of one model. A device is ordered those that fit it, in the order given.
 
     Raises:
-        UsageError: none fits a device, and it was not forced; says every reason. Or they are of different models.
+        UsageError: none fits a device, and it was not forced; says every reason. Or they are of different models, one
+            was withdrawn, or a device was revoked.
         StoreError: an artifact's files are not what was built.
         RepositoryError: it cannot be signed.
     """
     _refuse_unless_one_model(artifacts)
+    refuse_withdrawn(fleet, artifacts)
     profiles = {device.id: profile_of(device) for device in devices}
     fit = _fit(artifacts, devices, profiles)
     if fit.incompatibilities and options.force is None:
@@ -78,7 +81,8 @@ def select_devices(registry: Registry, devices: Sequence[str], profile: str | No
     """
     found = {name: registry.devices.get(name) for name in devices}
     if profile is not None:
-        of_profile = registry.devices.all(profile)
+        # One that was revoked keeps none of its kind from an update; who names it is told.
+        of_profile = [row for row in registry.devices.all(profile) if row.revoked_at is None]
         if not of_profile:
             raise UsageError(f"no device has the profile {profile}")
         found |= {row.id: row for row in of_profile}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -111,6 +113,37 @@ def remove_device(fleet: Fleet, device: str, actor: Actor) -> int:
     """
     fleet.registry.devices.remove(device, actor)
     return fleet.ca.revoke(device) if fleet.ca.exists else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """What was revoked. ``since`` is None for a name that only has certificates, such as a controller's."""
+
+    name: str
+    certificates: int
+    since: datetime | None
+
+    def lines(self, crl: Path) -> Iterator[str]:
+        """For the operator: what was done, and what is left to do."""
+        yield f"revoked {self.name}: {self.certificates} certificate(s) are on the list {crl}"
+        if self.certificates:
+            yield "let the broker read that list again: until then the device can still connect"
+        if self.since is not None:
+            yield "a running `phifleet serve` ends its session, ignores its messages and clears its order"
+
+
+def revoke_device(fleet: Fleet, name: str, actor: Actor) -> Revocation:
+    """Void the certificates of a name; where it is a device of the fleet, also cancel its order and bar it.
+
+    Raises:
+        UsageError: it is no device of the fleet, and no certificate of it is in force.
+    """
+    known = any(row.id == name for row in fleet.registry.devices.all())
+    since = fleet.registry.devices.revoke(name, actor) if known else None
+    count = fleet.ca.revoke(name) if fleet.ca.exists else 0
+    if since is None and count == 0:
+        raise UsageError(f"{name!r} is no device of this fleet, and no certificate of it is in force")
+    return Revocation(name, count, since)
 
 
 def only_here(broker: str) -> bool:

@@ -1,4 +1,4 @@
-"""Devices and deployments as JSON: the field names are those of the wire contract where it has them."""
+"""What the operator sees of the fleet, with the age of each figure; as JSON in the wire contract's field names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from datetime import datetime
 from typing import Any
 
 from fleet.core.deployments import Stage
+from fleet.core.freshness import ControllerPulse, Presence, age_s, is_running, is_stale, presence
 from fleet.registry import Registry
-from fleet.registry.models import DeploymentRow, DeviceRow
+from fleet.registry.models import ControllerRow, DeploymentRow, DeviceRow
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceView:
-    """A device and its newest deployment."""
+    """A device, its newest deployment, and what of it still holds ``at`` the time of looking."""
 
     device: DeviceRow
     deployment: DeploymentRow | None
+    presence: Presence
+    at: datetime
 
     @property
     def paused(self) -> bool:
@@ -29,39 +32,107 @@ class DeviceView:
         """The newest order waits for that person."""
         return self.paused and self.deployment is not None and self.deployment.stage in (Stage.QUEUED, Stage.PUBLISHED)
 
+    @property
+    def health_age_s(self) -> float | None:
+        """Seconds since the newest health report came; None without one."""
+        return age_s(self.device.health_at, self.at)
 
-def device_views(registry: Registry, names: Sequence[str] = ()) -> list[DeviceView]:
+    @property
+    def health_stale(self) -> bool:
+        """The report has missed three of its intervals: its figures are of the past."""
+        return is_stale(self.device.health_at, self.device.health_interval_s, self.at)
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerView:
+    """A controller, and whether it runs."""
+
+    row: ControllerRow
+    running: bool
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """Everything at one moment; ``controllers``: those that run, or else the one that was heard of last."""
+
+    at: datetime
+    devices: Sequence[DeviceView]
+    controllers: Sequence[ControllerView]
+
+    @property
+    def running(self) -> bool:
+        """A controller runs, so what is shown is of now."""
+        return any(controller.running for controller in self.controllers)
+
+
+def fleet_view(registry: Registry, at: datetime, names: Sequence[str] = ()) -> FleetView:
     """The devices that are named, or all, by id.
 
     Raises:
         UsageError: one is not there.
     """
+    rows = registry.controllers.all()
     devices = [registry.devices.get(name) for name in names] if names else registry.devices.all()
-    newest = registry.deployments.newest()
-    return [DeviceView(row, newest.get(row.id)) for row in devices]
+    newest, pulses = registry.deployments.newest(), [_pulse(row) for row in rows]
+    views = [
+        DeviceView(row, newest.get(row.id), presence(row.online, row.presence_received_at, pulses, at), at)
+        for row in devices
+    ]
+    controllers = [ControllerView(row, is_running(_pulse(row), at), age_s(row.seen_at, at) or 0.0) for row in rows]
+    return FleetView(at, views, [one for one in controllers if one.running] or controllers[:1])
 
 
-def describe_fleet(views: Sequence[DeviceView], at: datetime) -> dict[str, Any]:
+def describe_fleet(view: FleetView) -> dict[str, Any]:
     """What `phifleet status --json` prints."""
     return {
-        "at": at.isoformat(),
-        "devices": [describe_device(view) | {"health": view.device.health} for view in views],
+        "at": view.at.isoformat(),
+        "controller_running": view.running,
+        "controllers": [describe_controller(controller) for controller in view.controllers],
+        "devices": [describe_device(device) | {"health": device.device.health} for device in view.devices],
+    }
+
+
+def describe_controller(view: ControllerView) -> dict[str, Any]:
+    """A controller."""
+    row = view.row
+    return {
+        "controller": row.id,
+        "host": row.host,
+        "pid": row.pid,
+        "version": row.version,
+        "running": view.running,
+        "started_at": row.started_at.isoformat(),
+        "seen_at": row.seen_at.isoformat(),
+        "seen_age_s": view.age_s,
+        "stopped_at": _iso(row.stopped_at),
+        "broker": row.broker,
+        "broker_connected": view.running and row.connected_since is not None,
+        "broker_connected_since": _iso(row.connected_since),
+        "broker_error": row.broker_error,
     }
 
 
 def describe_device(view: DeviceView) -> dict[str, Any]:
-    """A device, with its newest deployment."""
-    row = view.device
+    """A device, with its newest deployment; ages are seconds, None where nothing ever came."""
+    row, deployment = view.device, view.deployment
     return {
         "device": row.id,
         "profile": row.profile,
         "added_at": row.added_at.isoformat(),
-        "online": row.online,
-        "last_seen": row.last_seen.isoformat() if row.last_seen else None,
+        "revoked_at": _iso(row.revoked_at),
+        "online": view.presence is Presence.ONLINE,
+        "presence": view.presence.value,
+        "presence_at": _iso(row.presence_at),
+        "last_seen": _iso(row.last_seen),
+        "last_seen_age_s": age_s(row.last_seen, view.at),
+        "reported_age_s": age_s(deployment.reported_at, view.at) if deployment else None,
+        "health_age_s": view.health_age_s,
+        "health_stale": view.health_stale,
         "agent_version": row.agent_version,
         "paused": view.paused,
         "malformed_messages": row.malformed,
-        "deployment": describe_deployment(view.deployment) if view.deployment else None,
+        "deployment": describe_deployment(deployment) if deployment else None,
     }
 
 
@@ -81,6 +152,27 @@ def describe_deployment(row: DeploymentRow) -> dict[str, Any]:
         "progress": row.progress,
         "proof": row.proof,
         "failure": failure,
+        "publish_error": row.publish_error,
         "created_at": row.created_at.isoformat(),
-        "finished_at": row.finished_at.isoformat() if row.finished_at else None,
+        "published_at": _iso(row.published_at),
+        "reported_at": _iso(row.reported_at),
+        "finished_at": _iso(row.finished_at),
     }
+
+
+def age_text(seconds: float | None) -> str:
+    """Such as ``4 s``, ``12 min``, ``3 h``, ``9 d``."""
+    if seconds is None:
+        return "-"
+    for limit, unit, name in ((120, 1, "s"), (120 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def _pulse(row: ControllerRow) -> ControllerPulse:
+    return ControllerPulse(row.seen_at, row.interval_s, row.connected_since, row.stopped_at is not None)
+
+
+def _iso(at: datetime | None) -> str | None:
+    return at.isoformat() if at else None

@@ -6,7 +6,7 @@ from sqlalchemy import select
 
 from agent.contract.manifest import Manifest
 from fleet.registry.database import Database
-from fleet.registry.models import ArtifactRow
+from fleet.registry.models import ArtifactRow, WithdrawalRow
 from fleet.registry.rows import Actor, add_audit
 
 
@@ -35,6 +35,30 @@ class Artifacts:
                 )
             )
             add_audit(session, actor, "artifact.publish", manifest.id, {"digest": manifest.digest, "forced": forced})
+
+    def withdraw(self, digest: str, reason: str | None, actor: Actor) -> bool:
+        """From now on the artifact is not published; False where that was recorded before."""
+        with self._database.write() as session:
+            if session.get(WithdrawalRow, digest) is not None:
+                return False
+            session.add(WithdrawalRow(digest=digest, at=actor.at, who=actor.who, reason=reason))
+            add_audit(session, actor, "artifact.withdraw", digest, {"reason": reason})
+            return True
+
+    def reinstate(self, digest: str, actor: Actor) -> bool:
+        """The artifact may be published again; False where it was not withdrawn."""
+        with self._database.write() as session:
+            row = session.get(WithdrawalRow, digest)
+            if row is None:
+                return False
+            session.delete(row)
+            add_audit(session, actor, "artifact.reinstate", digest, {"withdrawn_at": row.at.isoformat()})
+            return True
+
+    def withdrawals(self) -> dict[str, WithdrawalRow]:
+        """By digest, every artifact that is withdrawn now."""
+        with self._database.read() as session:
+            return {row.digest: row for row in session.scalars(select(WithdrawalRow))}
 
     def published(self) -> dict[str, str]:
         """Digest to id of every artifact that was published."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from fleet.errors import RegistryError
-from fleet.registry.models import SCHEMA_VERSION, Base, SchemaRow
+from fleet.registry.schema import prepare
 
 #: How long a process waits for another's transaction before it gives up.
 BUSY_TIMEOUT_S = 10.0
@@ -32,7 +33,7 @@ class Database:
         self._writer = self._engine.execution_options(phifleet_write=True)
         self._where = self.url.render_as_string(hide_password=True)
         with self._explained():
-            _prepare(self._writer, self._where)
+            prepare(self._writer, self._where)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -114,39 +115,39 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _begin_postgresql(connection: Connection) -> None:
+    connection.execute(text(f"SET LOCAL lock_timeout = '{int(BUSY_TIMEOUT_S * 1000)}ms'"))
     if connection.get_execution_options().get("phifleet_write"):
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
-def _prepare(engine: Engine, where: str) -> None:
-    with engine.begin() as connection:
-        if not inspect(connection).has_table(SchemaRow.__tablename__):
-            Base.metadata.create_all(connection)
-            connection.execute(insert(SchemaRow).values(version=SCHEMA_VERSION))
-        found = connection.execute(select(SchemaRow.version)).scalar_one_or_none()
-    if found == SCHEMA_VERSION:
-        return
-    newer = found is not None and found > SCHEMA_VERSION
-    advice = (
-        "upgrade phifleet"
-        if newer
-        else "use the phifleet that made it, or move it aside and add the devices again with `phifleet device add`"
-    )
-    raise RegistryError(
-        f"database {where} has schema version {found}, and this phifleet works with {SCHEMA_VERSION}: {advice}"
-    )
+#: What an operator can do about what the database answers, by a regular expression for its words.
+_ADVICE = {
+    "database is locked": "another process kept it for more than {busy:.0f} s; see which one, with `fuser` say",
+    "lock timeout": "another process kept it for more than {busy:.0f} s; see which one in pg_stat_activity",
+    "unable to open database file": "is the folder there, and may this user write in it?",
+    "file is not a database": "the file is something else, or damaged; move it aside or restore a backup",
+    "disk image is malformed": "the file is damaged; stop the controller and restore a backup",
+    "no such column": "its tables are of another version; move it aside, or use the phifleet that made it",
+    "no such table": "its tables are of another version; move it aside, or use the phifleet that made it",
+    "disk is full": "make room on its disk; nothing was changed",
+    "No space left": "make room on the disk of the database server; nothing was changed",
+    "disk I/O error": "its disk fails, is full or was taken away; see the system's log",
+    "readonly database": "this user may not write it; run the command as the user that runs the controller",
+    "read-only transaction": "this server is a standby; name the primary",
+    "Connection refused": "is the database server running, and does the URL name its host and port?",
+    "password authentication failed": "the user or the password in the URL is wrong",
+    r'(database|role) "[^"]*" does not exist': "make it with createdb or createuser, or correct the URL",
+    r'(relation|column) "?[^"]*"? does not exist': "its tables are of another version; use the phifleet that made it",
+    "too many clients": "raise max_connections of the database server, or end other clients",
+    "could not translate host name": "the URL names a host that is not known here",
+    "could not receive data": "the connection to the database server was lost",
+    "server closed the connection": "the database server was stopped or has crashed; see its log",
+    "terminating connection": "the database server is being stopped",
+}
 
 
 def _advice(error: DBAPIError) -> str:
     reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
-    hints = {
-        "database is locked": f"another process kept it for more than {BUSY_TIMEOUT_S:.0f} s",
-        "unable to open database file": "is the folder there, and may this user write in it?",
-        "file is not a database": "the file is something else, or damaged; move it aside or restore a backup",
-        "no such column": "its tables are of another version; move it aside, or use the phifleet that made it",
-        "no such table": "its tables are of another version; move it aside, or use the phifleet that made it",
-        "disk is full": "make room on the disk",
-        "readonly database": "this user may not write it",
-    }
-    hint = next((text for key, text in hints.items() if key in reason), "")
+    whole = str(error.orig or error)
+    hint = next((text for key, text in _ADVICE.items() if re.search(key, whole)), "").format(busy=BUSY_TIMEOUT_S)
     return f"{reason} ({hint})" if hint else reason

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 
 from agent.contract.messages import Facts
 from agent.contract.profile import DeviceProfile
@@ -13,6 +15,8 @@ from fleet.errors import UsageError
 from fleet.registry.database import Database
 from fleet.registry.models import DeviceRow
 from fleet.registry.rows import Actor, add_audit, apply, device_row, outstanding
+
+_BARRED = or_(DeviceRow.removed_at.is_not(None), DeviceRow.revoked_at.is_not(None))
 
 
 class Devices:
@@ -37,8 +41,9 @@ class Devices:
                 row = DeviceRow(id=device, added_at=actor.at)
                 session.add(row)
             row.profile, row.profile_document = profile.name, document
-            row.added_at, row.removed_at, row.cleared = actor.at, None, False
+            row.added_at, row.removed_at, row.revoked_at, row.cleared = actor.at, None, None, False
             row.facts = row.reported = row.health = row.last_seen = None
+            row.health_at = row.health_interval_s = row.presence_received_at = None
             add_audit(session, actor, "device.add", device, {"profile": profile.name})
 
     def remove(self, device: str, actor: Actor) -> None:
@@ -49,10 +54,29 @@ class Devices:
         """
         with self._database.write() as session:
             row = device_row(session, device)
-            row.removed_at, row.online = actor.at, False
+            row.removed_at, row.online, row.cleared = actor.at, False, False
             for deployment in outstanding(session, [device]):
-                apply(deployment, core.Withdrawn(), actor.at)
+                apply(deployment, core.Withdrawn("the device was removed from the fleet"), actor.at)
             add_audit(session, actor, "device.remove", device)
+
+    def revoke(self, device: str, actor: Actor) -> datetime:
+        """Listen to the device no more and order it nothing; returns since when, also where that was done before.
+
+        Its outstanding deployment is cancelled, and the controller clears its topics. To remove and add the device
+        again is the only way back, as its certificates are void.
+
+        Raises:
+            UsageError: no such device.
+        """
+        with self._database.write() as session:
+            row = device_row(session, device)
+            if row.revoked_at is not None:
+                return row.revoked_at
+            row.revoked_at, row.online, row.cleared = actor.at, False, False
+            for deployment in outstanding(session, [device]):
+                apply(deployment, core.Withdrawn("the device was revoked"), actor.at)
+            add_audit(session, actor, "device.revoke", device)
+            return actor.at
 
     def get(self, device: str) -> DeviceRow:
         """One device.
@@ -69,18 +93,20 @@ class Devices:
             query = select(DeviceRow).where(DeviceRow.removed_at.is_(None)).order_by(DeviceRow.id)
             return list(session.scalars(query.where(DeviceRow.profile == profile) if profile else query))
 
-    def to_clear(self) -> list[str]:
-        """Devices that were removed and whose retained messages are still at the broker."""
+    def barred(self) -> frozenset[str]:
+        """Devices that were removed or revoked: nobody listens to them, and they are sent nothing."""
         with self._database.read() as session:
-            query = select(DeviceRow.id).where(DeviceRow.removed_at.is_not(None), DeviceRow.cleared.is_(False))
-            return list(session.scalars(query))
+            return frozenset(session.scalars(select(DeviceRow.id).where(_BARRED)))
 
-    def mark_cleared(self, device: str) -> None:
-        """The removed device's retained messages are gone."""
+    def to_clear(self) -> list[str]:
+        """Those of them whose retained messages may still be at the broker."""
+        with self._database.read() as session:
+            return list(session.scalars(select(DeviceRow.id).where(_BARRED, DeviceRow.cleared.is_(False))))
+
+    def mark_cleared(self, devices: Sequence[str], cleared: bool = True) -> None:
+        """The retained messages of barred devices are gone, or are there again."""
         with self._database.write() as session:
-            session.execute(
-                update(DeviceRow).where(DeviceRow.id == device, DeviceRow.removed_at.is_not(None)).values(cleared=True)
-            )
+            session.execute(update(DeviceRow).where(DeviceRow.id.in_(devices), _BARRED).values(cleared=cleared))
 
 
 def facts_of(row: DeviceRow) -> Facts | None:

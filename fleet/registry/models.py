@@ -1,4 +1,4 @@
-"""The tables: devices, artifacts published, deployments, what was done by whom, and recent health."""
+"""The tables: devices, artifacts, deployments, controllers, what was done by whom, and recent health."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import DateTime, TypeDecorator
 
-#: Grows with every change of the tables; a database of another version is refused, never guessed at.
-SCHEMA_VERSION = 2
+#: Grows with every change of the tables; ``schema`` brings a database of an earlier version up to it.
+SCHEMA_VERSION = 3
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -63,15 +63,22 @@ class DeviceRow(Base):
     profile_document: Mapped[dict[str, Any] | None]
     added_at: Mapped[datetime]
     removed_at: Mapped[datetime | None]
-    #: The controller has cleared the removed device's retained messages.
+    #: Its certificates are void, and the controller neither listens to it nor orders it.
+    revoked_at: Mapped[datetime | None]
+    #: The controller has cleared the removed or revoked device's retained messages.
     cleared: Mapped[bool] = mapped_column(default=False)
     sequence: Mapped[int] = mapped_column(default=0)
     online: Mapped[bool] = mapped_column(default=False)
     presence_at: Mapped[datetime | None]
+    #: When a controller last received the presence from the broker, also one that was retained.
+    presence_received_at: Mapped[datetime | None]
     agent_version: Mapped[str] = mapped_column(default="")
     facts: Mapped[dict[str, Any] | None]
     reported: Mapped[dict[str, Any] | None]
     health: Mapped[dict[str, Any] | None]
+    #: When the newest health report came, and how many seconds apart such reports come.
+    health_at: Mapped[datetime | None]
+    health_interval_s: Mapped[float | None]
     last_seen: Mapped[datetime | None]
     malformed: Mapped[int] = mapped_column(default=0)
 
@@ -114,6 +121,8 @@ class DeploymentRow(Base):
     #: When the controller gives up; None once nothing is awaited.
     due_at: Mapped[datetime | None] = mapped_column(index=True)
     published_at: Mapped[datetime | None]
+    #: Why the broker has not taken the order, as long as it has not.
+    publish_error: Mapped[str | None] = mapped_column(Text)
     started_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -124,6 +133,37 @@ class DeploymentRow(Base):
     served_digest: Mapped[str | None] = mapped_column(String(64))
     failure_code: Mapped[str | None] = mapped_column(String(64))
     failure_message: Mapped[str | None] = mapped_column(Text)
+
+
+class WithdrawalRow(Base):
+    """An artifact that must not be published again until somebody says so."""
+
+    __tablename__ = "withdrawals"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at: Mapped[datetime]
+    who: Mapped[str]
+    reason: Mapped[str | None] = mapped_column(Text)
+
+
+class ControllerRow(Base):
+    """A controller process, which writes here every ``interval_s`` seconds that it is alive."""
+
+    __tablename__ = "controllers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    version: Mapped[str]
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+    interval_s: Mapped[float]
+    #: Set when it ended in good order.
+    stopped_at: Mapped[datetime | None]
+    broker: Mapped[str]
+    #: Since when the broker answers; None while it does not, and then ``broker_error`` says why.
+    connected_since: Mapped[datetime | None]
+    broker_error: Mapped[str | None] = mapped_column(Text)
 
 
 class AuditRow(Base):

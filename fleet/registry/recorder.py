@@ -17,6 +17,7 @@ from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.messages import Facts, HealthReport, Presence, Reported
 from fleet.core import deployments as core
+from fleet.core.freshness import next_interval_s
 from fleet.errors import RegistryError
 from fleet.registry.health import keep_newest_health
 from fleet.registry.models import DeploymentRow, DeviceRow, HealthRow
@@ -119,18 +120,22 @@ class Recorder:
         names = {one.device for one in read}
         query = select(DeviceRow).where(DeviceRow.id.in_(names), DeviceRow.removed_at.is_(None))
         devices = {row.id: row for row in session.scalars(query)}
-        ordered = {one.report.deployment for one in read if isinstance(one.report, Reported)}
-        orders = {row.id: row for row in session.scalars(select(DeploymentRow).where(DeploymentRow.id.in_(ordered)))}
+        named = {one.report.deployment for one in read if isinstance(one.report, Reported)}
+        deployments = {row.id: row for row in session.scalars(select(DeploymentRow).where(DeploymentRow.id.in_(named)))}
         for one in read:
             row = devices.get(one.device)
-            if row is None:
-                if _count(self.unknown, one.device):
-                    _log.warning("message of a device that was not added", device=one.device, topic=one.received.topic)
+            if row is None or row.revoked_at is not None:
+                self._ignore(one, revoked=row is not None)
             elif one.report is None:
                 row.malformed += 1
             else:
-                _apply(session, row, one.report, one.received, orders)
+                _apply(session, row, one.report, one.received, deployments)
         self._prune(session, {one.device for one in read if isinstance(one.report, HealthReport)} & devices.keys())
+
+    def _ignore(self, one: _Read, *, revoked: bool) -> None:
+        if _count(self.unknown, one.device):
+            event = "message of a revoked device ignored" if revoked else "message of a device that was not added"
+            _log.warning(event, device=one.device, topic=one.received.topic)
 
     def _prune(self, session: Session, devices: Collection[str]) -> None:
         for device in devices:
@@ -141,24 +146,32 @@ class Recorder:
 
 
 def _apply(
-    session: Session, row: DeviceRow, report: Report, received: Received, orders: Mapping[str, DeploymentRow]
+    session: Session, row: DeviceRow, report: Report, received: Received, deployments: Mapping[str, DeploymentRow]
 ) -> None:
     match report:
         case Presence():
             row.online, row.presence_at = report.online, report.at or received.at
+            row.presence_received_at = received.at
             row.agent_version = report.agent_version or row.agent_version
             _log.info("presence", device=row.id, online=report.online)
         case Facts():
             row.facts = report.model_dump(mode="json")
         case Reported():
             row.reported = report.model_dump(mode="json")
-            order = orders.get(report.deployment)
-            if order is not None and (order.device, order.sequence) == (report.device, report.sequence):
-                _apply_report(order, report, received)
+            deployment = deployments.get(report.deployment)
+            if deployment is not None and (deployment.device, deployment.sequence) == (report.device, report.sequence):
+                _apply_report(deployment, report, received)
         case HealthReport():
+            _time_health(row, received.at)
             row.health = report.model_dump(mode="json")
             session.add(HealthRow(device=row.id, at=received.at, report=row.health))
     row.last_seen = _seen(row.last_seen, report, received)
+
+
+def _time_health(row: DeviceRow, at: datetime) -> None:
+    if row.health_at is not None and at > row.health_at:
+        row.health_interval_s = next_interval_s(row.health_interval_s, (at - row.health_at).total_seconds())
+    row.health_at = at
 
 
 def _count(counter: Counter[str], device: str) -> bool:

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from fleet.registry.artifacts import Artifacts
 from fleet.registry.audit import Audit
+from fleet.registry.controllers import Controllers
 from fleet.registry.database import Database
 from fleet.registry.deployments import Deployments
 from fleet.registry.devices import Devices
@@ -15,7 +16,7 @@ from fleet.registry.health import Health
 
 
 class Registry:
-    """Devices, artifacts, deployments, audit and health; each call of theirs is one transaction."""
+    """Devices, artifacts, deployments, audit, health and controllers; each call of theirs is one transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -24,6 +25,7 @@ class Registry:
         self.deployments = Deployments(database)
         self.audit = Audit(database)
         self.health = Health(database)
+        self.controllers = Controllers(database)
 
     def close(self) -> None:
         """Let go of the database."""

@@ -53,6 +53,27 @@ def device_rows(session: Session, devices: Sequence[str]) -> list[DeviceRow]:
     return [found.get(device) or device_row(session, device) for device in dict.fromkeys(devices)]
 
 
+def orderable_rows(session: Session, devices: Sequence[str]) -> list[DeviceRow]:
+    """The same, if none of them was revoked.
+
+    Raises:
+        UsageError: one is not there, or was revoked.
+    """
+    rows = device_rows(session, devices)
+    for row in rows:
+        if row.revoked_at is not None:
+            raise UsageError(f"device {row.id}: {revoked_text(row.revoked_at)}")
+    return rows
+
+
+def revoked_text(revoked_at: datetime) -> str:
+    """What an operator reads of a revoked device."""
+    return (
+        f"revoked since {revoked_at:%Y-%m-%d %H:%M} UTC; to have it back, `phifleet device remove` it and "
+        "`phifleet device add` it with a new bundle"
+    )
+
+
 def outstanding(session: Session, devices: Sequence[str]) -> Sequence[DeploymentRow]:
     """The deployments of these devices that are not over."""
     query = select(DeploymentRow).where(DeploymentRow.device.in_(devices), DeploymentRow.stage.in_(OUTSTANDING))

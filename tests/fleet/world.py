@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from agent.contract.profile import DeviceProfile
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor, Registry, open_registry
+from fleet.registry.controllers import Heartbeat
 from fleet.registry.models import DeploymentRow
 from fleet.trust.repository import Repository
 from tests.simulators.clock import FakeClock
@@ -86,6 +88,29 @@ class World:
             "at": self.clock.now(),
         }
         return Facts(**(fields | changes))
+
+
+def controller_runs(world: World, seen_at: datetime | None = None) -> None:
+    """As a controller says that it is alive, and has been connected to the broker for a long time."""
+    beat = Heartbeat(
+        id="controller-1",
+        host="here",
+        pid=1,
+        version="0.2.0",
+        started_at=world.clock.now(),
+        interval_s=5.0,
+        broker="mqtt://127.0.0.1:1",
+        connected_since=datetime(2000, 1, 1, tzinfo=UTC),
+        broker_error=None,
+    )
+    world.registry.controllers.beat(beat, seen_at or datetime.now(UTC))
+
+
+def queued_orders(world: World) -> list[DeploymentRow]:
+    """With their envelopes, oldest first."""
+    deployments, now = world.registry.deployments, world.clock.now()
+    queued = deployments.to_publish(False, now)
+    return sorted(deployments.orders(list(queued), now), key=lambda row: list(queued).index(row.id))
 
 
 def topic_of(message: WireModel, device: str) -> str:

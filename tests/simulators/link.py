@@ -174,11 +174,23 @@ class MemoryLink:
     faulty: bool = True
     will: Message | None = None
     _up: bool = True
+    _on_connected: list[Callable[[], None]] = field(default_factory=list)
     _bulk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "bulk"))
 
     @property
     def connected(self) -> bool:
         return self._up
+
+    @property
+    def address(self) -> str:
+        return "mqtt://in-memory"
+
+    @property
+    def reason(self) -> str:
+        return "" if self._up else "the connection was cut"
+
+    def on_connected(self, callback: Callable[[], None]) -> None:
+        self._on_connected.append(callback)
 
     async def publish(
         self,
@@ -232,6 +244,8 @@ class MemoryLink:
         """Connected again, subscriptions as before."""
         self._up = True
         self.broker.resubscribe(self)
+        for callback in self._on_connected:
+            callback()
 
     def close(self) -> None:
         self._up = False

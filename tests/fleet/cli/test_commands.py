@@ -15,14 +15,14 @@ import pytest
 from agent.contract.bundle import Bundle
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Desired, Failure, Progress, Reported, SignedDesired, State
+from agent.contract.messages import Desired, Failure, HealthReport, Progress, Reported, SignedDesired, State
 from fleet import __main__ as entry
 from fleet.core.deployments import Stage
 from fleet.core.fit import incompatibilities
 from fleet.registry import Received, Recorder
 from fleet.trust.ca import DeviceCA
 from tests.fleet.cli.conftest import Phifleet
-from tests.fleet.world import PROFILE, World, put_artifact, topic_of
+from tests.fleet.world import PROFILE, World, controller_runs, put_artifact, queued_orders, topic_of
 
 
 def hear(world: World, *messages: object) -> None:
@@ -239,6 +239,7 @@ def test_show_tells_everything_as_json(phifleet: Phifleet, world: World) -> None
     world.add("pi-1")
     (order,) = world.deploy("pi-1")
     hear(world, world.presence("pi-1"), world.facts("pi-1"), world.reported(order, State.PROVING))
+    controller_runs(world)
     shown = json.loads(phifleet("device", "show", "pi-1", "--json").out)
     assert shown["online"] is True
     assert shown["facts"]["machine"] == "x86_64"
@@ -303,7 +304,7 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
         ("pi-2", 1, "queued"),
     ]
     assert world.repository.published() == (world.manifest.digest,)
-    desired = payload_of(world.registry.deployments.to_publish(False, world.clock.now())[0].envelope)
+    desired = payload_of(queued_orders(world)[0].envelope)
     assert (desired.device, desired.sequence, desired.probation_s) == ("pi-1", 1, 5)
     assert desired.artifacts[0].digest == world.manifest.digest
     assert desired.transfer.window_bytes == world.profile.delivery.window_bytes
@@ -321,7 +322,7 @@ def test_a_window_is_part_of_the_order_and_the_deadline_counts_from_its_opening(
     window = ("--not-before", opens.isoformat(), "--not-after", (opens + timedelta(hours=1)).isoformat())
     result = phifleet("deploy", world.manifest.id, "--device", "pi-1", *window)
     assert result.code == 0, result.err
-    desired = payload_of(world.registry.deployments.to_publish(False, world.clock.now())[0].envelope)
+    desired = payload_of(queued_orders(world)[0].envelope)
     assert desired.window.not_before == opens
     assert 15.9 * 3600 < desired.deadline_s <= 16 * 3600
 
@@ -402,7 +403,7 @@ def test_of_several_variants_each_device_is_ordered_those_that_fit_it(phifleet: 
     wrong = put_artifact(world.home, b"cuda", target="cuda")
     result = phifleet("deploy", wrong.id, other.id, world.manifest.id, "--device", "pi-1")
     assert result.code == 0, result.err
-    (row,) = world.registry.deployments.to_publish(False, world.clock.now())
+    (row,) = queued_orders(world)
     expected = [one.digest for one in (other, world.manifest) if fits(world, one)]
     assert [ref.digest for ref in payload_of(row.envelope).artifacts] == expected
     assert world.manifest.digest in expected and wrong.digest not in expected
@@ -435,13 +436,14 @@ def test_an_order_that_a_paused_device_holds_is_shown_as_such(
     world.add("pi-1")
     none = Reported(device="pi-1", state=State.IDLE, paused=True, at=world.clock.now())
     hear(world, world.presence("pi-1"), none)
+    controller_runs(world)
     shown = phifleet("status", "--once").out
     assert "pi-1: paused by the person at the device" in shown
     result = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--wait", "--timeout", "1")
     assert result.code == 9
     assert "pi-1: held: the person at the device paused it" in result.err
     assert "pi-1: queued (held: the person at the device paused it)" in result.err.splitlines()[-1]
-    (row,) = phifleet("status", "--once").out.splitlines()[1:2]
+    (row,) = phifleet("status", "--once").out.splitlines()[2:3]
     assert row.split()[:3] == ["pi-1", "online", "paused"]
     assert json.loads(phifleet("status", "--json").out)["devices"][0]["paused"] is True
 
@@ -492,6 +494,7 @@ def test_status_shows_presence_state_progress_speed_and_failure(phifleet: Phifle
         world.reported(first, State.TRANSFERRING, progress=progress),
         world.reported(second, State.FAILED, failure=failure),
     )
+    controller_runs(world)
     shown = phifleet("status", "--once").out
     assert "50% of 100.0 MiB, 20.0 MiB/s" in shown
     assert "online" in shown and "offline" in shown and "store.disk_full: needs 86 MiB" in shown
@@ -499,6 +502,63 @@ def test_status_shows_presence_state_progress_speed_and_failure(phifleet: Phifle
     states = {row["device"]: row["deployment"] and row["deployment"]["state"] for row in document["devices"]}
     assert states == {"pi-1": Stage.TRANSFERRING, "pi-2": Stage.FAILED, "pi-3": None}
     assert [row["device"] for row in json.loads(phifleet("status", "pi-2", "--json").out)["devices"]] == ["pi-2"]
+
+
+def health(world: World, device: str) -> HealthReport:
+    return HealthReport(device=device, at=world.clock.now(), window_s=60, requests=5, tokens_per_s=74.0)
+
+
+def test_the_past_is_never_shown_as_the_present(phifleet: Phifleet, world: World) -> None:
+    """With the controller and the agent killed, what is known is old, and says so."""
+    world.add("pi-1")
+    hear(world, world.presence("pi-1"), health(world, "pi-1"))
+    controller_runs(world, datetime.now(UTC) - timedelta(hours=3))
+    shown = phifleet("status", "--once").out
+    assert "controller: not running; it was heard of last 3 h ago" in shown
+    assert "stale" in shown
+    assert "online" not in shown
+    document = json.loads(phifleet("status", "--json").out)
+    assert document["controller_running"] is False
+    (device,) = document["devices"]
+    assert (device["presence"], device["online"], device["health_stale"]) == ("unknown", False, True)
+    assert device["health_age_s"] > 0
+
+
+def test_a_running_controller_whose_broker_is_away_says_so(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1")
+    assert "none has ever run on this database" in phifleet("status", "--once").out
+    controller_runs(world)
+    assert "controller: running on here (process 1)" in phifleet("status", "--once").out
+
+
+def test_a_revoked_device_says_so_everywhere_and_is_ordered_nothing(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1", "pi-2")
+    world.deploy("pi-1")
+    done = phifleet("device", "revoke", "pi-1", "--yes")
+    assert done.code == 0 and "revoked pi-1" in done.out
+    assert "revoked since" in phifleet("status", "--once").out
+    listed = phifleet("device", "list").out
+    assert next(line for line in listed.splitlines() if "pi-1" in line).split()[2] == "revoked"
+    assert json.loads(phifleet("device", "show", "pi-1", "--json").out)["revoked_at"]
+    assert "pi-1 is revoked since" in phifleet("device", "show", "pi-1").out
+    refused = phifleet("deploy", world.manifest.id, "--device", "pi-1")
+    assert refused.code == 2 and "revoked since" in refused.err
+    # The others of its kind are not held up by it.
+    assert phifleet("deploy", world.manifest.id, "--profile", PROFILE).out.startswith("pi-2: ordered")
+    assert phifleet("device", "revoke", "nobody", "--yes").code == 2
+
+
+def test_what_was_withdrawn_is_not_published_by_the_next_order(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1")
+    assert phifleet("deploy", world.manifest.id, "--device", "pi-1").code == 0
+    assert phifleet("trust", "withdraw", world.manifest.digest[:10], "--reason", "answers wrongly").code == 0
+    refused = phifleet("deploy", world.manifest.id, "--device", "pi-1")
+    assert refused.code == 2
+    assert "was withdrawn on" in refused.err and "answers wrongly" in refused.err
+    assert f"trust reinstate {world.manifest.digest[:12]}" in refused.err
+    assert world.repository.published() == ()
+    assert phifleet("trust", "reinstate", world.manifest.digest[:12]).code == 0
+    assert phifleet("deploy", world.manifest.id, "--device", "pi-1").code == 0
 
 
 def test_status_of_an_empty_fleet_says_what_to_do(phifleet: Phifleet) -> None:

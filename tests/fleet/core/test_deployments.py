@@ -118,7 +118,7 @@ def test_a_final_report_corrects_the_controllers_verdict_and_an_unfinished_one_d
 
 def test_removing_a_device_cancels_what_is_outstanding_alone() -> None:
     for stage, row in TABLE.items():
-        after = decide(deployment(stage), Withdrawn())
+        after = decide(deployment(stage), Withdrawn("the device was removed from the fleet"))
         if row.outstanding:
             assert after.failure is not None and after.failure.code is FailureCode.CANCELLED
         else:
@@ -129,7 +129,7 @@ moments = st.integers(0, 100 * 86400).map(lambda seconds: START + timedelta(seco
 events = st.one_of(
     st.just(Published()),
     st.just(Superseded()),
-    st.just(Withdrawn()),
+    st.just(Withdrawn("the device was removed from the fleet")),
     st.builds(Tick, moments),
     st.builds(Report, st.sampled_from(State), st.sampled_from([None, FAILURE]), moments),
 )

@@ -207,6 +207,7 @@ async def test_a_report_on_another_deployment_or_sequence_changes_nothing(world:
         await say(device, world.reported(order, State.COMMITTED, sequence=7))
         await say(device, world.presence(DEVICE))
         await until(lambda: world.registry.devices.get(DEVICE).online, "all are read")
+        await until(lambda: newest(world).stage == "published", "the order is with the broker")
     assert newest(world).stage == "published"
     world.deploy(DEVICE)
     assert newest(world).sequence == 8, "larger than every sequence the device has ever reported"
@@ -248,7 +249,7 @@ async def test_a_removed_device_leaves_nothing_at_the_broker(world: World) -> No
         await until(lambda: not broker.retained, "they are cleared")
         await until(lambda: not world.registry.devices.to_clear(), "that is recorded")
     world.add(DEVICE)
-    assert world.registry.deployments.to_publish(True, world.clock.now()) == [], "a cancelled order does not come back"
+    assert world.registry.deployments.to_publish(True, world.clock.now()) == {}, "a cancelled order does not come back"
     assert world.deploy(DEVICE)[0].sequence == 2
 
 
@@ -349,4 +350,4 @@ async def test_an_order_expires_with_the_clock(world: World) -> None:
     world.clock.advance(days=2)
     late = world.registry.deployments.tick(world.clock.now() + timedelta(seconds=1))
     assert [row.failure_code for row in late] == [FailureCode.DEADLINE]
-    assert world.registry.deployments.to_publish(True, world.clock.now()) == []
+    assert world.registry.deployments.to_publish(True, world.clock.now()) == {}

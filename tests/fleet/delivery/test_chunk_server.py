@@ -125,8 +125,8 @@ async def test_nonsense_is_ignored_counted_and_logged_once(broker: Broker, sourc
     assert stats.wants_unknown == 3
     assert one.numbers() == [0]
     events = [entry["event"] for entry in logs]
-    assert events.count("want_malformed") == 1
-    assert events.count("want_unknown_artifact") == 2  # two different ones
+    assert events.count("want malformed") == 1
+    assert events.count("want unknown artifact") == 2  # two different ones
 
 
 async def test_source_that_is_gone_or_cut_short_is_counted_and_others_are_served(

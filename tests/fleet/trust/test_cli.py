@@ -110,11 +110,17 @@ def test_withdraw_and_revoke(context: Context) -> None:
     done(call(context, "init"))
     manifest = make_manifest()
     Repository(context.home).publish(manifest)
-    assert "of 0 published digests" in refused(call(context, "trust", "withdraw", "zz"))
+    assert "of 0 digests" in refused(call(context, "trust", "withdraw", "zz"))
+    why = ("--reason", "answers in the wrong language")
+    assert manifest.digest in done(call(context, "trust", "withdraw", manifest.digest[:8], *why))
+    assert Repository(context.home).published() == ()
+    # Withdrawn it stays, also when it is said again; only `reinstate` lets it be published once more.
     assert manifest.digest in done(call(context, "trust", "withdraw", manifest.digest[:8]))
-    assert "no certificate of 'pi-1' is in force" in refused(call(context, "trust", "revoke", "pi-1"))
+    assert manifest.digest in done(call(context, "trust", "reinstate", manifest.digest[:8]))
+    assert "of 0 digests" in refused(call(context, "trust", "reinstate", manifest.digest[:8]))
+    assert "no certificate of it is in force" in refused(call(context, "trust", "revoke", "pi-1"))
     DeviceCA(context.home).enrol("pi-1")
-    assert "revoked 1 of pi-1" in done(call(context, "trust", "revoke", "pi-1"))
+    assert "revoked pi-1: 1 certificate" in done(call(context, "trust", "revoke", "pi-1"))
 
 
 def test_issue_for_the_broker_and_the_controller(context: Context, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ async def test_a_fault_costs_one_answer(scene: Scene) -> None:
     with capture_logs() as logs:
         await scene.send(want("broken.json"))
         await until(lambda: logs)
-    assert logs[0]["event"] == "metadata_answer_failed"
+    assert logs[0]["event"] == "metadata answer failed"
     assert scene.answers == []
     assert len(await scene.ask(want("timestamp.json"))) == 1
 
