@@ -14,10 +14,11 @@ export PIP_USER := 0
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo )
 DEV_EXTRAS := quantize,llamacpp,dev
 
-.PHONY: help demo test test-bare test-variants check format bench docs dist clean
+.PHONY: help demo test test-fast test-bare test-variants check format bench docs dist clean
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
 	@echo "make test    all tests"
+	@echo "make test-fast  everything but real toolchains and models: the loop while you write, under three minutes"
 	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; four minutes"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
 	@echo "make check   format, lint, types, import rules, generated docs"
@@ -52,12 +53,13 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.made
 dist: $(VENV)/.made
 	@rm -f dist/phifleet-*.whl; $(PIP) wheel --quiet --no-deps --wheel-dir dist . && ls dist/phifleet-*.whl
 
-# Debian packages that the tests use: the broker, and a browser for the pages.
+# Debian packages that the tests use: the broker, a browser for the pages, and a database server.
 .PHONY: debian
 debian:
 	@missing=; \
 	PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || missing="mosquitto"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	if test -n "$$missing"; then \
 	  echo "installing from Debian: $$missing"; \
 	  $(SUDO)apt-get update -qq && $(SUDO)env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
@@ -66,8 +68,24 @@ debian:
 demo: $(VENV)/.demo
 	@$(BIN)/phifleet demo $(ARGS)
 
+# With PYTEST_ARGS, those tests alone, and no floor: only a whole run says what is covered.
 test: $(VENV)/.dev debian
+ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m pytest --cov --cov-report=
+	@$(BIN)/python -m tests.coverage_floor
+endif
+
+# The developer's loop: everything but real toolchains and models, in under three minutes, on light packages.
+TOOLCHAIN_TESTS := tests/integration tests/bare tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes tests/fleet/demo
+test-fast: $(VENV)/.fast
+	@$(BIN)/python -m pytest -n 2 $(addprefix --ignore=,$(TOOLCHAIN_TESTS)) -m "not browser and not toolchain" $(PYTEST_ARGS)
+
+$(VENV)/.fast: pyproject.toml | $(VENV)/.made
+	@test -e $(VENV)/.dev || $(PIP) install --quiet --editable '.[fleet,dev]'
+	@touch $@
 
 # What README and operations.md tell people to type, typed on a Debian 12 of its own: needs root, debootstrap and nspawn.
 BARE_TOOLS := debootstrap systemd-nspawn

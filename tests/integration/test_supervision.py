@@ -76,8 +76,8 @@ async def test_a_killed_worker_is_back_in_its_load_time_and_queued_requests_are_
     load.stop()
     await running
     broken = [seen for seen in load.seen if seen.error]
-    # Those in flight end with a clear error; there are at most as many as the host decodes at once.
-    assert 0 < len(broken) <= 8
+    # Those in flight end with a clear error: at most as many as the host decodes at once, eight and a short one.
+    assert 0 < len(broken) <= 9
     assert all(seen.began < killed for seen in broken)
     assert all("worker" in seen.error or "process" in seen.error for seen in broken), [seen.error for seen in broken]
     assert [seen for seen in load.seen if not seen.error and seen.began < killed < seen.times[-1]], (

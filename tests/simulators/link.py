@@ -174,7 +174,7 @@ class MemoryLink:
     faulty: bool = True
     will: Message | None = None
     _up: bool = True
-    _on_connected: list[Callable[[], None]] = field(default_factory=list)
+    _connected_callbacks: list[Callable[[], None]] = field(default_factory=list)
     _bulk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "bulk"))
 
     @property
@@ -190,7 +190,7 @@ class MemoryLink:
         return "" if self._up else "the connection was cut"
 
     def on_connected(self, callback: Callable[[], None]) -> None:
-        self._on_connected.append(callback)
+        self._connected_callbacks.append(callback)
 
     async def publish(
         self,
@@ -244,7 +244,7 @@ class MemoryLink:
         """Connected again, subscriptions as before."""
         self._up = True
         self.broker.resubscribe(self)
-        for callback in self._on_connected:
+        for callback in self._connected_callbacks:
             callback()
 
     def close(self) -> None:
