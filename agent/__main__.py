@@ -15,6 +15,7 @@ import click
 from agent import settings as config
 from agent.cli import local
 from agent.compose import compose, host_settings
+from agent.contract.exit_codes import ExitCode
 from agent.contract.manifest import Manifest
 from agent.daemon.agent import Agent
 from agent.endpoint.openai.chat import render
@@ -25,8 +26,6 @@ from agent.runtimes.host.probing import Prober, RuntimeReport
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
 from agent.trust import identity
-
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -147,10 +146,16 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(EXIT_INTERRUPTED)
-    except (AgentError, OSError) as error:
+        sys.exit(ExitCode.INTERRUPTED)
+    except AgentError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_FAILED)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `phifleet-agent logs | head`: nobody reads any more
+        sys.stderr.close()
+        sys.exit(ExitCode.NOBODY_READS)
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(ExitCode.FAILED)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from agent.contract.exit_codes import ExitCode
 from agent.contract.failures import FailureCode
 
 
@@ -11,6 +12,7 @@ class AgentError(Exception):
     """Base. The message says what was wrong, where, and what to do."""
 
     default_code: ClassVar[FailureCode] = FailureCode.INTERNAL
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
 
     def __init__(self, message: str, code: FailureCode | None = None) -> None:
         super().__init__(message)
@@ -18,7 +20,15 @@ class AgentError(Exception):
 
 
 class ConfigError(AgentError):
-    """Settings or a bundle cannot be used."""
+    """Settings or a bundle cannot be used; trying again changes nothing."""
+
+    exit_code = ExitCode.USAGE
+
+
+class UnavailableError(ConfigError):
+    """The machine does not give now what the settings name: a port, a folder, the lock. Trying again may help."""
+
+    exit_code = ExitCode.FAILED
 
 
 class TrustError(AgentError):

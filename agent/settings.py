@@ -5,20 +5,22 @@ Each field's unit is in its name or its description; ``--show-config`` prints ea
 
 from __future__ import annotations
 
-import tomllib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from agent.contract.base import explain
 from agent.errors import ConfigError
-from agent.platform.config_files import system_file, unread
+from agent.platform import settings as layered
+from agent.platform.config_files import system_file
 
 ENV_PREFIX = "PHIFLEET_AGENT_"
 FILE_NAME = "agent.toml"
+#: Names the file when no flag does.
+CONFIG_VARIABLE = "PHIFLEET_AGENT_CONFIG"
 
 
 def _default_state() -> Path:
@@ -96,40 +98,14 @@ def load(flags: dict[str, Any], file: Path | None) -> tuple[AgentSettings, dict[
     """The settings, and where each value came from; flags that are None count as not given.
 
     Raises:
-        ConfigError: a value is wrong; the message names it and its source.
+        ConfigError: a value is wrong, or a name unknown; the message names it, its source and what is allowed.
     """
-    layers = {
-        str(file or system_file(FILE_NAME)): read_file(file),
-        f"{ENV_PREFIX}* in the environment": EnvSettingsSource(AgentSettings)(),
-        "flag": {name: value for name, value in flags.items() if value is not None},
-    }
-    values = {name: value for layer in layers.values() for name, value in layer.items()}
-    source = {name: origin for origin, layer in layers.items() for name in layer}
+    named = file or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
     try:
-        return AgentSettings(**values), source
-    except ValidationError as error:
-        wrong = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
-        origins = ", ".join(sorted({source.get(name, "default") for name in wrong})) or "settings"
-        raise ConfigError(f"{origins}: {explain(error)}") from None
-
-
-def read_file(file: Path | None) -> dict[str, Any]:
-    """The values of a TOML file; None takes the machine's, which need not exist.
-
-    Raises:
-        ConfigError: the file is missing, cannot be read, or is not TOML.
-    """
-    named, file = file is not None, file or system_file(FILE_NAME)
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not named:
-            return {}
-        raise ConfigError(f"configuration file {file} does not exist") from None
-    except OSError as error:
-        raise ConfigError(f"configuration file {file}: {unread(error)}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"configuration file {file}: {error}") from None
+        files = layered.layers_of(named, [system_file(FILE_NAME)])
+        return layered.load(AgentSettings, ENV_PREFIX, files, flags)
+    except layered.SettingsError as error:
+        raise ConfigError(str(error)) from None
 
 
 def provenance(settings: AgentSettings, source: dict[str, str]) -> list[tuple[str, str, str]]:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import click
 
+from agent.contract.exit_codes import ExitCode
+
 #: Name of a command: where it is, and its line in the help. The text is here so that --help imports nothing.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "init": ("fleet.cli.trust:init", "Make the keys and the signed metadata of a new fleet."),
@@ -129,13 +131,13 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        return 130
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # `phifleet status | head`: nobody reads any more
         sys.stderr.close()
-        return 141
+        return ExitCode.NOBODY_READS
     except OSError as error:  # whatever no command has made an error of its own of
         click.echo(f"error: {_of_system(error)}", err=True)
-        return 1
+        return ExitCode.FAILED
     return result if isinstance(result, int) else 0
 
 

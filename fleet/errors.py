@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from agent.contract.exit_codes import ExitCode
+
 
 class FleetError(Exception):
     """Base. The message says what was wrong, where, and what to do."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
 
 
 class UsageError(FleetError):
     """A flag, an id or a file that the operator gave cannot be used."""
 
-    exit_code = 2
+    exit_code = ExitCode.USAGE
 
 
 class ModelError(FleetError):
     """A checkpoint is missing, damaged, or no Phi."""
 
-    exit_code = 3
+    exit_code = ExitCode.MODEL
 
 
 class ProfileError(FleetError):
     """A device profile is wrong, or no toolchain can give what it asks for."""
 
-    exit_code = 4
+    exit_code = ExitCode.PROFILE
 
 
 class BuildError(FleetError):
     """A toolchain is missing, failed or was killed; the message ends with the tail of its log."""
 
-    exit_code = 5
+    exit_code = ExitCode.BUILD
 
 
 class StoreError(BuildError):
@@ -42,22 +44,22 @@ class StoreError(BuildError):
 class RepositoryError(FleetError):
     """The TUF repository, its keys or the device CA cannot be used."""
 
-    exit_code = 6
+    exit_code = ExitCode.REPOSITORY
 
 
 class BrokerError(FleetError):
     """The broker cannot be reached or refuses."""
 
-    exit_code = 7
+    exit_code = ExitCode.BROKER
 
 
 class RegistryError(FleetError):
     """The database of devices and deployments cannot be used."""
 
-    exit_code = 8
+    exit_code = ExitCode.DATABASE
 
 
 class DeploymentError(FleetError):
     """Devices that were waited for did not commit."""
 
-    exit_code = 9
+    exit_code = ExitCode.NOT_COMMITTED

@@ -7,27 +7,26 @@ Each field's unit is in its name or its description; ``--show-config`` prints ea
 
 from __future__ import annotations
 
-import difflib
 import os
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import platformdirs
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from agent.platform.config_files import system_file, unread
+from agent.platform import settings as layered
+from agent.platform.config_files import system_file
 from fleet.errors import UsageError
 
 ENV_PREFIX = "PHIFLEET_"
+#: Begins the agent's variables, which are not the controller's to judge.
+AGENT_PREFIX = ("PHIFLEET_AGENT_",)
 FILE_NAME = "fleet.toml"
 EMBEDDED = "embedded"
 #: Names the file when no flag does.
 CONFIG_VARIABLE = "PHIFLEET_CONFIG"
-
-Layers = dict[str, dict[str, Any]]
 
 
 def _default_home() -> Path:
@@ -116,54 +115,14 @@ def load(flags: dict[str, Any], file: Path | None) -> tuple[FleetSettings, dict[
     """The settings, and where each value came from; flags that are None count as not given.
 
     Raises:
-        UsageError: a value is wrong, or a field unknown; the message names it, its source and what is allowed.
+        UsageError: a value is wrong, or a name unknown; the message names it, its source and what is allowed.
     """
-    layers: Layers = {
-        **_file_layers(file),
-        f"{ENV_PREFIX}* in the environment": EnvSettingsSource(FleetSettings)(),
-        "flag": {name: value for name, value in flags.items() if value is not None},
-    }
-    values = {name: value for layer in layers.values() for name, value in layer.items()}
-    source = {name: origin for origin, layer in layers.items() for name in layer}
-    try:
-        return FleetSettings(**values), source
-    except ValidationError as error:
-        # Never with the value: it may be a password.
-        problems = [_explain(problem["loc"], problem["msg"], source) for problem in error.errors(include_input=False)]
-    raise UsageError("; ".join(problems))
-
-
-def _explain(location: tuple[int | str, ...], message: str, source: dict[str, str]) -> str:
-    name = str(location[0]) if location else ""
-    if not name:
-        return message.removeprefix("Value error, ")
-    origin = source.get(name, "default")
-    if name not in FleetSettings.model_fields:
-        known = sorted(FleetSettings.model_fields)
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        return f"{origin}: unknown field {name}; {hint}"
-    return f"{origin}: {name}: {message.removeprefix('Value error, ')}"
-
-
-def _file_layers(file: Path | None) -> Layers:
     named = file or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
-    if named is not None:
-        return {str(named): _read(named)}
-    return {str(path): found for path in default_files() if (found := _read(path, needed=False))}
-
-
-def _read(path: Path, *, needed: bool = True) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not needed:
-            return {}
-        raise UsageError(f"configuration file {path} does not exist") from None
-    except OSError as error:
-        raise UsageError(f"configuration file {path}: {unread(error)}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"configuration file {path}: {error}") from None
+        files = layered.layers_of(named, default_files())
+        return layered.load(FleetSettings, ENV_PREFIX, files, flags, foreign=AGENT_PREFIX)
+    except layered.SettingsError as error:
+        raise UsageError(str(error)) from None
 
 
 def provenance(settings: FleetSettings, source: dict[str, str]) -> list[tuple[str, str, str]]:

@@ -13,16 +13,14 @@ from typing import Any
 import click
 
 from agent import settings as config
+from agent.contract.exit_codes import ExitCode
 from agent.daemon.control import FILE as CONTROL_FILE
-from agent.errors import AgentError, ConfigError
+from agent.errors import AgentError
 from agent.settings import AgentSettings
 from agent.store.journal import FileJournal
 
 Outer = tuple[Path | None, dict[str, Any]]
 
-
-#: What service managers take for "not running" (systemctl status, LSB).
-EXIT_NOT_RUNNING = 3
 
 state_dir_option = click.option(
     "--state-dir", type=click.Path(path_type=Path), help="Folder of artifacts, journal, trust and identity."
@@ -78,7 +76,7 @@ def status(outer: Outer, /, state_dir: Path | None, as_json: bool) -> None:
     for line in [json.dumps(found, ensure_ascii=False)] if as_json else lines(found):
         click.echo(line)
     if not found["running"]:
-        sys.exit(EXIT_NOT_RUNNING)
+        sys.exit(ExitCode.NOT_RUNNING)
 
 
 def _remembered(state_dir: Path) -> dict[str, Any] | None:
@@ -111,7 +109,7 @@ def logs(outer: Outer, /, state_dir: Path | None, count: int, follow: bool, depl
     """The agent's own log, also where no journal keeps it."""
     path = settings_of(outer, state_dir=state_dir).state_dir / "logs" / "agent.log"
     if not path.exists():
-        raise ConfigError(f"there is no log at {path}; has the agent run with this --state-dir?")
+        raise AgentError(f"there is no log at {path}; has the agent run with this --state-dir?")
     with path.open(encoding="utf-8", errors="replace") as source:
         kept = [line for line in source if _of(line, deployment)][-count:]
         sys.stdout.writelines(kept)

@@ -21,7 +21,7 @@ from agent.endpoint.http.connections import ConnectionGuard, GuardedConnection
 from agent.endpoint.http.context import CONTEXT
 from agent.endpoint.http.generation import OnFinished
 from agent.endpoint.http.metrics import StatsSource
-from agent.errors import ConfigError
+from agent.errors import ConfigError, UnavailableError
 
 _BACKLOG = 1024
 
@@ -130,7 +130,9 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, proto)
     except OSError as error:
-        raise ConfigError(f"the endpoint cannot listen on {where}: {error.strerror or error}; check 'host'") from None
+        raise UnavailableError(
+            f"the endpoint cannot listen on {where}: {error.strerror or error}; check 'host'"
+        ) from None
     try:
         # On Windows the option would let two servers share a port; elsewhere it only skips TIME_WAIT.
         if hasattr(socket, "AF_UNIX") and not hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
@@ -146,12 +148,12 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 
 def _refused(where: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
-        return ConfigError(
+        return UnavailableError(
             f"port {port} is in use ({where}): stop the program that has it, or give another 'port' (0: a free one)"
         )
     if error.errno == errno.EACCES:
         return ConfigError(f"the endpoint may not listen on {where}: ports below 1024 need a privilege; give another")
-    return ConfigError(f"the endpoint cannot listen on {where}: {error.strerror or error}")
+    return UnavailableError(f"the endpoint cannot listen on {where}: {error.strerror or error}")
 
 
 def _listen_unix(path: Path) -> socket.socket:
@@ -182,5 +184,7 @@ def _remove_stale(path: Path) -> None:
         probe.settimeout(1)
         with suppress(ConnectionRefusedError, FileNotFoundError):
             probe.connect(str(path))
-            raise ConfigError(f"{path} is in use: stop the endpoint that listens there, or give another 'unix_socket'")
+            raise UnavailableError(
+                f"{path} is in use: stop the endpoint that listens there, or give another 'unix_socket'"
+            )
     path.unlink(missing_ok=True)

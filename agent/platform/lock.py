@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.errors import ConfigError
+from agent.errors import UnavailableError
 
 _HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK})
 
@@ -23,7 +23,7 @@ def hold(folder: Path) -> Iterator[None]:
     """An exclusive lock on the folder, until the context ends or the process does.
 
     Raises:
-        ConfigError: another agent has it, or the folder can neither be made nor locked; says why.
+        UnavailableError: another agent has it, or the folder can neither be made nor locked; says why.
     """
     handles: list[int] = []
     try:
@@ -50,13 +50,13 @@ def _take(folder: Path, handles: list[int]) -> None:
             locked = True
         except OSError as error:
             if error.errno in _HELD and error.filename is None:  # of the lock, not of the opening
-                raise ConfigError(
+                raise UnavailableError(
                     f"another agent runs with the state folder {folder}; stop it, or name another with --state-dir"
                 ) from None
             refusals.append(("locked", error))
     if not locked:
         what, first = refusals[0]
-        raise ConfigError(f"the state folder {folder} cannot be {what}: {first.strerror or first}") from first
+        raise UnavailableError(f"the state folder {folder} cannot be {what}: {first.strerror or first}") from first
 
 
 if sys.platform == "win32":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from agent.contract.base import MalformedMessageError
 from agent.contract.bundle import Bundle
-from agent.errors import ConfigError
+from agent.errors import ConfigError, UnavailableError
 from agent.platform.files import PRIVATE, reason, write_atomic
 
 _BUNDLE = "bundle.json"
@@ -76,7 +76,7 @@ def enrol(bundle: Bundle, state_folder: Path, *, replace: bool = False) -> Ident
                 _keep(folder / name, pem.encode())
         _keep(folder / _BUNDLE, bundle.to_json())
     except OSError as error:
-        raise ConfigError(f"the identity cannot be written to {folder}: {reason(error, folder)}") from error
+        raise UnavailableError(f"the identity cannot be written to {folder}: {reason(error, folder)}") from error
     return _identity(bundle, state_folder)
 
 

@@ -68,3 +68,30 @@ def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, text: str, says: s
     with pytest.raises(ConfigError, match=says) as caught:
         load({}, written(tmp_path, text))
     assert "agent.toml" in str(caught.value)
+
+
+def test_a_mistyped_variable_is_named_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHIFLEET_AGENT_PROT", "1")
+    with pytest.raises(ConfigError, match=r"unknown variable PHIFLEET_AGENT_PROT; did you mean PHIFLEET_AGENT_PORT\?"):
+        load({}, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'api_key = ["hunter2"]',
+        "api_keys = [{ name = 'kiosk', secret = 'hunter2', concurent = 1 }]",
+        "api_keys = 'hunter2'",
+        "port = 'hunter2'",
+        "hunter2",
+    ],
+)
+def test_no_error_prints_the_value_that_a_mistyped_key_holds(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({}, written(tmp_path, text))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_variable_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHIFLEET_AGENT_CONFIG", str(written(tmp_path, "port = 7\n")))
+    assert load({}, None)[0].port == 7

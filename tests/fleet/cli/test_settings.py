@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.platform.settings import OTHER_VARIABLES
 from fleet.errors import UsageError
 from fleet.settings import FleetSettings, load, provenance
 from tests.fleet.cli.conftest import Phifleet
@@ -29,6 +30,18 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path, m
 
 def test_the_agents_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHIFLEET_AGENT_BROKER", "nonsense")
+    assert load({}, None)[0].broker == "embedded"
+
+
+def test_a_mistyped_variable_is_named_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHIFLEET_BROKR", "mqtts://broker:8883")
+    with pytest.raises(UsageError, match=r"unknown variable PHIFLEET_BROKR; did you mean PHIFLEET_BROKER\?"):
+        load({}, None)
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_VARIABLES))
+def test_variables_that_are_no_settings_are_let_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
     assert load({}, None)[0].broker == "embedded"
 
 
