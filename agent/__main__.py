@@ -21,11 +21,15 @@ from agent.daemon.agent import Agent
 from agent.endpoint.openai.chat import render
 from agent.errors import AgentError
 from agent.platform import facts, lock, logs
+from agent.platform.arguments import hoisted
 from agent.platform.clock import SystemClock
 from agent.runtimes.host.probing import Prober, RuntimeReport
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
 from agent.trust import identity
+
+#: They take a value, and are accepted after the command too.
+GLOBAL_OPTIONS = ("--config", "--state-dir", "--log-level", "--log-format")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -141,7 +145,7 @@ async def _run(settings: AgentSettings, who: identity.Identity) -> None:
 def main() -> None:
     """The command line; an error that we know is a line, not a traceback."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(hoisted(sys.argv[1:], GLOBAL_OPTIONS), standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

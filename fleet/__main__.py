@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 import click
 
 from agent.contract.exit_codes import ExitCode
+from agent.platform.arguments import hoisted
 
+#: They take a value, and are accepted after the command too: people type them where they think of them.
+GLOBAL_OPTIONS = ("--config", "--home", "--log-level", "--log-format")
 #: Name of a command: where it is, and its line in the help. The text is here so that --help imports nothing.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "init": ("fleet.cli.trust:init", "Make the keys and the signed metadata of a new fleet."),
@@ -121,8 +124,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     from fleet.errors import FleetError
 
+    given = hoisted(sys.argv[1:] if arguments is None else arguments, GLOBAL_OPTIONS)
     try:
-        result: Any = cli.main(arguments, prog_name="phifleet", standalone_mode=False)
+        result: Any = cli.main(given, prog_name="phifleet", standalone_mode=False)
     except FleetError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code

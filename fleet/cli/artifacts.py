@@ -14,6 +14,7 @@ from agent.contract.manifest import Manifest
 from fleet.core.frontier import choose, frontier
 from fleet.errors import UsageError
 from fleet.home import Home
+from fleet.operations.fleet import no_fleet
 from fleet.profiles_loader import load_profile
 from fleet.store import FolderStore, Listing, find
 
@@ -114,7 +115,13 @@ def compare_command(
 
 
 def _listed(home: Home) -> Listing:
-    """Every artifact; what cannot be read is told."""
+    """Every artifact; what cannot be read is told.
+
+    Raises:
+        UsageError: the home is not there, such as one that was mistyped.
+    """
+    if not home.root.is_dir():
+        raise UsageError(no_fleet(home))
     listing = FolderStore(home.artifacts).list()
     for problem in listing.damaged:
         click.echo(f"warning: {problem}", err=True)

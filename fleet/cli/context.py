@@ -14,7 +14,7 @@ from fleet.home import Home
 from fleet.settings import FleetSettings, load, provenance
 
 if TYPE_CHECKING:
-    from fleet.registry import Actor, Registry
+    from fleet.registry import Actor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,6 @@ class Context:
         """Print each value and where it came from."""
         for name, value, source in provenance(self.settings, self.source):
             click.echo(f"{name} = {value or '-'}  ({source})")
-
-    def open_registry(self) -> Registry:
-        """The registry of devices and deployments.
-
-        Raises:
-            RegistryError: the database cannot be used.
-        """
-        from fleet.registry import open_registry
-
-        return open_registry(self.settings.database_url)
 
 
 def actor() -> Actor:

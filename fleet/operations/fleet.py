@@ -6,7 +6,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from fleet.errors import RepositoryError
+from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
 from fleet.settings import FleetSettings
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from fleet.store import ArtifactStore
     from fleet.trust.ca import DeviceCA
     from fleet.trust.repository import Repository
+
+
+def no_fleet(home: Home) -> str:
+    """What to say of a folder that holds no fleet."""
+    return f"{home.root} holds no fleet; `phifleet init` makes one there, and --home names another folder"
 
 
 class Fleet:
@@ -32,11 +37,14 @@ class Fleet:
         """Devices, artifacts, deployments, audit and health.
 
         Raises:
+            UsageError: the home holds no fleet, and no database is there: to look must not make an empty one.
             RegistryError: the database cannot be used.
         """
         from fleet.registry import open_registry
 
-        return open_registry(self.settings.database_url)
+        if not self.home.tuf.is_dir() and self.settings.database is None and not self.home.database.exists():
+            raise UsageError(no_fleet(self.home))
+        return open_registry(self.settings.database_url, create=self.home.tuf.is_dir())
 
     @cached_property
     def artifacts(self) -> ArtifactStore:

@@ -8,10 +8,10 @@ from fleet.registry.rows import Actor
 __all__ = ["Actor", "Database", "Received", "Recorder", "Registry", "open_registry"]
 
 
-def open_registry(url: str) -> Registry:
-    """The registry behind a database URL; its tables are made when the database is new.
+def open_registry(url: str, *, create: bool = True) -> Registry:
+    """The registry behind a database URL; with ``create`` its tables are made when the database is new.
 
     Raises:
-        fleet.errors.RegistryError: it cannot be opened, or has another schema version.
+        fleet.errors.RegistryError: it cannot be opened, has another schema version, or is new and must not be made.
     """
-    return Registry(Database(url))
+    return Registry(Database(url, create=create))

@@ -25,15 +25,17 @@ _LOCK = 0x7068_6966
 class Database:
     """An engine whose schema was checked, and its two kinds of transaction."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
         self.url = _parse(url)
+        if not create:
+            _refuse_missing(self.url)
         self._engine = _engine(self.url)
         # One writer at a time, from the first statement on: a transaction that read first and was overtaken by
         # another process would otherwise write over what that one decided.
         self._writer = self._engine.execution_options(phifleet_write=True)
         self._where = self.url.render_as_string(hide_password=True)
         with self._explained():
-            prepare(self._writer, self._where)
+            prepare(self._writer, self._where, create=create)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -81,6 +83,12 @@ def _parse(url: str) -> URL:
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise RegistryError(f"{parsed.drivername} is not supported; use sqlite or postgresql")
     return parsed
+
+
+def _refuse_missing(url: URL) -> None:
+    """SQLite makes a file that is not there when it is opened."""
+    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
+        raise RegistryError(f"there is no database {url.database}")
 
 
 def _engine(url: URL) -> Engine:

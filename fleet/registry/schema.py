@@ -13,19 +13,24 @@ from fleet.errors import RegistryError
 from fleet.registry.models import SCHEMA_VERSION, Base, ControllerRow, SchemaRow, UtcDateTime, WithdrawalRow
 
 
-def prepare(engine: Engine, where: str) -> None:
+def prepare(engine: Engine, where: str, *, create: bool = True) -> None:
     """See that the database has the tables of this version; ``where`` names it in errors.
+
+    Without ``create`` nothing is made in a database that has none of them.
 
     ``engine`` lets one writer in at a time, so two processes that start together make or change the tables once.
 
     Raises:
-        RegistryError: it has a version that this phifleet does not know how to change.
+        RegistryError: it has a version that this phifleet does not know how to change, or no tables and none may be
+            made.
     """
     with engine.connect() as connection:
         if _version(connection) == SCHEMA_VERSION:
             return
     with engine.begin() as connection:
         found = _version(connection)
+        if found is None and not create:
+            raise RegistryError(f"database {where} holds no fleet")
         if found is None:
             Base.metadata.create_all(connection)
             connection.execute(insert(SchemaRow).values(version=SCHEMA_VERSION))

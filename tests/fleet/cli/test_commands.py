@@ -48,13 +48,13 @@ def test_help_lists_every_command() -> None:
         assert name in shown and text.split()[0] in shown
 
 
-def test_status_imports_no_toolchain_and_no_broker(tmp_path: Path) -> None:
+def test_status_imports_no_toolchain_and_no_broker(world: World) -> None:
     heavy = "torch,transformers,onnxruntime_genai,iotcore,tuf,aiohttp"
     code = (
         "import sys; from fleet.__main__ import run; code = run(['--home', sys.argv[1], 'status', '--json']);"
         f"sys.exit(code or int(any(name in sys.modules for name in '{heavy}'.split(','))))"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, str(world.home.root)], check=False).returncode == 0
 
 
 def test_version(phifleet: Phifleet) -> None:
@@ -99,8 +99,10 @@ def test_an_interrupt_ends_with_130_and_no_trace(phifleet: Phifleet, monkeypatch
     ],
 )
 def test_bad_input_is_one_line_with_what_to_do(
-    phifleet: Phifleet, arguments: tuple[str, ...], code: int, message: str
+    phifleet: Phifleet, request: pytest.FixtureRequest, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
+    if "phifleet init" not in message:
+        request.getfixturevalue("world")
     result = phifleet(*arguments)
     assert (result.code, result.out) == (code, "")
     assert result.err.startswith("error: ") and result.err.count("\n") == 1
@@ -561,5 +563,41 @@ def test_what_was_withdrawn_is_not_published_by_the_next_order(phifleet: Phiflee
     assert phifleet("deploy", world.manifest.id, "--device", "pi-1").code == 0
 
 
-def test_status_of_an_empty_fleet_says_what_to_do(phifleet: Phifleet) -> None:
+READING = [
+    ("status", "--once"),
+    ("status", "--json"),
+    ("device", "list"),
+    ("device", "show", "pi-1"),
+    ("artifacts", "list"),
+    ("artifacts", "compare"),
+    ("deploy", "sample", "--device", "pi-1"),
+    ("trust", "status"),
+]
+
+
+@pytest.mark.parametrize("command", READING, ids=" ".join)
+def test_a_mistyped_home_is_an_error_and_nothing_is_made(phifleet: Phifleet, command: tuple[str, ...]) -> None:
+    result = phifleet(*command)
+    assert result.code != 0
+    assert str(phifleet.home) in result.err and "phifleet init" in result.err
+    assert not phifleet.home.exists()
+
+
+def test_a_database_that_holds_no_fleet_is_left_as_it_is(
+    phifleet: Phifleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHIFLEET_DATABASE", f"sqlite:///{tmp_path / 'none.db'}")
+    result = phifleet("status", "--once")
+    assert result.code == 8 and "none.db" in result.err
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_global_options_are_taken_after_the_command_too(phifleet: Phifleet, world: World, tmp_path: Path) -> None:
+    world.add("pi-1")
+    capture = phifleet.capture
+    assert entry.run(["device", "list", "--home", str(phifleet.home), "--log-level=error"]) == 0
+    assert "pi-1" in capture.readouterr().out
+
+
+def test_status_of_an_empty_fleet_says_what_to_do(phifleet: Phifleet, world: World) -> None:
     assert "phifleet device add" in phifleet("status", "--once").out
