@@ -27,6 +27,17 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         #: Of the last answer: tokens, tokens a second, milliseconds to the first token.
         self.figures = ""
+        #: The last answer ended at the limit of tokens, not where the model would have ended it.
+        self.cut = False
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self._messages.clear()
+
+    def forget_last(self) -> None:
+        """Forget a question whose answer was not finished: the model is not to be held to half of one."""
+        if self._messages and self._messages[-1]["role"] == "user":
+            self._messages.pop()
 
     def say(self, text: str) -> Iterator[str]:
         """The answer, piece by piece.
@@ -38,8 +49,9 @@ class Conversation:
         began = time.monotonic()
         first: float | None = None
         answer: list[str] = []
-        tokens = 0
+        tokens, self.cut = 0, False
         for event in self._events():
+            self.cut |= any(choice.get("finish_reason") == "length" for choice in event.get("choices", ()))
             tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
             piece = "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
             if piece:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from agent import settings as config
+from agent.cli.conversation import Conversation
 from agent.contract.exit_codes import ExitCode
 from agent.daemon.control import FILE as CONTROL_FILE
 from agent.errors import AgentError
@@ -20,6 +23,10 @@ from agent.settings import AgentSettings
 from agent.store.journal import FileJournal
 
 Outer = tuple[Path | None, dict[str, Any]]
+#: Seconds that a running agent may take for an answer.
+ANSWER_TIMEOUT_S = 15.0
+#: Seconds between two looks at a log that has nothing new.
+FOLLOW_S = 0.3
 
 
 state_dir_option = click.option(
@@ -49,17 +56,50 @@ def ask(state_dir: Path, command: str) -> dict[str, Any]:
         NotRunningError: it does not answer.
         AgentError: it refuses; says why.
     """
+    port, token = _control(state_dir)
     try:
-        where = json.loads((state_dir / CONTROL_FILE).read_bytes())
-        with socket.create_connection(("127.0.0.1", where["port"]), timeout=15) as connection:
-            connection.sendall(json.dumps({"token": where["token"], "command": command}).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
-    except (OSError, ValueError, KeyError) as error:
-        hint = f"no agent answers for {state_dir}; start it with `phifleet-agent run`, or name its --state-dir"
-        raise NotRunningError(hint) from error
+        connection = socket.create_connection(("127.0.0.1", port), timeout=ANSWER_TIMEOUT_S)
+    except OSError as error:
+        # What is left of an agent that was killed: its file, and nobody at the port.
+        raise NotRunningError(_not_running(state_dir)) from error
+    try:
+        with connection:
+            connection.sendall(json.dumps({"token": token, "command": command}).encode() + b"\n")
+            line = connection.makefile("rb").readline()
+    except TimeoutError:
+        raise AgentError(f"the agent runs, and has not answered `{command}` within {ANSWER_TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise AgentError(f"the connection to the agent broke: {error.strerror or error}") from error
+    try:
+        answer: dict[str, Any] = json.loads(line)
+    except ValueError:
+        raise AgentError(f"the agent ended the connection without an answer to `{command}`; its log says why") from None
     if "error" in answer:
         raise AgentError(str(answer["error"]))
     return answer
+
+
+def _control(state_dir: Path) -> tuple[int, str]:
+    """Port and token of the running agent, which only its own user may read."""
+    path = state_dir / CONTROL_FILE
+    try:
+        where = json.loads(path.read_bytes())
+        return int(where["port"]), str(where["token"])
+    except PermissionError as error:
+        raise AgentError(
+            f"{path} may not be read by this user, so it is not known whether an agent runs; "
+            "run the command as the agent's user, for example with sudo -u phifleet-agent"
+        ) from error
+    except FileNotFoundError as error:
+        raise NotRunningError(_not_running(state_dir)) from error
+    except OSError as error:
+        raise AgentError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AgentError(f"{path} is damaged; start the agent again") from error
+
+
+def _not_running(state_dir: Path) -> str:
+    return f"no agent answers for {state_dir}; start it with `phifleet-agent run`, or name its --state-dir"
 
 
 @click.command()
@@ -108,18 +148,44 @@ def lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
 def logs(outer: Outer, /, state_dir: Path | None, count: int, follow: bool, deployment: str | None) -> None:
     """The agent's own log, also where no journal keeps it."""
     path = settings_of(outer, state_dir=state_dir).state_dir / "logs" / "agent.log"
-    if not path.exists():
-        raise AgentError(f"there is no log at {path}; has the agent run with this --state-dir?")
-    with path.open(encoding="utf-8", errors="replace") as source:
-        kept = [line for line in source if _of(line, deployment)][-count:]
-        sys.stdout.writelines(kept)
-        while follow:
-            line = source.readline()
-            if not line:
-                time.sleep(0.3)
-            elif _of(line, deployment):
+    try:
+        source = path.open(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise AgentError(f"there is no log at {path}; has the agent run with this --state-dir?") from None
+    except OSError as error:
+        raise AgentError(f"the log {path} cannot be read: {error.strerror or error}") from None
+    with source:
+        sys.stdout.writelines([line for line in source if _of(line, deployment)][-count:])
+        sys.stdout.flush()
+        for line in _following(path, source) if follow else ():
+            if _of(line, deployment):
                 sys.stdout.write(line)
                 sys.stdout.flush()
+
+
+def _following(path: Path, source: TextIO) -> Iterator[str]:
+    """Lines as they come, for ever. When the log is rotated, the old file is read to its end before the new one."""
+    begun = ""
+    while True:
+        if piece := source.readline():
+            begun += piece
+            if begun.endswith("\n"):
+                yield begun
+                begun = ""
+            continue
+        time.sleep(FOLLOW_S)
+        try:
+            current = path.stat()
+        except OSError:  # between the renaming of the old file and the first line of the new one
+            continue
+        of_open = os.fstat(source.fileno())
+        replaced = (current.st_ino, current.st_dev) != (of_open.st_ino, of_open.st_dev)
+        if replaced and not (rest := source.readline()):
+            source = path.open(encoding="utf-8", errors="replace")
+        elif replaced:
+            begun += rest
+        elif current.st_size < source.tell():  # cut short in place
+            source.seek(0)
 
 
 def _of(line: str, deployment: str | None) -> bool:
@@ -169,16 +235,27 @@ def chat(
     serving = found.get("serving")
     if not serving:
         raise AgentError(f"no model serves: {found.get('failure') or 'no order yet'}")
-    from agent.cli.conversation import Conversation
-
     key = _own_key(settings)
     conversation = Conversation(str(found["endpoint"]), str(serving["model"]), key, max_tokens, temperature)
-    for line in [prompt] if prompt else _prompts():
-        for piece in conversation.say(line):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        click.echo()
-        click.echo(conversation.figures, err=True)
+    if prompt:
+        _answer(conversation, prompt)
+        return
+    for line in _prompts(conversation):
+        try:
+            _answer(conversation, line)
+        except KeyboardInterrupt:  # ends the answer, and not the conversation
+            conversation.forget_last()
+            click.echo("\n[answer stopped; Ctrl-D or /bye ends the conversation]", err=True)
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    for piece in conversation.say(text):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    click.echo()
+    if conversation.cut:
+        click.echo("[the answer was cut at the limit of tokens; --max-tokens allows more]", err=True)
+    click.echo(conversation.figures, err=True)
 
 
 def _own_key(settings: AgentSettings) -> str | None:
@@ -194,11 +271,34 @@ def _own_key(settings: AgentSettings) -> str | None:
     return plain
 
 
-def _prompts() -> Iterator[str]:
+HELP = """/clear forgets the conversation, /bye ends it, /? shows this.
+Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+
+
+def _prompts(conversation: Conversation) -> Iterator[str]:
+    """What goes to the model: lines that begin with a slash are commands, and never do."""
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # line editing and history, where the platform has them
+            import readline  # noqa: F401
+        click.echo(HELP, err=True)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if typed else "").strip()
         except EOFError:
             return
-        if line.strip():
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            click.echo("", err=True)
+            continue
+        if line in ("/bye", "/exit", "/quit"):
+            return
+        if line == "/clear":
+            conversation.clear()
+            click.echo("[the conversation is forgotten]", err=True)
+        elif line.startswith("/"):
+            unknown = "" if line in ("/?", "/help") else f"no command is named {line.split()[0]}\n"
+            click.echo(unknown + HELP, err=True)
+        elif line:
             yield line
