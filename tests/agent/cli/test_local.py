@@ -15,12 +15,14 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from agent.cli.local import NotRunningError, ask
 from agent.errors import AgentError
 from agent.platform import logs
+from tests.simulators.broker import free_port
 from tests.waiting import wait_until
 
 TOKEN = "t" * 32
@@ -71,9 +73,7 @@ def test_an_agent_that_ends_the_connection_runs_and_is_not_said_to_be_away(tmp_p
 def test_without_an_agent_nobody_answers(tmp_path: Path):
     with pytest.raises(NotRunningError, match="no agent answers"):
         ask(tmp_path, "status")
-    with control(b"") as port:
-        pass
-    write_control(tmp_path, port)
+    write_control(tmp_path, free_port())  # what an agent that was killed leaves behind
     with pytest.raises(NotRunningError, match="no agent answers"):
         ask(tmp_path, "status")
 
@@ -151,7 +151,7 @@ def test_logs_follow_over_a_rotation_and_lose_no_line(tmp_path: Path):
 class _Endpoint(BaseHTTPRequestHandler):
     """Streams an answer: endless and slow to the first question, short and cut to the second."""
 
-    asked: list[list[dict[str, str]]] = []
+    asked: ClassVar[list[list[dict[str, str]]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
