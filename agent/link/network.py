@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import selectors
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.core.backoff import Backoff
 from agent.core.ports import Message
+from agent.link import reasons
 from agent.link.packets import Done, Publication, make_client, publish_properties, to_message
 from agent.link.settings import LinkSettings, parse_url
 
@@ -33,6 +33,8 @@ MAX_IN_FLIGHT = 64
 #: Bulk publications in one turn of the loop, before it reads again.
 BULK_BURST = 8
 
+#: As long as nothing else is known of an attempt.
+_UNANSWERED = "the broker does not answer"
 #: mosquitto answers a payload above this limit with a reason code that paho takes for a malformed packet.
 _HINTS = {"Protocol error": " (perhaps a payload above the broker's message_size_limit)"}
 
@@ -184,13 +186,13 @@ class Network:
             self._run_work()
 
     def _connect(self) -> bool:
-        self._reason = "the broker does not answer"
+        self._reason = _UNANSWERED
+        # Until the broker has accepted us: a line for each packet later would cost more than the packet.
+        self._client.on_log = self._on_log
         try:
             self._client.reconnect()
-        except ssl.SSLError as error:
-            self._reason = f"TLS fails: {getattr(error, 'verify_message', '') or error.reason or error}"
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
-            self._reason = f"{getattr(error, 'strerror', '') or error}"
+            self._reason = reasons.of_exception(error, self._client.host, self._client.port)
         else:
             return True
         return False
@@ -352,15 +354,23 @@ class Network:
         self._max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", 65535))
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
         self._reason, self._up = "", True
+        self._client.on_log = None
         self._listener.connected()
 
     def _on_disconnect(self, _client: Client, _data: Any, flags: Any, reason: ReasonCode, _properties: Any) -> None:
         """The broker's DISCONNECT, or a socket that ended."""
         if flags.is_disconnect_packet_from_server:
             self._reason = f"the broker disconnected us: {reason}"
+        elif not self._up and self._reason == _UNANSWERED:
+            self._reason = reasons.NO_WORD
         elif self._up:
             self._reason = f"the connection ended: {reason}{_HINTS.get(str(reason), '')}"
         self._up = False
+
+    def _on_log(self, _client: Client, _data: Any, _level: int, line: str) -> None:
+        """What the MQTT client keeps to itself: an alert of TLS that came in place of the CONNACK."""
+        if (reason := reasons.of_log(line)) is not None:
+            self._reason = reason
 
     def _on_publish(self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         """PUBACK."""
