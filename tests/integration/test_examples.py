@@ -43,7 +43,7 @@ def endpoint(rig: Rig) -> str:
 
 def test_the_conversation_streams_an_answer_and_its_figures(rig: Rig):
     done = run("chat.py", "--endpoint", endpoint(rig), "What is the capital of France?")
-    assert done.stdout.strip()
+    assert "Paris" in done.stdout
     assert "tokens in" in done.stderr
 
 
