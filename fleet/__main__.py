@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "deploy": ("fleet.cli.deploy:deploy", "Order devices to run an artifact."),
     "status": ("fleet.cli.status:status", "Show the fleet: presence, deployment, speed."),
     "trust": ("fleet.cli.trust:trust", "Show, renew and rotate keys and metadata."),
+    "completion": ("fleet.cli.completion:completion", "Print the script that completes commands in a shell."),
     "demo": ("fleet.cli.demo:demo", "All of it on this machine, in one go."),
 }
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.contract.manifest import Manifest
+from fleet.cli import completion
 from fleet.core.frontier import choose, frontier
 from fleet.errors import UsageError
 from fleet.home import Home
@@ -50,7 +51,7 @@ def list_command(obj: HasHome, as_json: bool) -> None:
 
 
 @artifacts.command("show")
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=completion.artifacts)
 @click.option("--json", "as_json", is_flag=True, help="The signed manifest as it is.")
 @click.pass_obj
 def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
@@ -72,7 +73,9 @@ def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
 @artifacts.command("compare")
 @click.argument("wanted", nargs=-1)
 @click.option("--model", help="Those of this model only: its name, or the beginning of its source digest.")
-@click.option("--profile", help="Judge them by a profile's limits, and name the best.")
+@click.option(
+    "--profile", shell_complete=completion.profiles, help="Judge them by a profile's limits, and name the best."
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw loss over size into FILE.png and FILE.svg.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
 @click.pass_obj

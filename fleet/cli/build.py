@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
+from fleet.cli import completion
 from fleet.cli.artifacts import HasHome, table, wide_console
 from fleet.core.fit import unmeasurable
 from fleet.core.frontier import choose
@@ -82,7 +83,14 @@ def describe_sample(report: SampleReport) -> list[str]:
 @click.option(
     "--model", required=True, help="A checkpoint's folder, or a hub id such as microsoft/Phi-4-mini-instruct."
 )
-@click.option("--profile", "profiles", required=True, multiple=True, help="A profile's name or file; may be repeated.")
+@click.option(
+    "--profile",
+    "profiles",
+    required=True,
+    multiple=True,
+    shell_complete=completion.profiles,
+    help="A profile's name or file; may be repeated.",
+)
 @click.option("--toolchain", type=click.Choice([str(one) for one in Toolchain]), help="Of the profile's recipes.")
 @click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="Of the profile's recipes.")
 @click.option("--target", type=click.Choice([str(one) for one in Target]), help="Of the profile's recipes.")

@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from fleet.cli import completion
 from fleet.cli.context import Context, actor
 from fleet.cli.status import HELD, table
 from fleet.core.deployments import Stage
@@ -45,9 +46,11 @@ UNPUBLISHED_HINT_S = 5.0
 
 
 @click.command()
-@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True)
-@click.option("--device", "devices", multiple=True, help="A device's id; may be repeated.")
-@click.option("--profile", help="All devices of this profile.")
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, shell_complete=completion.artifacts)
+@click.option(
+    "--device", "devices", multiple=True, shell_complete=completion.devices, help="A device's id; may be repeated."
+)
+@click.option("--profile", shell_complete=completion.profiles, help="All devices of this profile.")
 @click.option("--probation", "probation_s", type=click.FloatRange(0), help="Seconds of health before commit.")
 @click.option("--deadline", "deadline_s", type=click.FloatRange(1), help="Seconds for the whole deployment.")
 @click.option("--not-before", type=MOMENT, help="When devices may change their model, from; fetching begins at once.")

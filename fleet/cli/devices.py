@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.contract.bundle import Bundle
+from fleet.cli import completion
 from fleet.cli.context import Context, actor
 from fleet.operations.devices import add_device, only_here, remove_device, renew_bundle, revoke_device
 from fleet.operations.fleet import Fleet
@@ -27,7 +28,13 @@ def device() -> None:
 
 @device.command("add")
 @click.argument("device_id", metavar="ID")
-@click.option("--profile", "profile_name", required=True, help="Name of a profile, or a TOML file.")
+@click.option(
+    "--profile",
+    "profile_name",
+    required=True,
+    shell_complete=completion.profiles,
+    help="Name of a profile, or a TOML file.",
+)
 @click.option(
     "--bundle",
     "bundle_path",
@@ -51,7 +58,7 @@ def add_command(context: Context, device_id: str, profile_name: str, bundle_path
 
 
 @device.command("bundle")
-@click.argument("device_id", metavar="ID")
+@click.argument("device_id", metavar="ID", shell_complete=completion.devices)
 @click.option(
     "--bundle",
     "bundle_path",
@@ -118,7 +125,7 @@ def list_command(context: Context, as_json: bool) -> None:
 
 
 @device.command("show")
-@click.argument("device_id", metavar="ID")
+@click.argument("device_id", metavar="ID", shell_complete=completion.devices)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_obj
 def show_command(context: Context, device_id: str, as_json: bool) -> None:
@@ -138,7 +145,7 @@ def show_command(context: Context, device_id: str, as_json: bool) -> None:
 
 
 @device.command("revoke")
-@click.argument("device_id", metavar="ID")
+@click.argument("device_id", metavar="ID", shell_complete=completion.devices)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def revoke_command(context: Context, device_id: str, yes: bool) -> None:
@@ -152,7 +159,7 @@ def revoke_command(context: Context, device_id: str, yes: bool) -> None:
 
 
 @device.command("remove")
-@click.argument("device_id", metavar="ID")
+@click.argument("device_id", metavar="ID", shell_complete=completion.devices)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def remove_command(context: Context, device_id: str, yes: bool) -> None:

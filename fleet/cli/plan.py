@@ -14,6 +14,7 @@ from rich.table import Table
 from agent.contract.base import sha256_hex
 from agent.contract.manifest import Chat, ModelFacts
 from agent.contract.profile import Recipe
+from fleet.cli import completion
 from fleet.cli.artifacts import wide_console
 from fleet.core.plan import Candidate, Resolve, as_json, candidates, describe, first_legal
 from fleet.core.plan_memory import FORMULA
@@ -28,7 +29,14 @@ from fleet.toolchains.drivers.registry import driver_of
 @click.option(
     "--model", required=True, help="A checkpoint's folder, or a published Phi such as phi-4-mini; nothing is fetched."
 )
-@click.option("--profile", "profiles", required=True, multiple=True, help="A profile's name or file; may be repeated.")
+@click.option(
+    "--profile",
+    "profiles",
+    required=True,
+    multiple=True,
+    shell_complete=completion.profiles,
+    help="A profile's name or file; may be repeated.",
+)
 @click.option("--json", "as_json_", is_flag=True, help="One JSON array instead of a table.")
 def plan(model: str, profiles: tuple[str, ...], as_json_: bool) -> None:
     """Show every recipe of the profiles for a model, with size and memory, or why it is refused.

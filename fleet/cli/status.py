@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fleet.cli import completion
 from fleet.cli.context import Context
 from fleet.core.deployments import Stage
 from fleet.core.freshness import Presence, age_s
@@ -34,7 +35,7 @@ _STYLES = {Stage.COMMITTED: "green", Stage.FAILED: "red", Stage.ROLLED_BACK: "ye
 
 
 @click.command()
-@click.argument("devices", nargs=-1)
+@click.argument("devices", nargs=-1, shell_complete=completion.devices)
 @click.option("--once", is_flag=True, help="Print the table once. So it is when not on a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, once.")
 @click.pass_obj
