@@ -1,4 +1,4 @@
-"""The control messages, one class a topic (DESIGN.md section 3)."""
+"""The control messages, one class a topic (docs/protocol.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The topics of the wire, and how a device or chunk is read back out of one (DESIGN.md section 3)."""
+"""The topics of the wire, and how a device or chunk is read back out of one (docs/protocol.md)."""
 
 from __future__ import annotations
 

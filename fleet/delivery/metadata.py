@@ -1,4 +1,4 @@
-"""The metadata server: answers devices that ask for a segment of a TUF file (DESIGN.md section 3).
+"""The metadata server: answers devices that ask for a segment of a TUF file (docs/protocol.md).
 
 It holds nothing about devices. Its answers need no protection of their own: what they carry is signed.
 """
