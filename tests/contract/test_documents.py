@@ -16,7 +16,7 @@ def test_every_document_that_a_docstring_names_is_there():
     missing = [
         f"{source.relative_to(ROOT)}: {name}"
         for source in SOURCES
-        for name in re.findall(r"\b((?:docs/|[A-Z]{4,})[\w/.-]*\.md)\b", source.read_text(encoding="utf-8"))
+        for name in re.findall(r"(?<![/\w])((?:docs/|[A-Z]{4,})[\w/.-]*\.md)\b", source.read_text(encoding="utf-8"))
         if not (ROOT / name).exists()
     ]
     assert missing == []
