@@ -69,8 +69,15 @@ debian:
 demo: $(VENV)/.demo
 	@$(BIN)/phifleet demo $(ARGS)
 
+# Toolchains and models take both cores by themselves; everything else runs two files at a time.
+HEAVY_TESTS := tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes
 test: $(VENV)/.dev debian
+ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(HEAVY_TESTS))
+	@$(BIN)/python -m pytest $(HEAVY_TESTS)
+endif
 
 # All tests once more, slower, for what they cover; a part of them says nothing about the floors.
 coverage: $(VENV)/.dev debian
