@@ -35,6 +35,7 @@ BULK_BURST = 8
 
 #: As long as nothing else is known of an attempt.
 _UNANSWERED = "the broker does not answer"
+_STARTING = "still connecting"
 #: mosquitto answers a payload above this limit with a reason code that paho takes for a malformed packet.
 _HINTS = {"Protocol error": " (perhaps a payload above the broker's message_size_limit)"}
 
@@ -79,6 +80,7 @@ class Network:
         self._backlog: deque[Publication] = deque()
         self._unacknowledged: dict[int, Done] = {}
         self._subscribing: dict[int, Callable[[Sequence[ReasonCode]], None]] = {}
+        self._known = False
         self._bulk: BulkSource | None = None
         self._bulk_more = False
         self._max_in_flight = MAX_IN_FLIGHT
@@ -100,7 +102,7 @@ class Network:
 
     def start(self) -> None:
         """Begin to connect; returns at once."""
-        self._reason = "still connecting"
+        self._reason = _STARTING
         self._running = True
         self._thread.start()
 
@@ -186,13 +188,16 @@ class Network:
             self._run_work()
 
     def _connect(self) -> bool:
-        self._reason = _UNANSWERED
+        # What ended the attempt before stays the reason until this one says more: who asks meanwhile reads it.
+        self._known = False
+        if self._reason in ("", _STARTING):
+            self._reason = _UNANSWERED
         # Until the broker has accepted us: a line for each packet later would cost more than the packet.
         self._client.on_log = self._on_log
         try:
             self._client.reconnect()
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
-            self._reason = reasons.of_exception(error, self._client.host, self._client.port)
+            self._tell(reasons.of_exception(error, self._client.host, self._client.port))
         else:
             return True
         return False
@@ -349,7 +354,7 @@ class Network:
     def _on_connect(self, _client: Client, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
         """CONNACK."""
         if reason.is_failure:
-            self._reason = f"the broker refuses: {reason}"
+            self._tell(f"the broker refuses: {reason}")
             return
         self._max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", 65535))
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
@@ -361,7 +366,7 @@ class Network:
         """The broker's DISCONNECT, or a socket that ended."""
         if flags.is_disconnect_packet_from_server:
             self._reason = f"the broker disconnected us: {reason}"
-        elif not self._up and self._reason == _UNANSWERED:
+        elif not self._up and not self._known:
             self._reason = reasons.NO_WORD
         elif self._up:
             self._reason = f"the connection ended: {reason}{_HINTS.get(str(reason), '')}"
@@ -370,7 +375,10 @@ class Network:
     def _on_log(self, _client: Client, _data: Any, _level: int, line: str) -> None:
         """What the MQTT client keeps to itself: an alert of TLS that came in place of the CONNACK."""
         if (reason := reasons.of_log(line)) is not None:
-            self._reason = reason
+            self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
+        self._reason, self._known = reason, True
 
     def _on_publish(self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         """PUBACK."""
