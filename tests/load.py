@@ -31,8 +31,10 @@ class Seen:
         return [(later, 1000 * (later - earlier)) for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
 
-async def stream(session: aiohttp.ClientSession, url: str, model: str, prompt: str, tokens: int) -> Seen:
-    """One streamed chat completion."""
+async def stream(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: str, tokens: int, seen: Seen | None = None
+) -> Seen:
+    """One streamed chat completion; ``seen`` is filled while it comes."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -41,7 +43,7 @@ async def stream(session: aiohttp.ClientSession, url: str, model: str, prompt: s
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    seen = Seen(time.monotonic())
+    seen = seen or Seen(time.monotonic())
     finished = False
     try:
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
@@ -82,6 +84,13 @@ class Load:
         self._url, self._model, self._clients, self._tokens = url, model, clients, tokens
         self._stop = asyncio.Event()
         self.seen: list[Seen] = []
+        self.under_way: list[Seen] = []
+        self._ended = asyncio.Condition()
+
+    async def finished(self, count: int) -> None:
+        """Return once ``count`` requests have ended, one way or the other."""
+        async with asyncio.timeout(300), self._ended:
+            await self._ended.wait_for(lambda: len(self.seen) >= count)
 
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=180)
@@ -97,5 +106,13 @@ class Load:
         turn = 0
         while not self._stop.is_set():
             prompt = f"Client {number}, question {turn}: what is the capital of France?"
-            self.seen.append(await stream(session, self._url, self._model, prompt, self._tokens))
+            seen = Seen(time.monotonic())
+            self.under_way.append(seen)
+            try:
+                await stream(session, self._url, self._model, prompt, self._tokens, seen)
+            finally:
+                self.under_way.remove(seen)
+            async with self._ended:
+                self.seen.append(seen)
+                self._ended.notify_all()
             turn += 1
