@@ -85,16 +85,34 @@ class Conversation:
             response = connection.getresponse()
             if response.status != http.client.OK:
                 raise AgentError(f"the endpoint refuses: {_reason(response.read())}")
-            for line in response:
-                if line.startswith(b"data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise AgentError(f"the answer broke off: {_reason(line[6:])}")
-                    yield event
-        except OSError as error:
-            raise AgentError(f"{self._endpoint} does not answer: {error}") from error
+            yield from _stream(response)
+        except TimeoutError as error:
+            raise AgentError(f"{self._endpoint} has sent nothing for {_PATIENCE_S:g} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise AgentError(f"the exchange with {self._endpoint} failed: {error or type(error).__name__}") from error
         finally:
             connection.close()
+
+
+def _stream(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The events of an answer.
+
+    Raises:
+        AgentError: the stream ended before the answer did, or has an error or no JSON in it.
+    """
+    whole = False
+    for line in response:
+        if line.startswith(b"data: {"):
+            try:
+                event = json.loads(line[6:])
+            except ValueError as error:
+                raise AgentError("the answer broke off: an event of its stream is not JSON") from error
+            if "error" in event:
+                raise AgentError(f"the answer broke off: {_reason(line[6:])}")
+            whole |= any(choice.get("finish_reason") for choice in event.get("choices", ()))
+            yield event
+    if not whole:
+        raise AgentError("the answer broke off: the connection was closed before its end")
 
 
 def _reason(body: bytes) -> str:

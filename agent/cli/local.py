@@ -8,9 +8,10 @@ import os
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -73,7 +74,10 @@ def ask(state_dir: Path, command: str) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(line)
     except ValueError:
-        raise AgentError(f"the agent ended the connection without an answer to `{command}`; its log says why") from None
+        raise AgentError(
+            f"the agent ended the connection without an answer to `{command}`; "
+            "`phifleet-agent status` shows whether it runs"
+        ) from None
     if "error" in answer:
         raise AgentError(str(answer["error"]))
     return answer
@@ -86,16 +90,21 @@ def _control(state_dir: Path) -> tuple[int, str]:
         where = json.loads(path.read_bytes())
         return int(where["port"]), str(where["token"])
     except PermissionError as error:
-        raise AgentError(
-            f"{path} may not be read by this user, so it is not known whether an agent runs; "
-            "run the command as the agent's user, for example with sudo -u phifleet-agent"
-        ) from error
+        raise _not_permitted(path, "so it is not known whether an agent runs") from error
     except FileNotFoundError as error:
         raise NotRunningError(_not_running(state_dir)) from error
     except OSError as error:
         raise AgentError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise AgentError(f"{path} is damaged; start the agent again") from error
+
+
+def _not_permitted(path: Path, consequence: str = "") -> AgentError:
+    """What every command says of a file that this user may not read."""
+    return AgentError(
+        f"{path} may not be read by this user{', ' if consequence else ''}{consequence}; "
+        "run the command as the agent's user, for example with sudo -u phifleet-agent"
+    )
 
 
 def _not_running(state_dir: Path) -> str:
@@ -149,13 +158,20 @@ def logs(outer: Outer, /, state_dir: Path | None, count: int, follow: bool, depl
     """The agent's own log, also where no journal keeps it."""
     path = settings_of(outer, state_dir=state_dir).state_dir / "logs" / "agent.log"
     try:
-        source = path.open(encoding="utf-8", errors="replace")
+        source = path.open("rb")
     except FileNotFoundError:
         raise AgentError(f"there is no log at {path}; has the agent run with this --state-dir?") from None
+    except PermissionError as error:
+        raise _not_permitted(path) from error
     except OSError as error:
         raise AgentError(f"the log {path} cannot be read: {error.strerror or error}") from None
     with source:
-        sys.stdout.writelines([line for line in source if _of(line, deployment)][-count:])
+        # To the last whole line: what is half written is shown when it is whole.
+        newest: deque[str] = deque(maxlen=count)
+        for line in _whole_lines(source):
+            if _of(line, deployment):
+                newest.append(line)
+        sys.stdout.writelines(newest)
         sys.stdout.flush()
         for line in _following(path, source) if follow else ():
             if _of(line, deployment):
@@ -163,29 +179,48 @@ def logs(outer: Outer, /, state_dir: Path | None, count: int, follow: bool, depl
                 sys.stdout.flush()
 
 
-def _following(path: Path, source: TextIO) -> Iterator[str]:
-    """Lines as they come, for ever. When the log is rotated, the old file is read to its end before the new one."""
-    begun = ""
+def _whole_lines(source: BinaryIO) -> Iterator[str]:
+    """Lines to the end of the file; one that is half written stays to be read."""
     while True:
-        if piece := source.readline():
-            begun += piece
-            if begun.endswith("\n"):
-                yield begun
-                begun = ""
-            continue
-        time.sleep(FOLLOW_S)
-        try:
-            current = path.stat()
-        except OSError:  # between the renaming of the old file and the first line of the new one
-            continue
-        of_open = os.fstat(source.fileno())
-        replaced = (current.st_ino, current.st_dev) != (of_open.st_ino, of_open.st_dev)
-        if replaced and not (rest := source.readline()):
-            source = path.open(encoding="utf-8", errors="replace")
-        elif replaced:
-            begun += rest
-        elif current.st_size < source.tell():  # cut short in place
-            source.seek(0)
+        start = source.tell()
+        line = source.readline()
+        if not line.endswith(b"\n"):
+            source.seek(start)
+            return
+        yield line.decode(errors="replace")
+
+
+def _following(path: Path, source: BinaryIO) -> Iterator[str]:
+    """Lines as they come, for ever.
+
+    When the log is rotated, the old file is read to its end first, then the one that was rotated meanwhile, if there
+    is one, then the new file. The caller closes ``source``; what is opened here is closed here.
+    """
+    with contextlib.ExitStack() as opened:
+        while True:
+            yield from _whole_lines(source)
+            time.sleep(FOLLOW_S)
+            try:
+                current = path.stat()
+            except OSError:  # between the renaming of the old file and the first line of the new one
+                continue
+            if _is_file(current, source):
+                if current.st_size < source.tell():  # cut short in place
+                    source.seek(0)
+                continue
+            yield from _whole_lines(source)  # what was written before the renaming, after our look
+            rotated = path.with_name(path.name + ".1")
+            with contextlib.suppress(OSError), rotated.open("rb") as between:
+                if not _is_file(rotated.stat(), source):
+                    yield from _whole_lines(between)
+            with contextlib.suppress(FileNotFoundError):  # renamed once more: the next turn finds it
+                fresh = path.open("rb")
+                opened.close()
+                source = opened.enter_context(fresh)
+
+
+def _is_file(status: os.stat_result, source: BinaryIO) -> bool:
+    return os.path.samestat(status, os.fstat(source.fileno()))
 
 
 def _of(line: str, deployment: str | None) -> bool:
@@ -243,6 +278,11 @@ def chat(
     for line in _prompts(conversation):
         try:
             _answer(conversation, line)
+        except AgentError as error:
+            if not sys.stdin.isatty():
+                raise
+            conversation.forget_last()  # one refused question ends no conversation
+            click.echo(f"\n[{error}]", err=True)
         except KeyboardInterrupt:  # ends the answer, and not the conversation
             conversation.forget_last()
             click.echo("\n[answer stopped; Ctrl-D or /bye ends the conversation]", err=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 import structlog
 
+from agent.errors import AgentError
+
 log = structlog.get_logger()
 
 Command = Callable[[], Awaitable[dict[str, Any]]]
@@ -25,7 +27,10 @@ _PATIENCE_S = 10.0
 
 
 class ControlServer:
-    """Answers ``{"token": ..., "command": name}`` with ``{"ok": ...}`` or ``{"error": text}``."""
+    """Answers ``{"token": ..., "command": name}`` with its object, or with ``{"error": text}``.
+
+    A command that raises is answered with its error too. A peer has ten seconds to send its request.
+    """
 
     def __init__(self, folder: Path, commands: Mapping[str, Command]) -> None:
         self._path = folder / FILE
@@ -52,8 +57,9 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(_PATIENCE_S):
-                answer = await self._answer(await reader.readline())
+            async with asyncio.timeout(_PATIENCE_S):  # for the request alone: a command is never stopped halfway
+                line = await reader.readline()
+            answer = await self._answer(line)
             writer.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
             await writer.drain()
         except (TimeoutError, ValueError, OSError) as error:
@@ -73,4 +79,16 @@ class ControlServer:
         if command is None:
             return {"error": f"no command {name}; there are {', '.join(self._commands)}"}
         log.info("asked at the device", command=name)
-        return await command()
+        try:
+            return await command()
+        except Exception as error:
+            # The person at the device must read what happened, not find the connection closed.
+            expected = isinstance(error, AgentError | OSError)
+            log.warning("command at the device failed", command=name, error=str(error), exc_info=not expected)
+            return {"error": f"the agent could not carry out `{name}`: {_text(error)}"}
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error) if isinstance(error, AgentError) else repr(error)
