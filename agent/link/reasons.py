@@ -25,6 +25,18 @@ _TLS = {
     "WRONG_VERSION_NUMBER": "what listens there does not speak TLS; mqtt:// is for brokers without it",
     "UNEXPECTED_EOF_WHILE_READING": "the broker ended the connection during the handshake",
 }
+_AUTHORITY = "that the CA file of this device is the one of the authority that signed the broker's certificate"
+#: What to look at, by OpenSSL's verification code (X509_V_ERR_* in x509_vfy.h).
+_CHECK = {
+    9: "this device's clock and the dates in the broker's certificate",  # not yet valid
+    10: "this device's clock and the dates in the broker's certificate",  # expired
+    18: _AUTHORITY,  # self-signed
+    19: _AUTHORITY,  # a self-signed one in the chain
+    20: _AUTHORITY,  # the issuer is not known
+    21: _AUTHORITY,  # the first one cannot be verified
+    62: "that the host in the broker's URL is a name in its certificate",
+    64: "that the address in the broker's URL is one in its certificate",
+}
 _ALERT = re.compile(r"\[SSL: (\w+)\]")
 NO_WORD = (
     "the broker ended the connection without an answer to CONNECT; a listener for TLS does so to a client without "
@@ -35,7 +47,9 @@ NO_WORD = (
 def of_exception(error: Exception, host: str, port: int) -> str:
     """The text for what connecting raised."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"TLS fails: the broker's certificate is refused: {error.verify_message or error.reason or error}"
+        check = _CHECK.get(error.verify_code, "")
+        text = error.verify_message or error.reason or error
+        return f"TLS fails: the broker's certificate is refused: {text}{'; check ' if check else ''}{check}"
     if isinstance(error, ssl.SSLError):
         name = getattr(error, "reason", None) or ""
         return of_log(str(error)) or f"TLS fails: {_of_name(name) or name or error}"

@@ -114,11 +114,13 @@ async def test_a_broker_of_a_foreign_authority_is_refused_by_name(tmp_path: Path
     (tmp_path / "ca.pem").write_text(other.ca_pem())
     found = await reason(dataclasses.replace(site.good, ca_file=tmp_path / "ca.pem"), "certificate is refused")
     assert "the broker's certificate is refused" in found
+    assert "check that the CA file" in found
 
 
 async def test_another_name_than_the_certificates_is_told(site: Site):
     settings = dataclasses.replace(site.good, url=f"mqtts://127.0.0.1:{site.broker.port}")
-    assert "127.0.0.1" in await reason(settings, "certificate is refused")
+    found = await reason(settings, "certificate is refused")
+    assert "127.0.0.1" in found and "check that the address in the broker's URL" in found
 
 
 async def test_a_port_where_nobody_listens(site: Site):
@@ -139,3 +141,18 @@ def test_what_is_not_known_is_passed_on_as_it_is():
     assert of_exception(TimeoutError("timed out"), "h", 1) == "no answer from h, port 1, in time"
     unknown = of_exception(ssl.SSLError(1, "[SSL: TLSV1_ALERT_UNKNOWN_CA] x"), "h", 1)
     assert unknown == "TLS fails: the broker does not know the authority that signed this client's certificate"
+
+
+@pytest.mark.parametrize("code", [9, 10])
+def test_a_certificate_outside_its_dates_points_at_the_clock_too(code: int):
+    # A board without a battery for its clock starts in the past.
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code, error.verify_message = code, "certificate is not yet valid"
+    found = of_exception(error, "h", 1)
+    assert "certificate is not yet valid; check this device's clock" in found
+
+
+def test_a_refusal_of_another_kind_gets_no_guess():
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code, error.verify_message = 24, "invalid CA certificate"
+    assert of_exception(error, "h", 1).endswith("is refused: invalid CA certificate")
