@@ -93,6 +93,7 @@ def _link_settings(settings: AgentSettings, who: Identity) -> LinkSettings:
         cert_file=who.certificate,
         key_file=who.private_key,
         will=Will(topics.presence(who.device), will.to_json()),
+        repeat_retained=True,  # these topics are this device's alone
     )
 
 

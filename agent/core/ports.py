@@ -35,6 +35,9 @@ class Message:
     response_topic: str | None = None
     correlation: bytes | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
+    #: Tells the broker that the message is safe; None where the link has done so, or nothing is owed (QoS 0).
+    #: May be called from any thread, and again without harm.
+    acknowledge: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
 
 Handler = Callable[[Message], None]
@@ -42,7 +45,7 @@ Handler = Callable[[Message], None]
 
 
 class Link(Protocol):
-    """An MQTT 5 connection that comes back by itself. Subscriptions and retained publications survive a reconnect."""
+    """An MQTT 5 connection that comes back by itself. Subscriptions survive a reconnect."""
 
     @property
     def connected(self) -> bool:
@@ -67,8 +70,15 @@ class Link(Protocol):
         """
         ...
 
-    async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
-        """From now on, also after a reconnect. ``bulk``: the handler runs on the link's thread; it must be quick."""
+    async def subscribe(
+        self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False, manual_ack: bool = False
+    ) -> None:
+        """From now on, also after a reconnect.
+
+        ``bulk``: the handler runs on the link's thread; it must be quick. ``manual_ack``: whoever gets a message at
+        QoS 1 calls its ``acknowledge`` once it is safe; the broker sends no more than the link's receive maximum
+        without that.
+        """
         ...
 
     async def unsubscribe(self, topic: str) -> None:

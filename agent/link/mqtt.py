@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,10 +30,11 @@ class _Subscription:
     handler: Handler
     qos: int
     bulk: bool
+    manual_ack: bool = False
 
 
 class MqttLink:
-    """Implements ``agent.core.ports.Link``: comes back by itself, with subscriptions and retained publications.
+    """Implements ``agent.core.ports.Link``: comes back by itself, with its subscriptions.
 
     Made anywhere, started on the event loop that its control handlers are to run on.
 
@@ -44,6 +45,7 @@ class MqttLink:
     def __init__(self, settings: LinkSettings) -> None:
         self._network = Network(settings, Listener(self._connected, self._disconnected, self._received))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._repeat_retained = settings.repeat_retained
         self._subscriptions: dict[str, _Subscription] = {}
         self._routes: tuple[tuple[re.Pattern[str], _Subscription], ...] = ()
         self._retained: dict[str, tuple[bytes, int]] = {}
@@ -119,12 +121,13 @@ class MqttLink:
     ) -> None:
         """Hand over to the broker; waits for its acknowledgement at QoS 1.
 
-        A retained publication is remembered also when this raises, and sent at each connect: it is state.
+        With ``LinkSettings.repeat_retained`` a retained publication is remembered also when this raises, and sent at
+        each connect.
 
         Raises:
             agent.errors.LinkError: not connected, or refused, naming the broker and its reason.
         """
-        if retain:
+        if retain and self._repeat_retained:
             self._retained[topic] = (payload, qos)
         outcome: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         done = self._resolver(outcome)
@@ -135,13 +138,15 @@ class MqttLink:
         if error is not None:
             raise LinkError(f"broker {self.address}: {topic}: {error}")
 
-    async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
+    async def subscribe(
+        self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False, manual_ack: bool = False
+    ) -> None:
         """From now on, also after a reconnect. Without a connection, from the next one on.
 
         Raises:
             agent.errors.LinkError: the broker refuses this filter.
         """
-        subscription = _Subscription(handler, qos, bulk)
+        subscription = _Subscription(handler, qos, bulk, manual_ack)
         self._subscriptions = {**self._subscriptions, topic: subscription}
         self._rebuild_routes()
         outcome: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
@@ -201,16 +206,20 @@ class MqttLink:
             _on_loop(self._loop, self._up.clear)
 
     def _received(self, message: Message) -> None:
-        for pattern, subscription in self._routes:
-            if pattern.match(message.topic) is None:
-                continue
-            if subscription.bulk:
-                _guard(subscription.handler, message)
+        owed = message.acknowledge
+        routes = [entry for pattern, entry in self._routes if pattern.match(message.topic) is not None]
+        if owed is not None and not any(entry.manual_ack for entry in routes):
+            owed()
+            message = replace(message, acknowledge=None)
+        for entry in routes:
+            if entry.bulk:
+                _guard(entry.handler, message)
             else:
-                self._queue(subscription.handler, message)
+                self._queue(entry.handler, message)
 
     def _queue(self, handler: Handler, message: Message) -> None:
-        if len(self._waiting) >= MAX_WAITING:
+        # What is still to be acknowledged is bounded by the receive maximum, and dropping it would stop the broker.
+        if len(self._waiting) >= MAX_WAITING and message.acknowledge is None:
             self.dropped += 1
             return
         self._waiting.append((handler, message))

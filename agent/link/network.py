@@ -74,6 +74,9 @@ class Network:
         self._client.on_plain = self._on_plain
         self._reason = "not started"
         self._up = False
+        self._connections = 0
+        #: Messages of this connection that are not acknowledged yet.
+        self._owed = 0
         self._running = False
         self._stopping = threading.Event()
         self._work: deque[Callable[[], None]] = deque()
@@ -212,21 +215,27 @@ class Network:
             selector.register(self._wake_in, selectors.EVENT_READ)
             interest = selectors.EVENT_READ
             while self._client.socket() is sock and not self._stopping.is_set():
-                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
-                if wanted != interest:
-                    selector.modify(sock, wanted)
-                    interest = wanted
+                interest = _watch(selector, sock, interest, self._wanted_events())
                 self._turn(sock, selector)
                 if self._up and backoff.up_since is None:
                     backoff = backoff.connected(time.monotonic())
         self._goodbye()
         return backoff
 
+    @property
+    def _held_up(self) -> bool:
+        """More is unacknowledged than the broker may have sent: then TCP stops it, for some brokers send on."""
+        return self._owed >= 2 * self._settings.receive_maximum
+
+    def _wanted_events(self) -> int:
+        read = 0 if self._held_up else selectors.EVENT_READ
+        return read | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+
     def _turn(self, sock: Any, selector: selectors.BaseSelector) -> None:
         client = self._client
-        pending = getattr(sock, "pending", None)
-        ready = selector.select(0.0 if self._bulk_more or (pending is not None and pending()) else 1.0)
-        if pending is not None and pending():
+        pending = not self._held_up and getattr(sock, "pending", int)() > 0
+        ready = selector.select(0.0 if self._bulk_more or pending else 1.0)
+        if pending:
             self._read()
         for key, events in ready:
             if key.fileobj is self._wake_in:
@@ -359,6 +368,8 @@ class Network:
         self._max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", 65535))
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
         self._reason, self._up = "", True
+        self._connections += 1
+        self._owed = 0
         self._client.on_log = None
         self._listener.connected()
 
@@ -394,12 +405,41 @@ class Network:
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
         """PUBLISH."""
+        acknowledge = self._acknowledger(message.mid, message.qos) if message.qos else None
         try:
             topic = message.topic
         except UnicodeDecodeError:
+            if acknowledge is not None:
+                acknowledge()
             return
-        self._listener.received(to_message(topic, message))
+        self._listener.received(to_message(topic, message, acknowledge))
+
+    def _acknowledger(self, mid: int, qos: int) -> Callable[[], None]:
+        """Sends the PUBACK once, and only on the connection that the message came by: ids are used again."""
+        owed, connection = [mid], self._connections
+
+        self._owed += 1
+
+        def send() -> None:
+            if owed and self._up and connection == self._connections:
+                self._owed -= 1
+                self._client.ack(owed.pop(), qos)
+
+        return lambda: send() if threading.current_thread() is self._thread else self._do(send)
 
     def _on_plain(self, topic: str, payload: bytes, retained: bool) -> None:
         """PUBLISH at QoS 0 without properties."""
         self._listener.received(Message(topic, payload, retained))
+
+
+def _watch(selector: selectors.BaseSelector, sock: Any, before: int, wanted: int) -> int:
+    """Wait for these events of the socket from now on; a selector cannot wait for none."""
+    if wanted == before:
+        return wanted
+    if not wanted:
+        selector.unregister(sock)
+    elif before:
+        selector.modify(sock, wanted)
+    else:
+        selector.register(sock, wanted)
+    return wanted

@@ -64,7 +64,12 @@ def make_client(settings: LinkSettings, address: Address) -> LeanClient:
     Raises:
         agent.errors.LinkError: a certificate cannot be used.
     """
-    client = LeanClient(CallbackAPIVersion.VERSION2, settings.client_id, protocol=MQTTProtocolVersion.MQTTv5)
+    client = LeanClient(
+        CallbackAPIVersion.VERSION2,
+        settings.client_id,
+        protocol=MQTTProtocolVersion.MQTTv5,
+        manual_ack=True,  # the link says when: at once, or when the handler has made the message safe
+    )
     client.connect_timeout = settings.connect_timeout_s
     client.max_inflight_messages = 0  # counted here: paho does not know the broker's receive maximum
     client.suppress_exceptions = True
@@ -115,7 +120,7 @@ def publish_properties(publication: Publication) -> Properties | None:
     return properties
 
 
-def to_message(topic: str, message: MQTTMessage) -> Message:
+def to_message(topic: str, message: MQTTMessage, acknowledge: Callable[[], None] | None) -> Message:
     """What the rest of the program sees of a publication."""
     properties = message.properties
     pairs = getattr(properties, "UserProperty", None)
@@ -126,4 +131,5 @@ def to_message(topic: str, message: MQTTMessage) -> Message:
         getattr(properties, "ResponseTopic", None),
         getattr(properties, "CorrelationData", None),
         dict(pairs) if pairs else {},
+        acknowledge,
     )

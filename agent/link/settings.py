@@ -27,7 +27,9 @@ class LinkSettings:
 
     ``url`` is ``mqtt://host[:port]`` or ``mqtts://host[:port]``, with ``user:password@`` where the broker asks for
     it. ``ca_file`` is the broker's CA (the system's, when None); ``cert_file`` and ``key_file`` are the client's, PEM.
-    ``receive_maximum`` bounds the QoS 1 messages that the broker may have under way to us.
+    ``receive_maximum`` bounds the QoS 1 messages that the broker may have under way to us. With ``repeat_retained``
+    the newest retained publication to each topic is sent again at each connect: right for what a device says of
+    itself, and wrong for what several controllers publish to the same topics.
     """
 
     url: str
@@ -41,6 +43,7 @@ class LinkSettings:
     keepalive_s: int = 30
     session_expiry_s: int = 0
     receive_maximum: int = 1024
+    repeat_retained: bool = False
     max_packet_bytes: int = 1024 * 1024
     connect_timeout_s: float = 10.0
     backoff: BackoffPolicy = field(default_factory=BackoffPolicy)

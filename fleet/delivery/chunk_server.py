@@ -51,7 +51,9 @@ Artifacts = Callable[[str], Artifact | None]
 class BulkLink(Protocol):
     """What the server needs of the link; ``agent.link.MqttLink`` has it."""
 
-    async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
+    async def subscribe(
+        self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False, manual_ack: bool = False
+    ) -> None:
         """See ``agent.link.Link``."""
         ...
 

@@ -40,6 +40,7 @@ class _Subscription:
     handler: Handler
     bulk: bool
     link: MemoryLink
+    manual_ack: bool = False
 
 
 def matches(pattern: str, topic: str) -> bool:
@@ -173,6 +174,8 @@ class MemoryLink:
     name: str = "link"
     faulty: bool = True
     will: Message | None = None
+    #: What handlers that acknowledge by hand have acknowledged.
+    acknowledged: list[Message] = field(default_factory=list)
     _up: bool = True
     _connected_callbacks: list[Callable[[], None]] = field(default_factory=list)
     _bulk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "bulk"))
@@ -208,9 +211,11 @@ class MemoryLink:
             raise LinkError(f"{self.name}: not connected to the broker in memory")
         self.broker.accept(Message(topic, bytes(payload), retain, response_topic, correlation, dict(properties or {})))
 
-    async def subscribe(self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False) -> None:
+    async def subscribe(
+        self, topic: str, handler: Handler, *, qos: int = 1, bulk: bool = False, manual_ack: bool = False
+    ) -> None:
         group, pattern = _split(topic)
-        self.broker.add(_Subscription(pattern, group, handler, bulk, self))
+        self.broker.add(_Subscription(pattern, group, handler, bulk, self, manual_ack))
         await asyncio.sleep(0)
 
     async def unsubscribe(self, topic: str) -> None:
@@ -228,6 +233,8 @@ class MemoryLink:
     def _handle(self, subscription: _Subscription, message: Message) -> None:
         if not self._up:
             return
+        if subscription.manual_ack:
+            message = replace(message, acknowledge=lambda: self.acknowledged.append(message))
         if subscription.bulk:
             self._bulk.submit(subscription.handler, message)
         else:

@@ -63,6 +63,108 @@ async def test_retained_state_is_there_for_who_comes_later(broker: Broker) -> No
     assert [(message.payload, message.retained) for message in got] == [(b"second", True)]
 
 
+async def test_what_is_acknowledged_by_hand_comes_once_each(broker: Broker) -> None:
+    got: list[Message] = []
+    name = topic("safe")
+    async with connected(broker.url) as one, connected(broker.url, receive_maximum=3) as other:
+        await other.subscribe(name, got.append, manual_ack=True)
+        for n in range(7):
+            await one.publish(name, b"%d" % n)
+        done = 0
+        while done < 7:
+            await until(lambda done=done: len(got) > done)
+            for message in got[done:]:
+                assert message.acknowledge is not None
+                await asyncio.to_thread(message.acknowledge)
+                message.acknowledge()  # a second time is no packet of its own
+                done += 1
+        await asyncio.sleep(0.1)
+    assert [message.payload for message in got] == [b"%d" % n for n in range(7)]
+
+
+async def test_a_broker_that_sends_past_the_receive_maximum_is_not_read_until_something_is_safe() -> None:
+    """A broker of a few lines, as none from a shelf can be made to do it at will."""
+    sent = 0
+
+    async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await reader.read(1000)
+        writer.write(b"\x20\x03\x00\x00\x00")  # CONNACK
+        await reader.read(1000)
+        writer.write(b"\x90\x04\x00\x01\x00\x01")  # SUBACK
+        body = bytes(50_000)
+        for number in range(1, 400):
+            packet = b"\x00\x01x" + number.to_bytes(2, "big") + b"\x00" + body
+            writer.write(b"\x32" + _remaining(len(packet)) + packet)
+            await writer.drain()
+            sent = number
+
+    got: list[Message] = []
+    server = await asyncio.start_server(pour, "127.0.0.1", 0)
+    async with server, MqttLink(settings(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}", receive_maximum=5)) as link:
+        await link.wait_connected(5)
+        await link.subscribe("x", got.append, manual_ack=True)
+        await until(lambda: len(got) >= 10)
+        await asyncio.sleep(0.5)
+        assert len(got) < 20, "what is not read stays in the kernel's buffers"
+        assert sent < 399, "the broker is held up"
+        while len(got) < 399:
+            for message in list(got):
+                assert message.acknowledge is not None
+                message.acknowledge()
+            await asyncio.sleep(0.01)
+    assert len(got) == 399
+
+
+def _remaining(length: int) -> bytes:
+    out = b""
+    while True:
+        length, low = divmod(length, 128)
+        out += bytes([low | (0x80 if length else 0)])
+        if not length:
+            return out
+
+
+async def test_an_acknowledgement_from_before_a_reconnect_is_not_sent_on_the_new_connection(tmp_path: Path) -> None:
+    got: list[Message] = []
+    name = topic("safe")
+    with mosquitto(tmp_path) as broker, proxy(broker.host, broker.port) as line:
+        async with connected(broker.url) as one, connected(line.url, receive_maximum=1) as other:
+            await other.subscribe(name, got.append, manual_ack=True)
+            await one.publish(name, b"old")
+            await until(lambda: len(got) == 1)
+            line.cut()
+            await until(lambda: other.reconnects == 1 and other.connected)
+            await one.publish(name, b"new")
+            await one.publish(name, b"newer")
+            await until(lambda: len(got) == 2)
+            late = got[0].acknowledge
+            assert late is not None
+            late()  # the new connection uses the same packet id
+            await asyncio.sleep(0.2)
+            assert [message.payload for message in got] == [b"old", b"new"]
+            assert got[1].acknowledge is not None
+            got[1].acknowledge()
+            await until(lambda: len(got) == 3)
+
+
+async def test_what_a_controller_published_once_is_not_sent_again_over_what_another_published_since(
+    broker: Broker,
+) -> None:
+    got: list[Message] = []
+    name = topic("desired")
+    with proxy(broker.host, broker.port) as line:
+        async with connected(broker.url) as other, connected(line.url) as cut_off:
+            await cut_off.publish(name, b"order 1", retain=True)
+            line.cut()
+            await other.publish(name, b"order 2", retain=True)
+            await until(lambda: cut_off.reconnects == 1 and cut_off.connected)
+            await cut_off.publish(topic("marker"), b"")
+            await other.subscribe(name, got.append)
+            await until(lambda: got)
+    assert got[0].payload == b"order 2"
+
+
 async def test_shared_subscription_gives_each_message_to_one(broker: Broker) -> None:
     got: list[list[Message]] = [[], []]
     name = topic("work")
@@ -169,7 +271,7 @@ async def test_comes_back_with_subscriptions_and_state(broker: Broker) -> None:
         connects += 1
 
     with proxy(broker.host, broker.port) as between:
-        link = MqttLink(settings(between.url))
+        link = MqttLink(settings(between.url, repeat_retained=True))
         link.on_connected(count)
         async with link, connected(broker.url) as other:
             await link.subscribe(f"{name}/orders", got.append)
@@ -232,7 +334,7 @@ async def test_without_a_broker_it_starts_fails_plainly_and_connects_when_one_co
     port = free_port()
     got: list[Message] = []
     name = topic("a")
-    async with MqttLink(settings(f"mqtt://127.0.0.1:{port}")) as link:
+    async with MqttLink(settings(f"mqtt://127.0.0.1:{port}", repeat_retained=True)) as link:
         await link.subscribe(name, got.append)
         with pytest.raises(LinkError, match=rf"127\.0\.0\.1:{port}.*refused"):
             await link.wait_connected(0.5)
