@@ -101,7 +101,10 @@ async def test_a_broker_that_sends_past_the_receive_maximum_is_not_read_until_so
 
     got: list[Message] = []
     server = await asyncio.start_server(pour, "127.0.0.1", 0)
-    async with server, MqttLink(settings(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}", receive_maximum=5)) as link:
+    async with (
+        server,
+        MqttLink(settings(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}", receive_maximum=5)) as link,
+    ):
         await link.wait_connected(5)
         await link.subscribe("x", got.append, manual_ack=True)
         await until(lambda: len(got) >= 10)
@@ -109,7 +112,7 @@ async def test_a_broker_that_sends_past_the_receive_maximum_is_not_read_until_so
         assert len(got) < 20, "what is not read stays in the kernel's buffers"
         assert sent < 399, "the broker is held up"
         while len(got) < 399:
-            for message in list(got):
+            for message in got:
                 assert message.acknowledge is not None
                 message.acknowledge()
             await asyncio.sleep(0.01)
