@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from agent.contract import topics
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Presence
+from agent.contract.messages import Boot, Presence
 from agent.daemon.agent import Body
 from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
@@ -27,6 +27,7 @@ from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher
+from agent.store.boots import next_boot
 from agent.store.journal import FileJournal
 from agent.trust.client import TrustClient
 from agent.trust.identity import Identity
@@ -36,14 +37,15 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
     """An agent of the real parts."""
     state = AgentState()
     host_events: asyncio.Queue[HostEvent] = asyncio.Queue()
-    link = MqttLink(_link_settings(settings, who))
+    boot = next_boot(settings.state_dir, SystemClock().now())
+    link = MqttLink(_link_settings(settings, who, boot))
     trust = TrustClient(who, link, SystemClock())
     clock = trust.clock
     store = ArtifactStore(settings.state_dir)
     host = WorkerHost(render, host_settings(settings), on_event=host_events.put_nowait)
     monitor = Monitor(host, clock, _render_prompt, lambda: host.stats().memory_bytes)
     reporter = Reporter(
-        Reporting(who.device, who.profile, version("phifleet")),
+        Reporting(who.device, who.profile, version("phifleet"), boot),
         state,
         link,
         clock,
@@ -84,8 +86,8 @@ def _render_prompt(manifest: Manifest, prompt: str) -> str:
     return render(manifest, [{"role": "user", "content": prompt}])
 
 
-def _link_settings(settings: AgentSettings, who: Identity) -> LinkSettings:
-    will = Presence(device=who.device, online=False, agent_version=version("phifleet"))
+def _link_settings(settings: AgentSettings, who: Identity, boot: Boot) -> LinkSettings:
+    will = Presence(device=who.device, boot=boot, online=False, agent_version=version("phifleet"))
     return LinkSettings(
         url=settings.broker or who.broker,
         client_id=who.device,

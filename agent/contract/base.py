@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from typing import Annotated, Any, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 PROTOCOL_VERSION = 1
+#: The largest integer on the wire: every JSON reader has it exactly (RFC 8259, section 6), and every database.
+MAX_INTEGER = 2**53 - 1
+#: Unicode categories that a terminal, a log or a page may obey instead of showing: controls, format, surrogates.
+_UNSHOWN = frozenset({"Cc", "Cf", "Cs"})
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def shown(text: str, limit: int) -> str:
+    """``text`` as it may be shown anywhere: on one line, at most ``limit`` characters, nothing that a screen obeys."""
+    flat = "".join(_visible(char) for char in text[: limit + 1])
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def _visible(char: str) -> str:
+    if char in "\t\n\r\u2028\u2029":
+        return " "
+    return _REPLACEMENT if unicodedata.category(char) in _UNSHOWN else char
+
+
+def _text(limit: int) -> BeforeValidator:
+    return BeforeValidator(lambda value: shown(value, limit) if isinstance(value, str) else value)
+
+
+#: Text of a device for people: cleaned and cut, never refused, for what it says matters more than how.
+Name = Annotated[str, _text(128)]
+Sentence = Annotated[str, _text(2000)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+#: Seconds, milliseconds or a rate: finite, and not below zero.
+Amount = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 DeviceId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="lower case letters, digits, dashes")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 in lower case hex")]
@@ -20,7 +50,7 @@ ArtifactId = Annotated[
     ),
 ]
 Timestamp = Annotated[AwareDatetime, Field(description="ISO 8601 with an offset")]
-Bytes = Annotated[int, Field(ge=0, description="bytes")]
+Bytes = Annotated[int, Field(ge=0, le=MAX_INTEGER, description="bytes")]
 
 
 class MalformedMessageError(ValueError):

@@ -7,7 +7,20 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from agent.contract.base import ArtifactId, Bytes, DeviceId, Digest, Timestamp, WireModel
+from agent.contract.base import (
+    MAX_INTEGER,
+    Amount,
+    ArtifactId,
+    Bytes,
+    Count,
+    DeviceId,
+    Digest,
+    Name,
+    Sentence,
+    Timestamp,
+    WireModel,
+    canonical_json,
+)
 from agent.contract.failures import FailureCode
 from agent.contract.profile import HealthLimits
 
@@ -27,41 +40,64 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-class Presence(WireModel):
+class Boot(WireModel):
+    """One run of an agent, and which of its messages this is: what tells a newer message from an older one.
+
+    ``number`` grows with every start of the agent on this device. The will has no ``counter``: the broker publishes
+    it after everything else.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$", description="drawn at random at the agent's start")]
+    number: Annotated[int, Field(ge=0, le=MAX_INTEGER, description="grows with every start")]
+    counter: Annotated[int | None, Field(ge=0, le=MAX_INTEGER, description="grows with every message of this run")] = (
+        None
+    )
+
+
+class DeviceMessage(WireModel):
+    """What a device says of itself. Agents before 0.2 send no ``boot``."""
+
+    version: Count = 1
+    device: DeviceId
+    boot: Boot | None = None
+
+    def to_json(self) -> bytes:
+        """Canonical UTF-8 JSON; without ``boot`` where there is none, as the first release wrote it."""
+        without = {"boot"} if self.boot is None else set()
+        return canonical_json(self.model_dump(mode="json", exclude=without))
+
+
+class Presence(DeviceMessage):
     """Retained; the broker publishes ``online: false`` as the agent's will."""
 
-    version: int = 1
-    device: DeviceId
     online: bool
     at: Timestamp | None = None
-    agent_version: str = ""
+    agent_version: Name = ""
 
 
 class RuntimeFact(WireModel):
     """A runtime found on the device, or why it is not usable."""
 
-    name: str
-    version: str = ""
-    devices: tuple[str, ...] = ()
+    name: Name
+    version: Name = ""
+    devices: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
     usable: bool
-    reason: str = ""
+    reason: Sentence = ""
 
 
-class Facts(WireModel):
+class Facts(DeviceMessage):
     """What the device is. Retained."""
 
-    version: int = 1
-    device: DeviceId
-    profile: str
-    agent_version: str
-    system: str
-    machine: str
-    cpu: str
-    cpu_count: int
+    profile: Name
+    agent_version: Name
+    system: Name
+    machine: Name
+    cpu: Name
+    cpu_count: Count
     memory_total_bytes: Bytes
     memory_available_bytes: Bytes
     disk_free_bytes: Bytes
-    runtimes: tuple[RuntimeFact, ...] = ()
+    runtimes: Annotated[tuple[RuntimeFact, ...], Field(max_length=64)] = ()
     at: Timestamp
 
 
@@ -91,7 +127,7 @@ class Desired(WireModel):
 
     version: int = 1
     device: DeviceId
-    sequence: Annotated[int, Field(gt=0, description="grows with every order to this device")]
+    sequence: Annotated[int, Field(gt=0, le=MAX_INTEGER, description="grows with every order to this device")]
     deployment: Annotated[str, Field(min_length=1, max_length=64, description="in every log line of this deployment")]
     issued_at: Timestamp
     expires_at: Timestamp
@@ -112,24 +148,24 @@ class Desired(WireModel):
 class Progress(WireModel):
     """Of the transfer."""
 
-    chunks_total: int = 0
-    chunks_done: int = 0
+    chunks_total: Count = 0
+    chunks_done: Count = 0
     bytes_total: Bytes = 0
     bytes_done: Bytes = 0
-    bytes_received: Annotated[int, Field(ge=0, description="chunk bytes that came over the link, repeats included")] = 0
-    bytes_reused: Annotated[int, Field(ge=0, description="bytes found on the device already")] = 0
-    chunks_rejected: Annotated[int, Field(ge=0, description="chunks dropped for wrong bytes")] = 0
-    seconds: float = 0.0
+    bytes_received: Annotated[Bytes, Field(description="chunk bytes that came over the link, repeats included")] = 0
+    bytes_reused: Annotated[Bytes, Field(description="bytes found on the device already")] = 0
+    chunks_rejected: Annotated[Count, Field(description="chunks dropped for wrong bytes")] = 0
+    seconds: Amount = 0.0
 
 
 class Proof(WireModel):
     """What the device measured when it proved the artifact."""
 
-    runtime: str
-    device: str = "CPU"
-    load_s: float
-    ttft_ms: float
-    tpot_ms: float
+    runtime: Name
+    device: Name = "CPU"
+    load_s: Amount
+    ttft_ms: Amount
+    tpot_ms: Amount
     memory_bytes: Bytes = 0
 
 
@@ -137,58 +173,54 @@ class Failure(WireModel):
     """Why: a stable code for machines, a sentence for people."""
 
     code: FailureCode
-    message: str
+    message: Sentence
 
 
-class Reported(WireModel):
+class Reported(DeviceMessage):
     """Where a device's deployment stands. Retained. ``digest`` is what is loaded and served, or None."""
 
-    version: int = 1
-    device: DeviceId
-    sequence: Annotated[int, Field(ge=0)] = 0
-    deployment: str = ""
+    sequence: Count = 0
+    deployment: Name = ""
     state: State
     desired: ArtifactRef | None = None
     digest: Digest | None = None
     artifact: ArtifactId | None = None
-    runtime: str | None = None
-    endpoint: str | None = None
+    runtime: Name | None = None
+    endpoint: Name | None = None
     progress: Progress | None = None
     proof: Proof | None = None
     failure: Failure | None = None
-    malformed_messages: Annotated[int, Field(ge=0)] = 0
+    malformed_messages: Count = 0
     paused: Annotated[bool, Field(description="the person at the device holds new orders back")] = False
     at: Timestamp
 
 
-class HealthReport(WireModel):
+class HealthReport(DeviceMessage):
     """How well inference runs, over the last window. Not retained."""
 
-    version: int = 1
-    device: DeviceId
     at: Timestamp
-    window_s: float
+    window_s: Amount
     digest: Digest | None = None
-    requests: int = 0
-    errors: int = 0
-    ttft_ms_p50: float | None = None
-    ttft_ms_p95: float | None = None
-    tpot_ms_p50: float | None = None
-    tpot_ms_p95: float | None = None
-    tokens_per_s: float | None = None
+    requests: Count = 0
+    errors: Count = 0
+    ttft_ms_p50: Amount | None = None
+    ttft_ms_p95: Amount | None = None
+    tpot_ms_p50: Amount | None = None
+    tpot_ms_p95: Amount | None = None
+    tokens_per_s: Amount | None = None
     worker_memory_bytes: Bytes = 0
-    worker_restarts: int = 0
-    temperature_c: float | None = None
+    worker_restarts: Count = 0
+    temperature_c: Annotated[float | None, Field(ge=-273.15, le=10_000, allow_inf_nan=False)] = None
     throttled: bool | None = None
-    verdict: Annotated[str, Field(description="unknown, healthy, suspect or unhealthy")] = "unknown"
-    reason: Annotated[str, Field(description="the limit that is broken, with both figures")] = ""
+    verdict: Annotated[Name, Field(description="unknown, healthy, suspect or unhealthy")] = "unknown"
+    reason: Annotated[Sentence, Field(description="the limit that is broken, with both figures")] = ""
 
 
 class ChunkRange(WireModel):
     """Chunks ``first`` to ``last``, both included, counted over the artifact's files in manifest order."""
 
-    first: Annotated[int, Field(ge=0)]
-    last: Annotated[int, Field(ge=0)]
+    first: Count
+    last: Count
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -215,7 +247,7 @@ class MetadataWant(WireModel):
     name: Annotated[
         str, Field(min_length=1, max_length=256, description="e.g. 3.root.json or targets/artifacts/x.json")
     ]
-    offset: Annotated[int, Field(ge=0)] = 0
+    offset: Count = 0
 
 
 class MetadataStatus(StrEnum):
@@ -230,7 +262,7 @@ class MetadataAnswer(WireModel):
 
     status: MetadataStatus
     name: str
-    offset: Annotated[int, Field(ge=0)] = 0
+    offset: Count = 0
     total: Bytes = 0
 
     def to_properties(self) -> dict[str, str]:

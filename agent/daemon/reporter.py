@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from agent.contract import topics
-from agent.contract.base import WireModel
-from agent.contract.messages import ArtifactRef, Facts, HealthReport, Presence, Progress, Reported, RuntimeFact
+from agent.contract.messages import ArtifactRef, Boot, DeviceMessage, Facts, HealthReport, Presence, Progress, Reported, RuntimeFact
 from agent.core.deployment import Deployment
 from agent.core.inference import ModelInfo
 from agent.core.ports import Clock, Link
@@ -31,6 +30,7 @@ class Identity:
     device: str
     profile: str
     version: str
+    boot: Boot
 
 
 class Reporter:
@@ -51,7 +51,8 @@ class Reporter:
         self._clock = clock
         self._active = active
         self._collect_facts = collect_facts
-        self._pending: dict[str, tuple[WireModel, int, bool]] = {}
+        self._pending: dict[str, tuple[DeviceMessage, int, bool]] = {}
+        self._count = 0
         self._wake = asyncio.Event()
         self._progress: Progress | None = None
         #: The order that the progress is of.
@@ -82,13 +83,17 @@ class Reporter:
                 self._put_back(topic, message, qos, retain)
                 raise
 
-    def _put_back(self, topic: str, message: WireModel, qos: int, retain: bool) -> None:
+    def _put_back(self, topic: str, message: DeviceMessage, qos: int, retain: bool) -> None:
         if retain:  # a newer one may be there by now
             self._pending.setdefault(topic, (message, qos, retain))
 
-    def _put(self, topic: str, message: WireModel, *, qos: int = 1, retain: bool = True) -> None:
-        self._pending[topic] = (message, qos, retain)
+    def _put(self, topic: str, message: DeviceMessage, *, qos: int = 1, retain: bool = True) -> None:
+        self._pending[topic] = (self._numbered(message), qos, retain)
         self._wake.set()
+
+    def _numbered(self, message: DeviceMessage) -> DeviceMessage:
+        self._count += 1
+        return message.model_copy(update={"boot": self.identity.boot.model_copy(update={"counter": self._count})})
 
     def connected(self) -> None:
         """The broker is there (again): say that we are too, and what was kept."""
@@ -102,9 +107,9 @@ class Reporter:
 
     async def goodbye(self) -> None:
         """Report that this device goes offline, without waiting for the broker to publish the will."""
-        topic = topics.presence(self.identity.device)
+        topic, offline = topics.presence(self.identity.device), self._numbered(self.presence(online=False))
         try:
-            await asyncio.wait_for(self._link.publish(topic, self.presence(online=False).to_json(), retain=True), 2.0)
+            await asyncio.wait_for(self._link.publish(topic, offline.to_json(), retain=True), 2.0)
         except (LinkError, TimeoutError):
             log.debug("offline not reported, the will reports it")
 

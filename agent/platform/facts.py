@@ -45,12 +45,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+#: Above it a sensor is broken: a driver that fails reports 65261.85, say.
+_HOTTEST_C = 1000.0
+
+
 def temperature_c() -> float | None:
     """The hottest sensor in degrees Celsius, where the host has any."""
     sensors = getattr(psutil, "sensors_temperatures", None)  # Linux and FreeBSD only
     if sensors is None:
         return None
-    readings = [entry.current for entries in sensors().values() for entry in entries if entry.current]
+    readings = [entry.current for entries in sensors().values() for entry in entries if 0 < entry.current < _HOTTEST_C]
     return max(readings, default=None)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from agent.contract import topics
 from agent.contract.base import WireModel, sha256_hex
 from agent.contract.manifest import ArtifactFile, Manifest, artifact_digest
-from agent.contract.messages import ArtifactRef, Desired, Facts, Progress, State
+from agent.contract.messages import ArtifactRef, Boot, Desired, Facts, Progress, State
 from agent.core import deployment as core
 from agent.core.supervision import RestartPolicy
 from agent.daemon.agent import Agent, Body
@@ -29,6 +29,8 @@ from tests.contract.test_contract import MANIFEST
 from tests.simulators.device import MemoryJournal, SimClock, SimHost, SimStore, SimTransfer, SimTrust
 from tests.simulators.link import MemoryBroker, MemoryLink
 from tests.waiting import until
+
+BOOT = Boot(id="0123456789abcdef", number=1)
 
 AT = datetime(2026, 11, 23, tzinfo=UTC)
 
@@ -155,7 +157,7 @@ class WholeAgent:
         self.state = AgentState()
         host = self.device.host
         monitor = Monitor(host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
-        self.reporter = Reporter(Identity("pi-1", "demo", "1"), self.state, self.link, clock, host.active, self.facts)
+        self.reporter = Reporter(Identity("pi-1", "demo", "1", BOOT), self.state, self.link, clock, host.active, self.facts)
         parts = StepParts(
             self.device.trust, self.device.store, self.device.transfer, host, monitor, clock, lambda: 8 << 30, (0.01,)
         )
