@@ -26,8 +26,8 @@ from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
-from agent.store.fetch import Fetcher
 from agent.store.boots import next_boot
+from agent.store.fetch import Fetcher
 from agent.store.journal import FileJournal
 from agent.trust.client import TrustClient
 from agent.trust.identity import Identity

@@ -32,6 +32,7 @@ class FailureCode(StrEnum):
     HEALTH_MEMORY = "health.memory"
     DEADLINE = "deployment.deadline"
     BOOT_LOOP = "deployment.boot_loop"
+    WRONG_DIGEST = "deployment.wrong_digest"
     INCOMPATIBLE = "deployment.incompatible"
     CANCELLED = "deployment.cancelled"
     INTERNAL = "agent.internal"

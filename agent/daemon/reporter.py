@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import structlog
 
 from agent.contract import topics
-from agent.contract.messages import ArtifactRef, Boot, DeviceMessage, Facts, HealthReport, Presence, Progress, Reported, RuntimeFact
+from agent.contract.messages import (
+    ArtifactRef,
+    Boot,
+    DeviceMessage,
+    Facts,
+    HealthReport,
+    Presence,
+    Progress,
+    Reported,
+    RuntimeFact,
+)
 from agent.core.deployment import Deployment
 from agent.core.inference import ModelInfo
 from agent.core.ports import Clock, Link

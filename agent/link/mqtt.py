@@ -47,6 +47,7 @@ class MqttLink:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._repeat_retained = settings.repeat_retained
         self._subscriptions: dict[str, _Subscription] = {}
+        self._exact: dict[str, _Subscription] = {}
         self._routes: tuple[tuple[re.Pattern[str], _Subscription], ...] = ()
         self._retained: dict[str, tuple[bytes, int]] = {}
         self._waiting: deque[tuple[Handler, Message]] = deque()
@@ -131,10 +132,13 @@ class MqttLink:
             self._retained[topic] = (payload, qos)
         outcome: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         done = self._resolver(outcome)
-        self._network.publish(
-            Publication(topic, payload, done, qos, retain, response_topic, correlation, properties or {})
-        )
-        error = await outcome
+        publication = Publication(topic, payload, done, qos, retain, response_topic, correlation, properties or {})
+        self._network.publish(publication)
+        try:
+            error = await outcome
+        except asyncio.CancelledError:
+            publication.cancelled = True  # what still waits for the broker's window is not sent after all
+            raise
         if error is not None:
             raise LinkError(f"broker {self.address}: {topic}: {error}")
 
@@ -156,10 +160,39 @@ class MqttLink:
             self._forget(topic)
             raise LinkError(f"broker {self.address}: refuses the subscription to {topic}: {refused[0]}")
 
+    async def subscribe_exact(self, topics: Sequence[str], handler: Handler, *, manual_ack: bool = False) -> None:
+        """Receive what is retained at these topics, until ``unsubscribe_exact``, and what comes there if nothing else
+        is subscribed to it.
+
+        One packet for all; ``handler`` runs on the link's thread. Of this connection alone: a reconnect forgets it.
+
+        Raises:
+            agent.errors.LinkError: not connected, or the broker refuses one of them.
+        """
+        entry = _Subscription(handler, 1, bulk=True, manual_ack=manual_ack)
+        self._exact = {**self._exact, **dict.fromkeys(topics, entry)}
+        outcome: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
+        self._network.subscribe([(topic, 1) for topic in topics], self._resolver(outcome))
+        reasons = await outcome
+        refused = [reason for reason in reasons if reason.is_failure]
+        if refused or not reasons:
+            self._forget_exact(topics)
+            text = f"refuses the subscription: {refused[0]}" if refused else f"not connected: {self.reason}"
+            raise LinkError(f"broker {self.address}: {text}")
+
+    async def unsubscribe_exact(self, topics: Sequence[str]) -> None:
+        """No longer."""
+        self._forget_exact(topics)
+        self._network.unsubscribe(list(topics))
+
+    def _forget_exact(self, topics: Sequence[str]) -> None:
+        gone = frozenset(topics)
+        self._exact = {topic: entry for topic, entry in self._exact.items() if topic not in gone}
+
     async def unsubscribe(self, topic: str) -> None:
         """No longer."""
         self._forget(topic)
-        self._network.unsubscribe(topic)
+        self._network.unsubscribe([topic])
 
     def serve_bulk(self, source: BulkSource) -> None:
         """Publish what ``source`` gives, at QoS 0, whenever the socket has room; it runs on the link's thread.
@@ -189,6 +222,7 @@ class MqttLink:
     def _connected(self) -> None:
         self.reconnects += 1
         self._told = "closed"  # by us is no news
+        self._exact = {}
         _log.info("broker_connected", broker=self.address, client=self._client, reconnects=self.reconnects)
         for topic, (payload, qos) in list(self._retained.items()):
             self._network.publish(Publication(topic, payload, lambda error: None, qos, retain=True))
@@ -208,6 +242,9 @@ class MqttLink:
     def _received(self, message: Message) -> None:
         owed = message.acknowledge
         routes = [entry for pattern, entry in self._routes if pattern.match(message.topic) is not None]
+        exact = self._exact.get(message.topic)
+        if exact is not None and (message.retained or not routes):  # else it comes by the pattern too
+            routes = [exact]
         if owed is not None and not any(entry.manual_ack for entry in routes):
             owed()
             message = replace(message, acknowledge=None)

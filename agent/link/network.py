@@ -126,9 +126,9 @@ class Network:
         """Subscribe to ``(filter, qos)``; ``done`` gets one reason code a filter, or none if we are not connected."""
         self._do(lambda: self._subscribe(filters, done))
 
-    def unsubscribe(self, topic: str) -> None:
+    def unsubscribe(self, topics: list[str]) -> None:
         """Best effort: the session forgets subscriptions anyhow when it ends."""
-        self._do(lambda: self._unsubscribe(topic))
+        self._do(lambda: self._unsubscribe(topics))
 
     def serve_bulk(self, source: BulkSource) -> None:
         """Take publications from ``source``, on the link's thread, whenever the socket has room for one."""
@@ -295,7 +295,11 @@ class Network:
 
     def _send_backlog(self) -> None:
         while self._backlog and self._up and len(self._unacknowledged) < self._max_in_flight:
-            self._send(self._backlog.popleft())
+            publication = self._backlog.popleft()
+            if publication.cancelled:
+                publication.done("given up before it was sent")
+            else:
+                self._send(publication)
 
     def _send(self, publication: Publication) -> None:
         properties = publish_properties(publication)
@@ -334,9 +338,9 @@ class Network:
         else:
             self._subscribing[mid] = done
 
-    def _unsubscribe(self, topic: str) -> None:
+    def _unsubscribe(self, topics: list[str]) -> None:
         if self._up:
-            self._client.unsubscribe(topic)
+            self._client.unsubscribe(topics)
 
     def _ended(self) -> None:
         self._up = False

@@ -31,6 +31,8 @@ class Publication:
     response_topic: str | None = None
     correlation: bytes | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
+    #: Nobody wants it sent any more; set by any thread.
+    cancelled: bool = False
 
 
 class LeanClient(Client):

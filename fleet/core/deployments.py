@@ -105,6 +105,8 @@ class Deployment:
     started_at: datetime | None = None
     failure: Failure | None = None
     presumed: bool = False
+    #: Of the variants that were ordered: to serve one of them is success, and nothing else is.
+    digests: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class Report:
     state: State
     failure: Failure | None
     at: datetime
+    #: What the device says that it serves.
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,8 @@ def _reported(deployment: Deployment, report: Report) -> Deployment:
     # After the controller gave up, "still at it" would only bring the same verdict again at the next tick.
     if stage not in (_FINAL if deployment.presumed else row.follows):
         raise TransitionError(f"{deployment.stage} does not become {stage} by a report")
+    if stage is Stage.COMMITTED and report.digest not in deployment.digests:
+        return _not_what_was_ordered(deployment, report)
     again = not row.outstanding and TABLE[stage].outstanding
     return replace(
         deployment,
@@ -186,6 +192,18 @@ def _reported(deployment: Deployment, report: Report) -> Deployment:
         started_at=report.at if again or deployment.started_at is None else deployment.started_at,
         failure=report.failure if stage in (Stage.FAILED, Stage.ROLLED_BACK) else None,
         presumed=False,
+    )
+
+
+def _not_what_was_ordered(deployment: Deployment, report: Report) -> Deployment:
+    """The device calls it success and serves something else: the digest decides, and a later report may correct it."""
+    serves = f"it serves {report.digest[:12]}" if report.digest else "it says nothing about what it serves"
+    ordered = " or ".join(sorted(digest[:12] for digest in deployment.digests))
+    failure = Failure(
+        code=FailureCode.WRONG_DIGEST, message=f"the device reports committed, but {serves}; ordered was {ordered}"
+    )
+    return replace(
+        deployment, stage=Stage.FAILED, started_at=deployment.started_at or report.at, failure=failure, presumed=True
     )
 
 

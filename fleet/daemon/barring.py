@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 import structlog
 
@@ -68,10 +69,12 @@ class Barring:
         barred: BarredDevices,
         evict: Evict | None,
         *,
+        clock: Callable[[], datetime],
         poll_s: float = POLL_S,
         policy: RetryPolicy | None = None,
     ) -> None:
         self._registry, self._barred, self._evict, self._poll_s = registry, barred, evict, poll_s
+        self._clock = clock
         self._policy = policy or RetryPolicy()
         self._sessions: dict[str, _Session] = {}
         self._uncleared: set[str] = set()
@@ -113,7 +116,7 @@ class Barring:
             await asyncio.gather(*(self._end(device, self._evict, now) for device in due[:AT_ONCE]))
         uncleared, self._uncleared = self._uncleared, set()
         if uncleared:
-            await asyncio.to_thread(self._registry.devices.mark_cleared, sorted(uncleared), False)
+            await asyncio.to_thread(self._registry.devices.clear_again, sorted(uncleared), self._clock())
 
     def _heard(self, session: _Session, now: float) -> None:
         if now - session.tried_at > 2 * self._policy.most_s:

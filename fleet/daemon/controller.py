@@ -21,6 +21,8 @@ from fleet.daemon.ingest import Ingest
 from fleet.daemon.link import ControlLink
 from fleet.daemon.publisher import POLL_S, Publisher
 from fleet.daemon.refresh import Refresh
+from fleet.daemon.sweep import Sweep
+from fleet.errors import RegistryError
 from fleet.registry import Registry
 from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
@@ -57,12 +59,13 @@ class Controller:
         notify: Callable[[str], bool] = systemd.notify,
         poll_s: float = POLL_S,
     ) -> None:
-        self._servers, self._notify = servers, notify
+        self._servers, self._notify, self._registry = servers, notify, registry
         self.barred = barred = BarredDevices() if barred is None else barred
-        self._barring = Barring(registry, barred, evict)
+        self._barring = Barring(registry, barred, evict, clock=clock)
         self._heart = Heart(link, registry, clock)
         self.ingest = Ingest(link, registry, clock, self._barring.received, barred)
-        self._publisher = Publisher(link, registry, clock, notify, poll_s)
+        self._sweep = Sweep(link, registry, self.ingest.receive, clock)
+        self._publisher = Publisher(link, registry, clock, notify, poll_s, owner=self._heart.id)
         self._refresh = Refresh(repository, ca, clock)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -81,7 +84,7 @@ class Controller:
             await server.start()
         self._notify("READY=1")
         _log.info("controller ready")
-        parts = (self.ingest, self._publisher, self._refresh, self._barring, self._heart)
+        parts = (self.ingest, self._sweep, self._publisher, self._refresh, self._barring, self._heart)
         tasks = [asyncio.create_task(part) for part in (*(part.run() for part in parts), _until(stop))]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -99,6 +102,9 @@ class Controller:
             with contextlib.suppress(LinkError):
                 await server.stop()
         await self.ingest.finish()
+        if not self._publisher.busy:  # else the claims end by themselves: something may be on its way to the broker
+            with contextlib.suppress(RegistryError):
+                await asyncio.to_thread(self._registry.outbox.release, self._heart.id)
         await self._heart.stop()
         malformed = self.ingest.recorder.malformed.total()
         _log.info("controller stopped", dropped=self.ingest.dropped, malformed=malformed)

@@ -1,36 +1,42 @@
-"""Publishes what devices are told: orders that were recorded, and nothing any more for devices that are barred."""
+"""Publishes what devices are told: what the outbox names, as the tables say it now."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 
 import structlog
 
 from agent.contract import topics
-from agent.link import Link
-from fleet.daemon.outbox import Item, Outbox
+from agent.link import Link, LinkError
+from fleet.core.retry import RetryPolicy
 from fleet.daemon.retry import DatabaseRetry
 from fleet.registry import Registry
-from fleet.registry.models import DeploymentRow
+from fleet.registry.outbox import Claim
 
 POLL_S = 0.5
 #: Deadlines are hours long; looking for passed ones more often would only cost reads.
 TICK_S = 5.0
-#: Orders handed to the link in one turn; their envelopes are in memory for so long.
-AT_MOST = 512
+#: After it a publication that the broker has not acknowledged is given up (see ``fleet.registry.outbox.LEASE``).
+PUBLISH_TIMEOUT_S = 10.0
+#: Publications whose acknowledgements are awaited together: a fleet's worth must not take a round trip each.
+AT_ONCE = 64
+#: Devices claimed in one turn; another controller claims the others meanwhile.
+AT_MOST = 256
 #: Devices that one log line names.
 MAX_NAMED = 10
 
 _CLEARED = (topics.desired, topics.presence, topics.facts, topics.reported)
-_CLEAR = "clear "
 
 _log = structlog.get_logger("controller")
 
 
 class Publisher:
-    """Looks at the registry a few times a second, as the commands of an operator only write there."""
+    """Looks at the outbox a few times a second, as the commands of an operator only write there.
+
+    One topic that the broker refuses, or never acknowledges, holds up no other. ``owner`` is this controller's id.
+    """
 
     def __init__(
         self,
@@ -39,12 +45,17 @@ class Publisher:
         clock: Callable[[], datetime],
         notify: Callable[[str], bool],
         poll_s: float = POLL_S,
+        *,
+        owner: str,
+        policy: RetryPolicy | None = None,
     ) -> None:
         self._link, self._registry, self._clock, self._notify, self._poll_s = link, registry, clock, notify, poll_s
-        #: Orders that a controller before this one has published, by deployment: the broker may have lost them since.
-        self._again: dict[str, str] | None = None
-        self._progress = _Progress()
+        self._owner, self._policy = owner, policy or RetryPolicy()
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._refused: dict[str, str] = {}
         self._away = False
+        #: Something is on its way to the broker, or was when this was cancelled.
+        self.busy = False
 
     async def run(self) -> None:
         """Publish, for ever.
@@ -54,78 +65,86 @@ class Publisher:
         """
         loop = asyncio.get_running_loop()
         retry, next_tick = DatabaseRetry(), 0.0
-        outbox = Outbox(self._link, loop.time)
+        await asyncio.to_thread(self._registry.outbox.take_over, self._clock())
+        while True:
+            busy = False
+            with retry.attempt():
+                busy = await self._turn()
+                if loop.time() >= next_tick:
+                    next_tick = loop.time() + TICK_S
+                    await self._tick()
+            self._notify("WATCHDOG=1")
+            if retry.failing:
+                await retry.wait()
+            elif not busy:
+                await asyncio.sleep(self._poll_s)
+
+    async def _turn(self) -> bool:
+        """Claim, publish, write down what became of it; whether there may be more to do at once."""
+        if await self._broker_is_away():
+            return False
+        claims = await asyncio.to_thread(self._registry.outbox.claim, self._owner, self._clock(), AT_MOST)
+        if not claims:
+            return False
+        self.busy = True
+        outcomes = await asyncio.gather(*(self._publish(claim) for claim in claims))
+        self.busy = False
+        taken = [claim for claim, error in zip(claims, outcomes, strict=True) if error is None]
+        errors = {claim.device: (claim, error) for claim, error in zip(claims, outcomes, strict=True) if error}
+        done = await asyncio.to_thread(self._registry.outbox.told, self._owner, taken, self._clock()) if taken else []
+        if errors:
+            now = self._clock()
+            again = {device: (claim, error, now + self._wait(claim)) for device, (claim, error) in errors.items()}
+            await asyncio.to_thread(self._registry.outbox.refused, self._owner, again)
+        self._log(claims, done, {device: error for device, (_, error) in errors.items()})
+        return bool(taken)
+
+    def _wait(self, claim: Claim) -> timedelta:
+        """A broker that is away says nothing about this publication: then all wait for it, and none for longer."""
+        return timedelta(seconds=self._policy.wait_s(claim.attempts + 1) if self._link.connected else 0.0)
+
+    async def _publish(self, claim: Claim) -> str | None:
+        """Why the broker has not taken it; None where it has."""
         try:
-            while True:
-                with retry.attempt():
-                    await self._turn(outbox)
-                    if loop.time() >= next_tick:
-                        next_tick = loop.time() + TICK_S
-                        await self._tick()
-                self._notify("WATCHDOG=1")
-                if retry.failing:
-                    await retry.wait()
-                else:
-                    await outbox.wait(self._poll_s)
-        finally:
-            await outbox.close()
+            async with self._slots:
+                for topic, payload in _publications(claim):
+                    async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                        await self._link.publish(topic, payload, retain=True)
+        except (LinkError, TimeoutError) as error:
+            return str(error) or f"no acknowledgement within {PUBLISH_TIMEOUT_S:g} s"
+        return None
 
-    async def _turn(self, outbox: Outbox) -> None:
-        await self._record(outbox)
-        devices = await self._wanted()
-        outbox.keep_only(devices.keys())
-        self._progress.tell(outbox, devices)
-        if self._broker_is_away(len(devices)):
-            return
-        due = outbox.due(devices)[:AT_MOST]
-        outbox.offer(_clearance(devices[key], key) for key in due if key.startswith(_CLEAR))
-        await self._offer_orders(outbox, [key for key in due if not key.startswith(_CLEAR)])
+    def _log(self, claims: Sequence[Claim], done: Sequence[Claim], errors: Mapping[str, str]) -> None:
+        for claim in done:
+            if claim.barred:
+                _log.info("device cleared", device=claim.device)
+            elif claim.order is not None:
+                _log.info("order published", deployment=claim.deployment, device=claim.device)
+        fresh = {device: error for device, error in errors.items() if self._refused.get(device) != error}
+        if fresh and self._link.connected:
+            named = sorted(fresh)
+            more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+            _log.warning(
+                "publications refused, trying again",
+                refused=len(errors),
+                published=len(done),
+                of=len(claims),
+                devices=", ".join(named[:MAX_NAMED]) + more,
+                error=fresh[named[0]],
+            )
+        for claim in done:
+            if self._refused.pop(claim.device, None) and not self._refused:
+                _log.info("no publication refused any more")
+        self._refused |= errors
 
-    async def _wanted(self) -> dict[str, str]:
-        """What the broker should have and is not known to: keys of items, and the device of each."""
-        deployments = self._registry.deployments
-        if self._again is None:
-            self._again = await asyncio.to_thread(deployments.to_publish, True, self._clock())
-        queued = await asyncio.to_thread(deployments.to_publish, False, self._clock())
-        barred = await asyncio.to_thread(self._registry.devices.to_clear)
-        return {f"{_CLEAR}{device}": device for device in barred} | self._again | queued
-
-    async def _offer_orders(self, outbox: Outbox, keys: list[str]) -> None:
-        if not keys:
-            return
-        rows = await asyncio.to_thread(self._registry.deployments.orders, keys, self._clock())
-        for key in set(keys) - {row.id for row in rows}:
-            (self._again or {}).pop(key, None)  # overtaken by another order, or over
-        outbox.offer(_order(row) for row in rows)
-
-    async def _record(self, outbox: Outbox) -> None:
-        """Write down what was taken and what was refused since the last turn."""
-        sent, refused = outbox.settled()
-        orders = [item for item in sent if not item.key.startswith(_CLEAR)]
-        cleared = [item.device for item in sent if item.key.startswith(_CLEAR)]
-        if orders:
-            ids = [item.key for item in orders]
-            await asyncio.to_thread(self._registry.deployments.mark_published, ids, self._clock())
-        if cleared:
-            await asyncio.to_thread(self._registry.devices.mark_cleared, cleared)
-        if refused:
-            await asyncio.to_thread(self._registry.deployments.mark_refused, refused)
-        outbox.forget()
-        self._progress.sent += len(sent)
-        for item in orders:
-            again = (self._again or {}).pop(item.key, None) is not None
-            event = "order published again" if again else "order published"
-            _log.info(event, deployment=item.key, device=item.device)
-        for device in cleared:
-            _log.info("device cleared", device=device)
-
-    def _broker_is_away(self, waiting: int) -> bool:
+    async def _broker_is_away(self) -> bool:
         away = not self._link.connected
-        if away and waiting and not self._away:
+        if away and not self._away:
+            waiting = await asyncio.to_thread(self._registry.outbox.waiting)
+            if not waiting:
+                return True
             _log.warning("not published, waiting for the broker", waiting=waiting)
-            self._away = True
-        elif not away:
-            self._away = False
+        self._away = away
         return away
 
     async def _tick(self) -> None:
@@ -139,37 +158,8 @@ class Publisher:
             )
 
 
-class _Progress:
-    """Says how many of how many were published, when some are refused."""
-
-    def __init__(self) -> None:
-        self.sent = 0
-        self._told = 0
-
-    def tell(self, outbox: Outbox, devices: Mapping[str, str]) -> None:
-        """Once all that was on its way has ended, if that has changed anything."""
-        errors = outbox.errors
-        if outbox.busy or (len(errors) == self._told and not (errors and self.sent)):
-            return
-        if errors:
-            named = sorted({devices[key] for key in errors})
-            more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-            _log.warning(
-                "publications refused, trying again",
-                refused=len(errors),
-                published=self.sent,
-                of=self.sent + len(devices),
-                devices=", ".join(named[:MAX_NAMED]) + more,
-                error=next(iter(errors.values())),
-            )
-        else:
-            _log.info("no publication refused any more", published=self.sent)
-        self.sent, self._told = 0, len(errors)
-
-
-def _order(row: DeploymentRow) -> Item:
-    return Item(row.id, row.device, ((topics.desired(row.device), row.envelope),))
-
-
-def _clearance(device: str, key: str) -> Item:
-    return Item(key, device, tuple((topic(device), b"") for topic in _CLEARED))
+def _publications(claim: Claim) -> list[tuple[str, bytes]]:
+    """Topics and payloads in order; an empty payload clears a topic."""
+    if claim.barred:
+        return [(topic(claim.device), b"") for topic in _CLEARED]
+    return [] if claim.order is None else [(topics.desired(claim.device), claim.order)]

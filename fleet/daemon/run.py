@@ -15,6 +15,7 @@ from agent.link import LinkError, LinkSettings, MqttLink
 from agent.platform import systemd
 from fleet.daemon.barring import BarredDevices
 from fleet.daemon.controller import Controller
+from fleet.daemon.ingest import BATCH
 from fleet.delivery.broker import EmbeddedBroker
 from fleet.delivery.chunk_server import ChunkServer
 from fleet.delivery.metadata import MetadataServer
@@ -29,6 +30,8 @@ from fleet.trust.repository import Repository
 BROKER_CHECK_S = 2.0
 EVICT_TIMEOUT_S = 10.0
 CONNECT_CHECK_S = 0.05
+#: A broker takes a controller that is cut off for gone after one and a half of it.
+KEEPALIVE_S = 10
 
 _log = structlog.get_logger("serve")
 
@@ -83,6 +86,8 @@ def link_settings(settings: FleetSettings, role: str) -> LinkSettings:
         key_file=settings.broker_key,
         username=settings.broker_username,
         password=settings.broker_password.get_secret_value() if settings.broker_password else None,
+        keepalive_s=KEEPALIVE_S,
+        receive_maximum=BATCH,
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from sqlalchemy import select
 
+from fleet.registry.audit_chain import broken
 from fleet.registry.database import Database
-from fleet.registry.models import AuditRow
+from fleet.registry.models import AuditHeadRow, AuditRow
 from fleet.registry.rows import Actor, add_audit
 
 
@@ -25,6 +26,25 @@ class Audit:
         """
         with self._database.write() as session:
             add_audit(session, actor, action, subject, details)
+
+    def broken(self) -> list[str]:
+        """What was changed or taken out since it was written, a sentence each.
+
+        Raises:
+            RegistryError: the database cannot be used.
+        """
+        with self._database.read() as session:
+            return list(broken(session))
+
+    def head(self) -> tuple[int, str]:
+        """How many entries there are, and the newest one's hash.
+
+        Raises:
+            RegistryError: the database cannot be used.
+        """
+        with self._database.read() as session:
+            row = session.execute(select(AuditHeadRow)).scalar_one()
+            return row.entries, row.hash
 
     def trail(self, limit: int = 100) -> list[AuditRow]:
         """The newest entries, newest first.

@@ -1,24 +1,31 @@
-"""Opens the database: SQLite for one controller, PostgreSQL by URL. Two processes at once are the normal case."""
+"""Opens the database: SQLite for one controller, PostgreSQL by URL. Two processes at once are the normal case.
+
+SQLite has one writer at a time. On PostgreSQL a transaction locks the rows that it decides about, in this order, so
+that no two wait for each other: devices by id, then deployments by id, then the outbox, and the audit's head last.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from fleet.errors import RegistryError
-from fleet.registry.schema import prepare
+from fleet.registry import schema
+from fleet.registry.audit_chain import append_audit
 
 #: How long a process waits for another's transaction before it gives up.
 BUSY_TIMEOUT_S = 10.0
-#: Of the advisory lock that PostgreSQL's writers hold; SQLite has BEGIN IMMEDIATE for it.
+#: Of the advisory lock of those who change PostgreSQL's tables; SQLite has BEGIN IMMEDIATE for it.
 _LOCK = 0x7068_6966
 
 
@@ -26,16 +33,62 @@ class Database:
     """An engine whose schema was checked, and its two kinds of transaction."""
 
     def __init__(self, url: str, *, create: bool = True) -> None:
+        self._open(url, create)
+        with self._explained():
+            schema.prepare(self._engine.execution_options(phifleet_migrate=True), self._where, create=create)
+
+    @classmethod
+    def unchecked(cls, url: str) -> Self:
+        """A database whatever its schema is, for those who look at that or change it."""
+        database = cls.__new__(cls)
+        database._open(url, create=False)
+        return database
+
+    def _open(self, url: str, create: bool) -> None:
         self.url = _parse(url)
+        self.sqlite = self.url.get_backend_name() == "sqlite"
         if not create:
             _refuse_missing(self.url)
         self._engine = _engine(self.url)
-        # One writer at a time, from the first statement on: a transaction that read first and was overtaken by
-        # another process would otherwise write over what that one decided.
+        # SQLite: one writer at a time, from the first statement on. A transaction that read first and was overtaken
+        # by another process would otherwise write over what that one decided.
         self._writer = self._engine.execution_options(phifleet_write=True)
         self._where = self.url.render_as_string(hide_password=True)
+
+    def schema_state(self) -> schema.SchemaState:
+        """What the database has.
+
+        Raises:
+            RegistryError: the database cannot be used.
+        """
+        with self._explained(), self._engine.connect() as connection:
+            return schema.state(connection)
+
+    def upgrade(self, revision: str = "head") -> schema.SchemaState:
+        """Bring it to a revision; returns what it had.
+
+        Raises:
+            RegistryError: the database cannot be used, or one of the revisions is not known.
+        """
         with self._explained():
-            prepare(self._writer, self._where, create=create)
+            return schema.upgrade(self._engine.execution_options(phifleet_migrate=True), self._where, revision)
+
+    def backup(self, path: Path) -> None:
+        """Copy a SQLite database as it is now, also while others write.
+
+        Raises:
+            RegistryError: the copy cannot be made; nothing is left of it.
+        """
+        name = quote(self.url.database or "")
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as source,
+                contextlib.closing(sqlite3.connect(path)) as target,
+            ):
+                source.backup(target)
+        except (sqlite3.Error, OSError) as error:
+            path.unlink(missing_ok=True)
+            raise RegistryError(f"database {self._where}: no backup can be made at {path}: {error}") from None
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -49,13 +102,14 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """One transaction, committed at the end or not at all; one writer at a time.
+        """One transaction, committed at the end or not at all. What ``add_audit`` was told is appended last.
 
         Raises:
             RegistryError: the database cannot be used.
         """
         with self._explained(), Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
+            append_audit(session)
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -118,13 +172,14 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    write = connection.get_execution_options().get("phifleet_write")
+    options = connection.get_execution_options()
+    write = options.get("phifleet_write") or options.get("phifleet_migrate")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
 def _begin_postgresql(connection: Connection) -> None:
     connection.execute(text(f"SET LOCAL lock_timeout = '{int(BUSY_TIMEOUT_S * 1000)}ms'"))
-    if connection.get_execution_options().get("phifleet_write"):
+    if connection.get_execution_options().get("phifleet_migrate"):
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 

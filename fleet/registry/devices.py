@@ -14,7 +14,7 @@ from fleet.core import deployments as core
 from fleet.errors import UsageError
 from fleet.registry.database import Database
 from fleet.registry.models import DeviceRow
-from fleet.registry.rows import Actor, add_audit, apply, device_row, outstanding
+from fleet.registry.rows import Actor, add_audit, apply, device_row, in_chunks, outstanding, put_in_outbox
 
 _BARRED = or_(DeviceRow.removed_at.is_not(None), DeviceRow.revoked_at.is_not(None))
 
@@ -34,7 +34,7 @@ class Devices:
             UsageError: it is there already.
         """
         with self._database.write() as session:
-            row = session.get(DeviceRow, device)
+            row = session.get(DeviceRow, device, with_for_update=True)
             if row is not None and row.removed_at is None:
                 raise UsageError(f"device {device} is there already; remove it first, or choose another id")
             if row is None:
@@ -43,7 +43,7 @@ class Devices:
             row.profile, row.profile_document = profile.name, document
             row.added_at, row.removed_at, row.revoked_at, row.cleared = actor.at, None, None, False
             row.facts = row.reported = row.health = row.last_seen = None
-            row.health_at = row.health_interval_s = row.presence_received_at = None
+            row.health_at = row.health_interval_s = row.presence_received_at = row.runs = row.cloned_at = None
             add_audit(session, actor, "device.add", device, {"profile": profile.name})
 
     def remove(self, device: str, actor: Actor) -> None:
@@ -53,10 +53,11 @@ class Devices:
             UsageError: no such device.
         """
         with self._database.write() as session:
-            row = device_row(session, device)
+            row = device_row(session, device, lock=True)
             row.removed_at, row.online, row.cleared = actor.at, False, False
             for deployment in outstanding(session, [device]):
                 apply(deployment, core.Withdrawn("the device was removed from the fleet"), actor.at)
+            put_in_outbox(session, [device], actor.at)
             add_audit(session, actor, "device.remove", device)
 
     def revoke(self, device: str, actor: Actor) -> datetime:
@@ -69,12 +70,13 @@ class Devices:
             UsageError: no such device.
         """
         with self._database.write() as session:
-            row = device_row(session, device)
+            row = device_row(session, device, lock=True)
             if row.revoked_at is not None:
                 return row.revoked_at
             row.revoked_at, row.online, row.cleared = actor.at, False, False
             for deployment in outstanding(session, [device]):
                 apply(deployment, core.Withdrawn("the device was revoked"), actor.at)
+            put_in_outbox(session, [device], actor.at)
             add_audit(session, actor, "device.revoke", device)
             return actor.at
 
@@ -103,10 +105,21 @@ class Devices:
         with self._database.read() as session:
             return list(session.scalars(select(DeviceRow.id).where(_BARRED, DeviceRow.cleared.is_(False))))
 
-    def mark_cleared(self, devices: Sequence[str], cleared: bool = True) -> None:
-        """The retained messages of barred devices are gone, or are there again."""
+    def clear_again(self, devices: Sequence[str], at: datetime) -> None:
+        """Retained messages of barred devices are at the broker again."""
         with self._database.write() as session:
-            session.execute(update(DeviceRow).where(DeviceRow.id.in_(devices), _BARRED).values(cleared=cleared))
+            barred: list[str] = []
+            for some in in_chunks(sorted(devices)):
+                found = select(DeviceRow.id).where(DeviceRow.id.in_(some), _BARRED).order_by(DeviceRow.id)
+                barred += session.scalars(found.with_for_update())
+                session.execute(update(DeviceRow).where(DeviceRow.id.in_(some), _BARRED).values(cleared=False))
+            put_in_outbox(session, barred, at)
+
+    def ids(self) -> list[str]:
+        """Of all that may speak: neither removed nor revoked, the one that was heard of last first."""
+        with self._database.read() as session:
+            query = select(DeviceRow.id).where(~_BARRED)
+            return list(session.scalars(query.order_by(DeviceRow.last_seen.desc().nulls_last(), DeviceRow.id)))
 
 
 def facts_of(row: DeviceRow) -> Facts | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import DDL, JSON, ForeignKey, Index, String, Text, UniqueConstraint, event
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import DateTime, TypeDecorator
 
-#: Grows with every change of the tables; ``schema`` brings a database of an earlier version up to it.
-SCHEMA_VERSION = 3
+#: 64 bits everywhere: an artifact has more bytes, and health more rows, than 32 bits count. SQLite's INTEGER has them,
+#: and only by that name numbers rows by itself.
+BigInt = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -41,15 +41,29 @@ class UtcDateTime(TypeDecorator[datetime]):
 class Base(DeclarativeBase):
     """Of all tables."""
 
-    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: UtcDateTime, dict[str, Any]: JSON(none_as_null=True)}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcDateTime,
+        dict[str, Any]: JSON(none_as_null=True),
+        list[str]: JSON(none_as_null=True),
+        int: BigInt,
+    }
 
 
 class SchemaRow(Base):
-    """One row: which version of the tables this database has."""
+    """One row, which controllers before 0.2 look at: a version above theirs tells them to leave this database alone."""
 
     __tablename__ = "phifleet_schema"
 
-    version: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class FleetRow(Base):
+    """What all controllers of this database share, by name."""
+
+    __tablename__ = "fleet"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
 
 
 class DeviceRow(Base):
@@ -81,6 +95,10 @@ class DeviceRow(Base):
     health_interval_s: Mapped[float | None]
     last_seen: Mapped[datetime | None]
     malformed: Mapped[int] = mapped_column(default=0)
+    #: ``fleet.core.boots.Runs`` as JSON: which run of the agent spoke last, and how far.
+    runs: Mapped[dict[str, Any] | None]
+    #: When two agents were last seen to speak as this device.
+    cloned_at: Mapped[datetime | None]
 
 
 class ArtifactRow(Base):
@@ -109,6 +127,8 @@ class DeploymentRow(Base):
     device: Mapped[str] = mapped_column(ForeignKey("devices.id"), index=True)
     artifact: Mapped[str] = mapped_column(String(128))
     digest: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"))
+    #: Of every variant that was ordered: serving one of them is success. None before 0.2: ``digest`` alone.
+    digests: Mapped[list[str] | None]
     sequence: Mapped[int]
     #: A kilobyte and a half that only publishing needs.
     envelope: Mapped[bytes] = mapped_column(deferred=True)
@@ -166,8 +186,29 @@ class ControllerRow(Base):
     broker_error: Mapped[str | None] = mapped_column(Text)
 
 
+class OutboxRow(Base):
+    """A device whose topics at the broker are to be made what the other tables say *now*; gone once they are.
+
+    A controller claims the row for a time, so that one alone publishes to a device.
+    """
+
+    __tablename__ = "outbox"
+
+    device: Mapped[str] = mapped_column(String(63), ForeignKey("devices.id"), primary_key=True)
+    #: Grows with every change: a controller that published an earlier one is not done.
+    version: Mapped[int] = mapped_column(default=1)
+    due_at: Mapped[datetime] = mapped_column(index=True)
+    #: The controller that publishes now, and until when nobody else may.
+    lease_owner: Mapped[str | None] = mapped_column(String(128))
+    lease_until: Mapped[datetime | None]
+    attempts: Mapped[int] = mapped_column(default=0)
+
+
 class AuditRow(Base):
-    """Who did what, and when. Rows are only ever added: the database itself refuses to change or delete one."""
+    """Who did what, and when. Rows are only ever added: the database itself refuses to change or delete one.
+
+    ``hash`` is over the row and the hash before it, so that a row that is changed or taken out all the same shows.
+    """
 
     __tablename__ = "audit"
 
@@ -177,35 +218,57 @@ class AuditRow(Base):
     action: Mapped[str]
     subject: Mapped[str]
     details: Mapped[dict[str, Any] | None]
+    hash: Mapped[str | None] = mapped_column(String(64))
 
 
-class HealthRow(Base):
-    """A health report. Only the newest of each device are kept."""
+class AuditHeadRow(Base):
+    """One row: the newest entry's hash. Who appends holds it, so the chain has no branches."""
+
+    __tablename__ = "audit_head"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    entries: Mapped[int]
+    hash: Mapped[str] = mapped_column(String(64))
+
+
+class _Figures:
+    """Of health reports: milliseconds, tokens a second, bytes, degrees Celsius."""
+
+    device: Mapped[str] = mapped_column(String(63), primary_key=True)
+    #: Milliseconds since 1970, of the controller's clock.
+    at: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[str | None] = mapped_column(String(64))
+    requests: Mapped[int]
+    errors: Mapped[int]
+    ttft_ms_p50: Mapped[float | None]
+    ttft_ms_p95: Mapped[float | None]
+    tpot_ms_p50: Mapped[float | None]
+    tpot_ms_p95: Mapped[float | None]
+    tokens_per_s: Mapped[float | None]
+    memory_bytes: Mapped[int]
+    restarts: Mapped[int]
+    temperature_c: Mapped[float | None]
+
+
+class HealthRow(_Figures, Base):
+    """A health report as it came. Kept for two days."""
 
     __tablename__ = "health"
-    __table_args__ = (Index("health_by_device", "device", "id"),)
-
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    device: Mapped[str] = mapped_column(ForeignKey("devices.id"))
-    at: Mapped[datetime]
-    report: Mapped[dict[str, Any]]
 
 
-_SQLITE_APPEND_ONLY = """
-CREATE TRIGGER audit_no_{verb} BEFORE {verb} ON audit
-BEGIN SELECT RAISE(ABORT, 'the audit is append only'); END
-"""
-_POSTGRESQL_APPEND_ONLY = """
-CREATE FUNCTION phifleet_audit_append_only() RETURNS trigger LANGUAGE plpgsql
-AS $$ BEGIN RAISE EXCEPTION 'the audit is append only'; END $$;
-CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE ON audit
-FOR EACH ROW EXECUTE FUNCTION phifleet_audit_append_only()
-"""
-_ddl: Callable[[str], DDL] = DDL  # SQLAlchemy leaves its constructor untyped
-for _verb in ("update", "delete"):
-    event.listen(
-        AuditRow.__table__,
-        "after_create",
-        _ddl(_SQLITE_APPEND_ONLY.format(verb=_verb)).execute_if(dialect="sqlite"),
-    )
-event.listen(AuditRow.__table__, "after_create", _ddl(_POSTGRESQL_APPEND_ONLY).execute_if(dialect="postgresql"))
+class HealthRollupRow(_Figures, Base):
+    """Five minutes of reports on one model: requests and errors in all, means of p50 and rates, else the largest."""
+
+    __tablename__ = "health_rollup"
+
+
+SQLITE_APPEND_ONLY = tuple(
+    f"CREATE TRIGGER audit_no_{verb} BEFORE {verb} ON audit BEGIN SELECT RAISE(ABORT, 'the audit is append only'); END"
+    for verb in ("update", "delete")
+)
+POSTGRESQL_APPEND_ONLY = (
+    "CREATE OR REPLACE FUNCTION phifleet_audit_append_only() RETURNS trigger LANGUAGE plpgsql "
+    "AS $$ BEGIN RAISE EXCEPTION 'the audit is append only'; END $$",
+    "CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE ON audit "
+    "FOR EACH ROW EXECUTE FUNCTION phifleet_audit_append_only()",
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -17,19 +17,18 @@ from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.messages import Facts, HealthReport, Presence, Reported
 from fleet.core import deployments as core
-from fleet.core.freshness import next_interval_s
 from fleet.errors import RegistryError
-from fleet.registry.health import keep_newest_health
-from fleet.registry.models import DeploymentRow, DeviceRow, HealthRow
-from fleet.registry.rows import apply
+from fleet.registry.device_states import Report, load_states, store_states
+from fleet.registry.health import roll_up
+from fleet.registry.models import DeploymentRow
+from fleet.registry.rows import apply, in_chunks
 
 _log = structlog.get_logger("recorder")
 
-Report = Presence | Facts | Reported | HealthReport
 #: Devices whose faulty messages are counted one by one; what comes past that is counted as "*".
 MAX_NAMES = 10_000
-#: A device's old health reports are deleted at its first batch and then at every so many.
-PRUNE_EVERY = 32
+#: A device's old health reports are rolled up at its first batch and then at every so many.
+ROLL_UP_EVERY = 32
 
 _TYPES: dict[str, type[Report]] = {
     "presence": Presence,
@@ -54,6 +53,7 @@ class _Read:
     """A publication that was parsed; ``report`` is None when it was malformed."""
 
     device: str
+    leaf: str
     report: Report | None
     received: Received
 
@@ -73,7 +73,7 @@ class Recorder:
         self._registry = registry
         self.malformed: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
-        self._unpruned: Counter[str] = Counter()
+        self._rolled_up: Counter[str] = Counter()
 
     def record(self, batch: Sequence[Received]) -> None:
         """Write a batch down.
@@ -103,75 +103,64 @@ class Recorder:
         if found is None or not received.payload:  # an empty payload clears a retained message
             return None
         device, leaf = found
+        if leaf not in _TYPES:
+            return None
         try:
             report = _TYPES[leaf].from_json(received.payload)
-        except (MalformedMessageError, KeyError) as error:
-            return self._malformed(device, received, str(error))
+        except MalformedMessageError as error:
+            return self._malformed(device, leaf, received, str(error))
         if report.device != device:
-            return self._malformed(device, received, f"device is {report.device!r}")
-        return _Read(device, report, received)
+            return self._malformed(device, leaf, received, f"device is {report.device!r}")
+        return _Read(device, leaf, report, received)
 
-    def _malformed(self, device: str, received: Received, error: str) -> _Read:
+    def _malformed(self, device: str, leaf: str, received: Received, error: str) -> _Read:
         if _count(self.malformed, device):
             _log.warning("malformed message ignored", device=device, topic=received.topic, error=error[:500])
-        return _Read(device, None, received)
+        return _Read(device, leaf, None, received)
 
     def _write(self, session: Session, read: Sequence[_Read]) -> None:
-        names = {one.device for one in read}
-        query = select(DeviceRow).where(DeviceRow.id.in_(names), DeviceRow.removed_at.is_(None))
-        devices = {row.id: row for row in session.scalars(query)}
-        named = {one.report.deployment for one in read if isinstance(one.report, Reported)}
-        deployments = {row.id: row for row in session.scalars(select(DeploymentRow).where(DeploymentRow.id.in_(named)))}
+        states = load_states(session, {one.device for one in read})
+        deployments = _deployments(session, read)
         for one in read:
-            row = devices.get(one.device)
-            if row is None or row.revoked_at is not None:
-                self._ignore(one, revoked=row is not None)
+            state = states.get(one.device)
+            if state is None or state.revoked:
+                self._ignore(one, revoked=state is not None)
             elif one.report is None:
-                row.malformed += 1
-            else:
-                _apply(session, row, one.report, one.received, deployments)
-        self._prune(session, {one.device for one in read if isinstance(one.report, HealthReport)} & devices.keys())
+                state.count_malformed()
+            elif state.take(one.leaf, one.report, one.received.at, retained=one.received.retained):
+                _log_presence(one)
+                if isinstance(one.report, Reported):
+                    _apply_report(deployments.get(one.report.deployment), one.report, one.received)
+        session.flush()
+        store_states(session, states.values())
+        now = max(one.received.at for one in read)
+        self._roll_up(session, [name for name, state in states.items() if state.figures], now)
 
     def _ignore(self, one: _Read, *, revoked: bool) -> None:
         if _count(self.unknown, one.device):
             event = "message of a revoked device ignored" if revoked else "message of a device that was not added"
             _log.warning(event, device=one.device, topic=one.received.topic)
 
-    def _prune(self, session: Session, devices: Collection[str]) -> None:
+    def _roll_up(self, session: Session, devices: Iterable[str], now: datetime) -> None:
         for device in devices:
-            if self._unpruned[device] == 0:
-                session.flush()
-                keep_newest_health(session, device)
-            self._unpruned[device] = (self._unpruned[device] + 1) % PRUNE_EVERY
+            if self._rolled_up[device] == 0:
+                roll_up(session, device, now)
+            self._rolled_up[device] = (self._rolled_up[device] + 1) % ROLL_UP_EVERY
 
 
-def _apply(
-    session: Session, row: DeviceRow, report: Report, received: Received, deployments: Mapping[str, DeploymentRow]
-) -> None:
-    match report:
-        case Presence():
-            row.online, row.presence_at = report.online, report.at or received.at
-            row.presence_received_at = received.at
-            row.agent_version = report.agent_version or row.agent_version
-            _log.info("presence", device=row.id, online=report.online)
-        case Facts():
-            row.facts = report.model_dump(mode="json")
-        case Reported():
-            row.reported = report.model_dump(mode="json")
-            deployment = deployments.get(report.deployment)
-            if deployment is not None and (deployment.device, deployment.sequence) == (report.device, report.sequence):
-                _apply_report(deployment, report, received)
-        case HealthReport():
-            _time_health(row, received.at)
-            row.health = report.model_dump(mode="json")
-            session.add(HealthRow(device=row.id, at=received.at, report=row.health))
-    row.last_seen = _seen(row.last_seen, report, received)
+def _deployments(session: Session, read: Sequence[_Read]) -> dict[str, DeploymentRow]:
+    """Those that the batch reports on, locked in the order of their ids."""
+    named = sorted({one.report.deployment for one in read if isinstance(one.report, Reported)})
+    found: dict[str, DeploymentRow] = {}
+    for some in in_chunks(named):
+        query = select(DeploymentRow).where(DeploymentRow.id.in_(some)).order_by(DeploymentRow.id)
+        found |= {row.id: row for row in session.scalars(query.with_for_update())}
+    return found
 
 
-def _time_health(row: DeviceRow, at: datetime) -> None:
-    if row.health_at is not None and at > row.health_at:
-        row.health_interval_s = next_interval_s(row.health_interval_s, (at - row.health_at).total_seconds())
-    row.health_at = at
+def _log_presence(one: _Read) -> None:
+    if isinstance(one.report, Presence):
+        _log.info("presence", device=one.device, online=one.report.online)
 
 
 def _count(counter: Counter[str], device: str) -> bool:
@@ -181,20 +170,12 @@ def _count(counter: Counter[str], device: str) -> bool:
     return counter[key] == 1
 
 
-def _seen(before: datetime | None, report: Report, received: Received) -> datetime | None:
-    """When the device last spoke: its will is the broker's word, and a retained message is an old one."""
-    if isinstance(report, Presence) and not report.online:
-        return before
-    if not received.retained:
-        return received.at
-    newest = max((at for at in (before, report.at) if at is not None), default=None)
-    return min(newest, received.at) if newest else None
-
-
-def _apply_report(row: DeploymentRow, report: Reported, received: Received) -> None:
+def _apply_report(row: DeploymentRow | None, report: Reported, received: Received) -> None:
+    if row is None or (row.device, row.sequence) != (report.device, report.sequence):
+        return
     stage = row.stage
     try:
-        apply(row, core.Report(report.state, report.failure, received.at), received.at)
+        apply(row, core.Report(report.state, report.failure, received.at, report.digest), received.at)
     except core.TransitionError as error:
         _log.debug("report not taken", deployment=row.id, device=row.device, error=str(error))
         return

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from sqlalchemy.orm import Session
 
+from fleet.errors import RegistryError
 from fleet.registry.artifacts import Artifacts
 from fleet.registry.audit import Audit
 from fleet.registry.controllers import Controllers
@@ -13,6 +14,8 @@ from fleet.registry.database import Database
 from fleet.registry.deployments import Deployments
 from fleet.registry.devices import Devices
 from fleet.registry.health import Health
+from fleet.registry.models import FleetRow
+from fleet.registry.outbox import OutboxTable
 
 
 class Registry:
@@ -26,6 +29,19 @@ class Registry:
         self.audit = Audit(database)
         self.health = Health(database)
         self.controllers = Controllers(database)
+        self.outbox = OutboxTable(database)
+
+    def shared(self, name: str) -> str:
+        """What all controllers of this database share under a name.
+
+        Raises:
+            RegistryError: the database cannot be used, or has no such value.
+        """
+        with self._database.read() as session:
+            row = session.get(FleetRow, name)
+        if row is None:
+            raise RegistryError(f"the database has lost its {name}: restore a backup")
+        return row.value
 
     def close(self) -> None:
         """Let go of the database."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
 from agent.contract.failures import FailureCode
@@ -15,9 +16,14 @@ from agent.contract.messages import Failure
 from fleet.core import deployments as core
 from fleet.core.deployments import TABLE, Stage
 from fleet.errors import UsageError
-from fleet.registry.models import AuditRow, DeploymentRow, DeviceRow
+from fleet.registry.audit_chain import Entry, wait_for_the_end
+from fleet.registry.models import DeploymentRow, DeviceRow, OutboxRow
+
+T = TypeVar("T")
 
 OUTSTANDING = tuple(stage.value for stage, row in TABLE.items() if row.outstanding)
+#: Values that one statement names: databases bound it (PostgreSQL 65,535, SQLite 32,766).
+MANY = 1000
 #: Ids that an error message lists.
 MAX_LISTED = 20
 
@@ -30,36 +36,45 @@ class Actor:
     at: datetime
 
 
-def device_row(session: Session, device: str) -> DeviceRow:
-    """A device that was not removed.
+def in_chunks(values: Iterable[T], size: int = MANY) -> Iterator[list[T]]:
+    """The values, at most ``size`` at a time."""
+    rest = iter(values)
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk
+
+
+def device_row(session: Session, device: str, *, lock: bool = False) -> DeviceRow:
+    """A device that was not removed; with ``lock``, nobody else changes it until the transaction ends.
 
     Raises:
         UsageError: there is none; names those there are.
     """
-    row = session.get(DeviceRow, device)
+    row = session.get(DeviceRow, device, with_for_update=lock or None)
     if row is None or row.removed_at is not None:
         raise UsageError(_no_such_device(session, device))
     return row
 
 
-def device_rows(session: Session, devices: Sequence[str]) -> list[DeviceRow]:
-    """The same for many, in the order named, each once.
+def device_rows(session: Session, devices: Sequence[str], *, lock: bool = False) -> list[DeviceRow]:
+    """The same for many, in the order named, each once. They are locked in the order of their ids.
 
     Raises:
         UsageError: one is not there; names those there are.
     """
-    query = select(DeviceRow).where(DeviceRow.id.in_(devices), DeviceRow.removed_at.is_(None))
-    found = {row.id: row for row in session.scalars(query)}
+    found: dict[str, DeviceRow] = {}
+    for some in in_chunks(sorted(set(devices))):
+        query = select(DeviceRow).where(DeviceRow.id.in_(some), DeviceRow.removed_at.is_(None)).order_by(DeviceRow.id)
+        found |= {row.id: row for row in session.scalars(query.with_for_update() if lock else query)}
     return [found.get(device) or device_row(session, device) for device in dict.fromkeys(devices)]
 
 
-def orderable_rows(session: Session, devices: Sequence[str]) -> list[DeviceRow]:
+def orderable_rows(session: Session, devices: Sequence[str], *, lock: bool = False) -> list[DeviceRow]:
     """The same, if none of them was revoked.
 
     Raises:
         UsageError: one is not there, or was revoked.
     """
-    rows = device_rows(session, devices)
+    rows = device_rows(session, devices, lock=lock)
     for row in rows:
         if row.revoked_at is not None:
             raise UsageError(f"device {row.id}: {revoked_text(row.revoked_at)}")
@@ -74,10 +89,25 @@ def revoked_text(revoked_at: datetime) -> str:
     )
 
 
-def outstanding(session: Session, devices: Sequence[str]) -> Sequence[DeploymentRow]:
-    """The deployments of these devices that are not over."""
-    query = select(DeploymentRow).where(DeploymentRow.device.in_(devices), DeploymentRow.stage.in_(OUTSTANDING))
-    return session.scalars(query).all()
+def outstanding(session: Session, devices: Sequence[str]) -> list[DeploymentRow]:
+    """The deployments of these devices that are not over, locked in the order of their ids."""
+    found: list[DeploymentRow] = []
+    for some in in_chunks(sorted(set(devices))):
+        query = select(DeploymentRow).where(DeploymentRow.device.in_(some), DeploymentRow.stage.in_(OUTSTANDING))
+        found += session.scalars(query.order_by(DeploymentRow.id).with_for_update())
+    return found
+
+
+def put_in_outbox(session: Session, devices: Sequence[str], at: datetime) -> None:
+    """The broker is to be told what the tables say of these devices now; who publishes an earlier state is not done."""
+    for some in in_chunks(sorted(set(devices))):
+        there = set(session.scalars(select(OutboxRow.device).where(OutboxRow.device.in_(some)).with_for_update()))
+        if there:
+            changed = {"version": OutboxRow.version + 1, "due_at": at, "attempts": 0}
+            session.execute(update(OutboxRow).where(OutboxRow.device.in_(sorted(there))).values(**changed))
+        new = [{"device": device, "version": 1, "due_at": at, "attempts": 0} for device in some if device not in there]
+        if new:
+            session.execute(insert(OutboxRow), new)
 
 
 def to_core(row: DeploymentRow) -> core.Deployment:
@@ -86,6 +116,7 @@ def to_core(row: DeploymentRow) -> core.Deployment:
     if row.failure_code:
         failure = Failure(code=FailureCode(row.failure_code), message=row.failure_message or "")
     return core.Deployment(
+        digests=frozenset(row.digests or [row.digest]),
         stage=Stage(row.stage),
         expires_at=row.expires_at,
         deadline_s=row.deadline_s,
@@ -112,7 +143,7 @@ def apply(row: DeploymentRow, event: core.Event, at: datetime) -> None:
 
 def add_audit(session: Session, actor: Actor, action: str, subject: str, details: dict[str, Any] | None = None) -> None:
     """Write down what was done, in the transaction that does it."""
-    session.add(AuditRow(at=actor.at, who=actor.who, action=action, subject=subject, details=details))
+    wait_for_the_end(session, Entry(actor.at, actor.who, action, subject, details))
 
 
 def _no_such_device(session: Session, device: str) -> str:

@@ -67,7 +67,9 @@ class World:
         return self.registry.deployments.create(devices, draft, self.repository.sign_desired, self.actor)
 
     def reported(self, order: DeploymentRow, state: State, **fields: Any) -> Reported:
-        named = {"device": order.device, "sequence": order.sequence, "deployment": order.id}
+        named: dict[str, Any] = {"device": order.device, "sequence": order.sequence, "deployment": order.id}
+        if state is State.COMMITTED:
+            named["digest"] = order.digest
         return Reported(state=state, at=self.clock.now(), **(named | fields))
 
     def presence(self, device: str, online: bool = True) -> Presence:
@@ -104,13 +106,6 @@ def controller_runs(world: World, seen_at: datetime | None = None) -> None:
         broker_error=None,
     )
     world.registry.controllers.beat(beat, seen_at or datetime.now(UTC))
-
-
-def queued_orders(world: World) -> list[DeploymentRow]:
-    """With their envelopes, oldest first."""
-    deployments, now = world.registry.deployments, world.clock.now()
-    queued = deployments.to_publish(False, now)
-    return sorted(deployments.orders(list(queued), now), key=lambda row: list(queued).index(row.id))
 
 
 def topic_of(message: WireModel, device: str) -> str:

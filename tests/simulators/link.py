@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -41,6 +41,7 @@ class _Subscription:
     bulk: bool
     link: MemoryLink
     manual_ack: bool = False
+    exact: bool = False
 
 
 def matches(pattern: str, topic: str) -> bool:
@@ -218,6 +219,18 @@ class MemoryLink:
         self.broker.add(_Subscription(pattern, group, handler, bulk, self, manual_ack))
         await asyncio.sleep(0)
 
+    async def subscribe_exact(self, topics: Sequence[str], handler: Handler, *, manual_ack: bool = False) -> None:
+        if not self._up:
+            raise LinkError(f"{self.name}: not connected to the broker in memory")
+        for topic in topics:
+            self.broker.add(_Subscription(topic, None, handler, False, self, manual_ack, exact=True))
+        await asyncio.sleep(0)
+
+    async def unsubscribe_exact(self, topics: Sequence[str]) -> None:
+        for topic in topics:
+            self.broker.remove(self, topic, None)
+        await asyncio.sleep(0)
+
     async def unsubscribe(self, topic: str) -> None:
         group, pattern = _split(topic)
         self.broker.remove(self, pattern, group)
@@ -231,7 +244,7 @@ class MemoryLink:
             loop.call_soon(self._handle, subscription, message)
 
     def _handle(self, subscription: _Subscription, message: Message) -> None:
-        if not self._up:
+        if not self._up or (subscription.exact and not message.retained):
             return
         if subscription.manual_ack:
             message = replace(message, acknowledge=lambda: self.acknowledged.append(message))

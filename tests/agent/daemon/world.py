@@ -157,7 +157,9 @@ class WholeAgent:
         self.state = AgentState()
         host = self.device.host
         monitor = Monitor(host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
-        self.reporter = Reporter(Identity("pi-1", "demo", "1", BOOT), self.state, self.link, clock, host.active, self.facts)
+        self.reporter = Reporter(
+            Identity("pi-1", "demo", "1", BOOT), self.state, self.link, clock, host.active, self.facts
+        )
         parts = StepParts(
             self.device.trust, self.device.store, self.device.transfer, host, monitor, clock, lambda: 8 << 30, (0.01,)
         )

@@ -20,9 +20,10 @@ from fleet import __main__ as entry
 from fleet.core.deployments import Stage
 from fleet.core.fit import incompatibilities
 from fleet.registry import Received, Recorder
+from fleet.registry.models import DeploymentRow
 from fleet.trust.ca import DeviceCA
 from tests.fleet.cli.conftest import Phifleet
-from tests.fleet.world import PROFILE, World, controller_runs, put_artifact, queued_orders, topic_of
+from tests.fleet.world import PROFILE, World, controller_runs, put_artifact, topic_of
 
 
 def hear(world: World, *messages: object) -> None:
@@ -33,6 +34,13 @@ def hear(world: World, *messages: object) -> None:
 
 def fits(world: World, manifest: Manifest) -> bool:
     return incompatibilities(manifest, world.profile, None) == ()
+
+
+def queued(world: World) -> DeploymentRow:
+    """The first order that waits to be published, with its envelope."""
+    claim = world.registry.outbox.claim("test", datetime.now(UTC), 10)[0]
+    assert claim.deployment is not None
+    return world.registry.deployments.get(claim.deployment)
 
 
 def payload_of(envelope: bytes) -> Desired:
@@ -306,7 +314,7 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
         ("pi-2", 1, "queued"),
     ]
     assert world.repository.published() == (world.manifest.digest,)
-    desired = payload_of(queued_orders(world)[0].envelope)
+    desired = payload_of(queued(world).envelope)
     assert (desired.device, desired.sequence, desired.probation_s) == ("pi-1", 1, 5)
     assert desired.artifacts[0].digest == world.manifest.digest
     assert desired.transfer.window_bytes == world.profile.delivery.window_bytes
@@ -324,7 +332,7 @@ def test_a_window_is_part_of_the_order_and_the_deadline_counts_from_its_opening(
     window = ("--not-before", opens.isoformat(), "--not-after", (opens + timedelta(hours=1)).isoformat())
     result = phifleet("deploy", world.manifest.id, "--device", "pi-1", *window)
     assert result.code == 0, result.err
-    desired = payload_of(queued_orders(world)[0].envelope)
+    desired = payload_of(queued(world).envelope)
     assert desired.window.not_before == opens
     assert 15.9 * 3600 < desired.deadline_s <= 16 * 3600
 
@@ -405,7 +413,7 @@ def test_of_several_variants_each_device_is_ordered_those_that_fit_it(phifleet: 
     wrong = put_artifact(world.home, b"cuda", target="cuda")
     result = phifleet("deploy", wrong.id, other.id, world.manifest.id, "--device", "pi-1")
     assert result.code == 0, result.err
-    (row,) = queued_orders(world)
+    row = queued(world)
     expected = [one.digest for one in (other, world.manifest) if fits(world, one)]
     assert [ref.digest for ref in payload_of(row.envelope).artifacts] == expected
     assert world.manifest.digest in expected and wrong.digest not in expected

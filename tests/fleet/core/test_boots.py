@@ -54,7 +54,7 @@ def test_the_will_of_an_earlier_run_does_not_take_the_new_one_offline():
 def test_two_agents_that_both_go_on_speaking_are_a_clone_and_are_told_once():
     runs, notes = say(Runs(), B, 200, 1, at=0).runs, []
     for turn in range(1, 20):
-        for judged in (say(runs, A, 100, turn, at=turn * 10), ):
+        for judged in (say(runs, A, 100, turn, at=turn * 10),):
             assert not judged.newer, "the higher number is believed"
             runs = judged.runs
             notes.append(judged.note)
@@ -105,7 +105,9 @@ def test_what_is_remembered_survives_being_stored(draw: random.Random):
     for step in range(60):
         run, number = draw.choice([(A, 1), (B, 2), (C, 2)])
         counter = draw.choice([None, step])
-        judged = say(runs, run, number, counter, draw.choice(["presence", "health"]), live=draw.random() < 0.8, at=step * 9)
+        judged = say(
+            runs, run, number, counter, draw.choice(["presence", "health"]), live=draw.random() < 0.8, at=step * 9
+        )
         assert Runs.from_json(json.loads(json.dumps(judged.runs.to_json()))) == judged.runs
         assert judged.runs.number >= runs.number or judged.note is Note.RENUMBERED
         runs = judged.runs

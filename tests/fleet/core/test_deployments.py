@@ -27,18 +27,35 @@ from fleet.core.deployments import (
 )
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+ORDERED, VARIANT, OTHER = "ab" * 32, "cd" * 32, "ef" * 32
 FAILURE = Failure(code=FailureCode.PROBE_FAILED, message="said London")
 
 
 def deployment(stage: Stage = Stage.QUEUED, **changes: object) -> Deployment:
-    fresh = Deployment(stage, expires_at=START + timedelta(days=30), deadline_s=3600, probation_s=60)
+    month = START + timedelta(days=30)
+    fresh = Deployment(stage, expires_at=month, deadline_s=3600, probation_s=60, digests=frozenset((ORDERED, VARIANT)))
     if TABLE[stage].deadline is Deadline.DEVICE:
         fresh = replace(fresh, started_at=START)
     return replace(fresh, **changes)  # type: ignore[arg-type]
 
 
-def report(state: State, at: datetime = START, failure: Failure | None = None) -> Report:
-    return Report(state, failure, at)
+def report(
+    state: State, at: datetime = START, failure: Failure | None = None, digest: str | None = ORDERED
+) -> Report:
+    return Report(state, failure, at, digest)
+
+
+@pytest.mark.parametrize(
+    ("digest", "words"), [(None, "it says nothing about what it serves"), (OTHER, f"it serves {OTHER[:12]}")]
+)
+def test_success_is_the_digest_and_not_the_word(digest: str | None, words: str) -> None:
+    lied = decide(deployment(Stage.PROBATION), report(State.COMMITTED, digest=digest))
+    assert lied.stage is Stage.FAILED
+    assert lied.failure is not None and lied.failure.code is FailureCode.WRONG_DIGEST
+    assert words in lied.failure.message and ORDERED[:12] in lied.failure.message
+    right = decide(lied, report(State.COMMITTED, digest=VARIANT))
+    assert (right.stage, right.failure) == (Stage.COMMITTED, None), "a later report may correct it"
+    assert decide(right, report(State.COMMITTED, digest=digest)).stage is Stage.FAILED
 
 
 def test_the_table_has_a_row_for_every_stage_and_a_stage_for_every_state() -> None:
@@ -131,7 +148,13 @@ events = st.one_of(
     st.just(Superseded()),
     st.just(Withdrawn("the device was removed from the fleet")),
     st.builds(Tick, moments),
-    st.builds(Report, st.sampled_from(State), st.sampled_from([None, FAILURE]), moments),
+    st.builds(
+        Report,
+        st.sampled_from(State),
+        st.sampled_from([None, FAILURE]),
+        moments,
+        st.sampled_from([None, ORDERED, OTHER]),
+    ),
 )
 
 

@@ -249,7 +249,8 @@ async def test_a_removed_device_leaves_nothing_at_the_broker(world: World) -> No
         await until(lambda: not broker.retained, "they are cleared")
         await until(lambda: not world.registry.devices.to_clear(), "that is recorded")
     world.add(DEVICE)
-    assert world.registry.deployments.to_publish(True, world.clock.now()) == {}, "a cancelled order does not come back"
+    expected = world.registry.outbox.expected([DEVICE], world.clock.now())
+    assert expected == {DEVICE: None}, "a cancelled order does not come back"
     assert world.deploy(DEVICE)[0].sequence == 2
 
 
@@ -350,4 +351,5 @@ async def test_an_order_expires_with_the_clock(world: World) -> None:
     world.clock.advance(days=2)
     late = world.registry.deployments.tick(world.clock.now() + timedelta(seconds=1))
     assert [row.failure_code for row in late] == [FailureCode.DEADLINE]
-    assert world.registry.deployments.to_publish(True, world.clock.now()) == {}
+    (claim,) = world.registry.outbox.claim("me", world.clock.now(), 10)
+    assert claim.order is None, "nothing is published that every device would refuse"

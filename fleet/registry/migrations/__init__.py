@@ -1,0 +1,1 @@
+"""The tables' history, a revision a file, for Alembic."""

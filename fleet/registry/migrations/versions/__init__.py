@@ -1,0 +1,1 @@
+"""One file a revision; each goes up and down with its data."""
