@@ -27,6 +27,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "device": ("fleet.cli.devices:device", "Add, list, show and remove devices."),
     "deploy": ("fleet.cli.deploy:deploy", "Order devices to run an artifact."),
     "status": ("fleet.cli.status:status", "Show the fleet: presence, deployment, speed."),
+    "audit": ("fleet.cli.audit:audit", "Read and verify the record of who did what."),
+    "db": ("fleet.cli.db:db", "Show and upgrade the tables of the database."),
     "trust": ("fleet.cli.trust:trust", "Show, renew and rotate keys and metadata."),
     "completion": ("fleet.cli.completion:completion", "Print the script that completes commands in a shell."),
     "demo": ("fleet.cli.demo:demo", "All of it on this machine, in one go."),

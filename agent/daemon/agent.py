@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,6 +104,10 @@ class Body:
     throttled: Callable[[], bool | None] = facts.throttled
 
 
+#: Presence and state are reported again within it.
+AGAIN_S = 3600.0
+
+
 class Agent:
     """Runs until told to stop."""
 
@@ -122,6 +127,7 @@ class Agent:
             Job("reports", body.reporter.run),
             Job("facts", self._report_facts),
             Job("health", self._report_health),
+            Job("state", self._report_state_again),
             Job("canaries", self._ask_canaries),
             Job("control", self._answer_at_the_device),
             Job("watchdog", self._feed_watchdog),
@@ -249,6 +255,12 @@ class Agent:
             log.warning("resumption not remembered", path=str(self._paused), error=str(error))
             return {"ok": f"orders are taken until the agent restarts: {self._paused} stays ({error.strerror})"}
         return {"ok": "orders are taken again"}
+
+    async def _report_state_again(self) -> None:
+        """Now and then, at no common moment: a broker that was flooded may have dropped what was said before."""
+        while True:
+            await asyncio.sleep(AGAIN_S * (1 - random.random() / 2))  # noqa: S311 - jitter, not a secret
+            self._body.reporter.connected()
 
     async def _report_facts(self) -> None:
         runtimes: Sequence[RuntimeFact] = ()

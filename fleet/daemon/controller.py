@@ -59,12 +59,12 @@ class Controller:
         notify: Callable[[str], bool] = systemd.notify,
         poll_s: float = POLL_S,
     ) -> None:
-        self._servers, self._notify, self._registry = servers, notify, registry
+        self._servers, self._notify, self._registry, self.link = servers, notify, registry, link
         self.barred = barred = BarredDevices() if barred is None else barred
         self._barring = Barring(registry, barred, evict, clock=clock)
         self._heart = Heart(link, registry, clock)
         self.ingest = Ingest(link, registry, clock, self._barring.received, barred)
-        self._sweep = Sweep(link, registry, self.ingest.receive, clock)
+        self._sweep = Sweep(link, registry, self.ingest.receive, clock, self.ingest.recorder.take_missing)
         self._publisher = Publisher(link, registry, clock, notify, poll_s, owner=self._heart.id)
         self._refresh = Refresh(repository, ca, clock)
 

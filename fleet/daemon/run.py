@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 
 import structlog
 
@@ -21,6 +22,7 @@ from fleet.delivery.chunk_server import ChunkServer
 from fleet.delivery.metadata import MetadataServer
 from fleet.errors import BrokerError, RepositoryError
 from fleet.home import Home
+from fleet.operations.database import upgrade_own_file
 from fleet.registry import open_registry
 from fleet.settings import EMBEDDED, FleetSettings
 from fleet.store import FolderStore
@@ -48,6 +50,7 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
     repository = Repository(home)
     if not repository.exists:
         raise RepositoryError(f"{home.root} has no repository of signed metadata; make one with `phifleet init`")
+    _upgrade(settings)
     with contextlib.closing(open_registry(settings.database_url)) as registry:
         try:
             # Two connections: chunks wait for a slow broker on the one, and orders never behind them on the other.
@@ -74,6 +77,12 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
                 await controller.run(stop)
         except LinkError as error:
             raise BrokerError(str(error)) from None
+
+
+def _upgrade(settings: FleetSettings) -> None:
+    done = upgrade_own_file(settings.database_url, datetime.now(UTC))
+    if done is not None:
+        _log.info("database upgraded", before=done.before, after=done.after, backup=str(done.backup))
 
 
 def link_settings(settings: FleetSettings, role: str) -> LinkSettings:

@@ -10,6 +10,7 @@ broker does, or has another, the device goes into the outbox.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
@@ -26,6 +27,7 @@ AT_ONCE = 50
 #: A topic at which nothing is retained is silent. So long after the last message the others are taken to be.
 QUIET_S = 1.0
 RETRY_S = 5.0
+MISSING_S = 5.0
 
 _REPORTS = (topics.presence, topics.facts, topics.reported)
 
@@ -33,7 +35,10 @@ _log = structlog.get_logger("controller")
 
 
 class Sweep:
-    """Runs after each connect. ``receive`` gets every report; it is called on the link's thread."""
+    """Runs after each connect. ``receive`` gets every report; it is called on the link's thread.
+
+    ``missing`` names devices of which a message did not come: theirs are read every few seconds.
+    """
 
     def __init__(
         self,
@@ -41,10 +46,11 @@ class Sweep:
         registry: Registry,
         receive: Callable[[Message], None],
         clock: Callable[[], datetime],
+        missing: Callable[[], Sequence[str]] = tuple,
         quiet_s: float = QUIET_S,
     ) -> None:
         self._link, self._registry, self._receive = link, registry, receive
-        self._clock, self._quiet_s = clock, quiet_s
+        self._clock, self._missing, self._quiet_s = clock, missing, quiet_s
         self._due = asyncio.Event()
         self._due.set()
         link.on_connected(self._due.set)
@@ -52,14 +58,25 @@ class Sweep:
     async def run(self) -> None:
         """Sweep after each connect, for ever."""
         while True:
-            await self._due.wait()
-            self._due.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), MISSING_S)
             try:
-                await self._sweep()
+                if self._due.is_set():
+                    self._due.clear()
+                    await self._sweep()
+                elif self._link.connected:
+                    await self._read_missing()
             except (LinkError, RegistryError) as error:
                 _log.warning("retained messages not read, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
                 self._due.set()
+
+    async def _read_missing(self) -> None:
+        missing = self._missing()
+        for start in range(0, len(missing), AT_ONCE):
+            await self._read(missing[start : start + AT_ONCE])
+        if missing:
+            _log.info("read again what did not come", devices=len(missing))
 
     async def _sweep(self) -> None:
         began = asyncio.get_running_loop().time()

@@ -38,10 +38,10 @@ class Database:
             schema.prepare(self._engine.execution_options(phifleet_migrate=True), self._where, create=create)
 
     @classmethod
-    def unchecked(cls, url: str) -> Self:
+    def unchecked(cls, url: str, *, create: bool = False) -> Self:
         """A database whatever its schema is, for those who look at that or change it."""
         database = cls.__new__(cls)
-        database._open(url, create=False)
+        database._open(url, create)
         return database
 
     def _open(self, url: str, create: bool) -> None:
@@ -80,6 +80,8 @@ class Database:
             RegistryError: the copy cannot be made; nothing is left of it.
         """
         name = quote(self.url.database or "")
+        if path.exists():
+            raise RegistryError(f"database {self._where}: no backup can be made at {path}: something is there already")
         try:
             with (
                 contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as source,
@@ -87,7 +89,8 @@ class Database:
             ):
                 source.backup(target)
         except (sqlite3.Error, OSError) as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             raise RegistryError(f"database {self._where}: no backup can be made at {path}: {error}") from None
 
     @contextmanager

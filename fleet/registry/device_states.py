@@ -25,6 +25,9 @@ Report = Presence | Facts | Reported | HealthReport
 #: that it had replaced already.
 BACK_AFTER = timedelta(seconds=5)
 
+#: What an agent has said before its first health report.
+_REPORTS = frozenset({"presence", "facts", "reported"})
+
 _log = structlog.get_logger("recorder")
 _READ = (
     DeviceRow.id, DeviceRow.revoked_at, DeviceRow.runs, DeviceRow.malformed, DeviceRow.last_seen, DeviceRow.online,
@@ -70,6 +73,11 @@ class DeviceState:
             self._is_back(at)
         self._was_seen(report, at, retained=retained)
         return True
+
+    @property
+    def is_missing_reports(self) -> bool:
+        """The run speaks, and of a topic that it has published long ago nothing has come: the broker dropped it."""
+        return self.runs.id is not None and not self.runs.counters.keys() >= _REPORTS
 
     def _note(self, note: boots.Note, at: datetime) -> None:
         hint = "give one of them an identity of its own: `phifleet device add`, then its agent with the new bundle"

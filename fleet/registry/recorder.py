@@ -74,6 +74,7 @@ class Recorder:
         self.malformed: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
         self._rolled_up: Counter[str] = Counter()
+        self._missing: set[str] = set()
 
     def record(self, batch: Sequence[Received]) -> None:
         """Write a batch down.
@@ -134,7 +135,14 @@ class Recorder:
         session.flush()
         store_states(session, states.values())
         now = max(one.received.at for one in read)
-        self._roll_up(session, [name for name, state in states.items() if state.figures], now)
+        reporting = [name for name, state in states.items() if state.figures]
+        self._missing |= {name for name in reporting if states[name].is_missing_reports}
+        self._roll_up(session, reporting, now)
+
+    def take_missing(self) -> list[str]:
+        """Devices of which something did not come, since it was last asked; it may still be retained."""
+        missing, self._missing = self._missing, set()
+        return sorted(missing)
 
     def _ignore(self, one: _Read, *, revoked: bool) -> None:
         if _count(self.unknown, one.device):

@@ -39,9 +39,7 @@ def deployment(stage: Stage = Stage.QUEUED, **changes: object) -> Deployment:
     return replace(fresh, **changes)  # type: ignore[arg-type]
 
 
-def report(
-    state: State, at: datetime = START, failure: Failure | None = None, digest: str | None = ORDERED
-) -> Report:
+def report(state: State, at: datetime = START, failure: Failure | None = None, digest: str | None = ORDERED) -> Report:
     return Report(state, failure, at, digest)
 
 
