@@ -21,7 +21,7 @@ def db() -> None:
 @click.pass_obj
 def current_command(context: Context, as_json: bool) -> None:
     """Say which revision of the tables the database has, and which this phifleet works with."""
-    from fleet.operations.database import schema_of
+    from fleet.registry.upgrading import schema_of
 
     found = schema_of(_url(context))
     if as_json:
@@ -40,7 +40,7 @@ def upgrade_command(context: Context, revision: str) -> None:
 
     Stop the controllers before: one of an earlier version cannot work with later tables.
     """
-    from fleet.operations.database import upgrade
+    from fleet.registry.upgrading import upgrade
 
     done = upgrade(_url(context), datetime.now(UTC), revision)
     if not done.changed:

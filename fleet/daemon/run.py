@@ -22,8 +22,8 @@ from fleet.delivery.chunk_server import ChunkServer
 from fleet.delivery.metadata import MetadataServer
 from fleet.errors import BrokerError, RepositoryError
 from fleet.home import Home
-from fleet.operations.database import upgrade_own_file
 from fleet.registry import open_registry
+from fleet.registry.upgrading import upgrade_own_file
 from fleet.settings import EMBEDDED, FleetSettings
 from fleet.store import FolderStore
 from fleet.trust.ca import DeviceCA

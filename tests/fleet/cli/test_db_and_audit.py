@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 import pytest
 
 from fleet.errors import RegistryError
-from fleet.operations.database import upgrade_own_file
 from fleet.registry import open_registry
+from fleet.registry.upgrading import upgrade_own_file
 from tests.fleet.cli.conftest import Phifleet
 from tests.fleet.registry.test_schema import RELEASED
 from tests.fleet.world import World

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fleet.registry import Database
+from fleet.registry.database import Database
 from fleet.registry.schema import SchemaState
 
 
