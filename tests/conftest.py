@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,32 @@ from tests.models import CACHE, kept_bytes
 settings.register_profile("phifleet")
 settings.load_profile("phifleet")
 
+#: What the tools of the tests keep there.
+_OWN = {
+    ".cache",
+    ".coverage",
+    ".hypothesis",
+    ".import_linter_cache",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    "dist",
+}
+
 #: What a whole run keeps in its cache, and has in its temporary folder at a time; as measured, and half as much again.
 CACHE_BYTES, TEMPORARY_BYTES = 4_700_000_000, 1_200_000_000
+
+
+_ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_where_the_tests_were_started() -> Iterator[None]:
+    """A command that writes into the current folder writes into a temporary one, or the repository fills with it."""
+    before = {path.name for path in _ROOT.iterdir()}
+    yield
+    left = {path.name for path in _ROOT.iterdir() if not path.name.startswith(".coverage.")} - before - _OWN
+    assert not left, f"left in the repository: {', '.join(sorted(left))}"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

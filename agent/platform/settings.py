@@ -23,6 +23,10 @@ OTHER_VARIABLES = frozenset(
     {"PHIFLEET_CONFIG", "PHIFLEET_AGENT_CONFIG", "PHIFLEET_VARIANTS", "PHIFLEET_BARE", "PHIFLEET_BARE_TESTS"}
 )
 
+#: Likeness of two words, of which one is the other mistyped. Two letters that changed places in AGENT give 0.8; FLEET_,
+#: which begins another program's variables, is 0.77 like PHIFLEET_.
+_NEARLY, _NEARLY_LONG = 0.75, 0.85
+
 Settings = TypeVar("Settings", bound=BaseSettings)
 Layers = dict[str, dict[str, Any]]
 
@@ -119,10 +123,23 @@ def _wrong(kind: type[BaseSettings], error: ValidationError, source: Mapping[str
 
 
 def _mistyped(kind: type[BaseSettings], prefix: str, foreign: Collection[str]) -> Iterable[str]:
-    """Variables of this program's prefix that are no setting: ignored, they would leave a default in force unseen."""
+    """Variables that were meant for this program and are no setting: ignored, they would leave a default in force
+    unseen."""
     known = {f"{prefix}{name.upper()}" for name in kind.model_fields}
-    for name in sorted(os.environ):
-        if not name.startswith(prefix) or name.upper() in known or name in OTHER_VARIABLES:
+    for given in sorted(os.environ):
+        name = given.upper()
+        if name in known or name in OTHER_VARIABLES or any(name.startswith(other) for other in foreign):
             continue
-        if not any(name.startswith(other) for other in foreign):
-            yield f"environment: unknown variable {name}; {unknown_name(name, known)}"
+        if name.startswith(prefix) or _is_nearly(name, prefix):
+            yield f"environment: unknown variable {given}; {unknown_name(name, known)}"
+
+
+def _is_nearly(name: str, prefix: str) -> bool:
+    """Whether the variable's name begins with a misspelling of the prefix, such as PHIFLEET_AGNET_ or PHIFLET_."""
+    words, meant = name.split("_"), prefix.rstrip("_").split("_")
+    if len(words) <= len(meant) or words[: len(meant)] == meant:
+        return False
+    return all(
+        difflib.SequenceMatcher(None, word, right).ratio() >= (_NEARLY_LONG if len(right) > 6 else _NEARLY)
+        for word, right in zip(words, meant, strict=False)
+    )

@@ -1,1 +1,1 @@
-"""Commands of `phifleet`, one file an area; `fleet/__main__.py` lists them."""
+"""Commands of `phifleet`, one file an area; `fleet/cli/main.py` lists them."""

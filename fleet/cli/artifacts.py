@@ -111,7 +111,7 @@ def compare_command(
         for one in ordered:
             if one.quality is None:
                 click.echo(f"not drawn, for it was not measured: {one.id}", err=True)
-        from fleet.plot import draw
+        from fleet.cli.plot import draw
 
         for path in draw(ordered, plot):
             click.echo(f"wrote {path}", err=True)

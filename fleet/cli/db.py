@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 import click
 
 from fleet.cli.context import Context
-from fleet.errors import UsageError
 
 
 @click.group()
@@ -57,9 +56,7 @@ def _url(context: Context) -> str:
     Raises:
         UsageError: the home holds none, and no database is named.
     """
-    from fleet.operations.fleet import no_fleet
+    from fleet.operations.fleet import require_fleet
 
-    settings, home = context.settings, context.home
-    if settings.database is None and not home.database.exists() and not home.tuf.is_dir():
-        raise UsageError(no_fleet(home))
-    return settings.database_url
+    require_fleet(context.settings)
+    return context.settings.database_url

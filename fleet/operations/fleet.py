@@ -22,6 +22,17 @@ def no_fleet(home: Home) -> str:
     return f"{home.root} holds no fleet; `phifleet init` makes one there, and --home names another folder"
 
 
+def require_fleet(settings: FleetSettings) -> None:
+    """Refuse a home that holds nothing of a fleet: to work there would make an empty one, unseen.
+
+    Raises:
+        UsageError: it holds none, and no database is named.
+    """
+    home = Home(settings.home)
+    if settings.database is None and not (home.tuf.is_dir() or home.artifacts.is_dir() or home.database.is_file()):
+        raise UsageError(no_fleet(home))
+
+
 class Fleet:
     """Opens each part once, when it is asked for: reading the registry costs no cryptography.
 
@@ -42,8 +53,7 @@ class Fleet:
         """
         from fleet.registry import open_registry
 
-        if not self.home.tuf.is_dir() and self.settings.database is None and not self.home.database.exists():
-            raise UsageError(no_fleet(self.home))
+        require_fleet(self.settings)
         return open_registry(self.settings.database_url, create=self.home.tuf.is_dir())
 
     @cached_property

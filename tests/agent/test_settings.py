@@ -95,3 +95,24 @@ def test_no_error_prints_the_value_that_a_mistyped_key_holds(tmp_path: Path, tex
 def test_a_variable_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHIFLEET_AGENT_CONFIG", str(written(tmp_path, "port = 7\n")))
     assert load({}, None)[0].port == 7
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PHIFLEET_AGNET_PORT", "PHIFLEET_AGENTS_PORT", "PHIFLET_AGENT_PORT", "phifleet_agent_prot", "PHIFLEET_AGEN_PORT"],
+)
+def test_a_variable_that_was_meant_for_the_agent_is_named_and_its_value_is_not(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(name, "hunter2")
+    with pytest.raises(ConfigError, match=f"unknown variable {name}; did you mean PHIFLEET_AGENT_PORT") as caught:
+        load({}, None)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["PHIFLEET_HOME", "PHIFLEET_BROKER", "PHIFLEET_LOG_LEVEL", "AGENT_PORT", "FLEET_AGENT_X"]
+)
+def test_a_variable_of_another_program_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "x")
+    load({}, None)

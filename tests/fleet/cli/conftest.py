@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from fleet.__main__ import run
+from fleet.cli.main import run
 from tests.fleet.world import World, make_world
 
 
@@ -38,6 +38,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No settings of the person who runs the tests, and a terminal wide enough for every table."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("COLUMNS", "240")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
     for name in ("PHIFLEET_HOME", "PHIFLEET_CONFIG", "PHIFLEET_BROKER"):
         monkeypatch.delenv(name, raising=False)
     yield

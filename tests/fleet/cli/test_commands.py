@@ -16,7 +16,7 @@ from agent.contract.bundle import Bundle
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.contract.messages import Desired, Failure, HealthReport, Progress, Reported, SignedDesired, State
-from fleet import __main__ as entry
+from fleet.cli import main as entry
 from fleet.core.deployments import Stage
 from fleet.core.fit import incompatibilities
 from fleet.registry import Received, Recorder
@@ -59,7 +59,7 @@ def test_help_lists_every_command() -> None:
 def test_status_imports_no_toolchain_and_no_broker(world: World) -> None:
     heavy = "torch,transformers,onnxruntime_genai,iotcore,tuf,aiohttp"
     code = (
-        "import sys; from fleet.__main__ import run; code = run(['--home', sys.argv[1], 'status', '--json']);"
+        "import sys; from fleet.cli.main import run; code = run(['--home', sys.argv[1], 'status', '--json']);"
         f"sys.exit(code or int(any(name in sys.modules for name in '{heavy}'.split(','))))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(world.home.root)], check=False).returncode == 0
@@ -95,14 +95,14 @@ def test_an_interrupt_ends_with_130_and_no_trace(phifleet: Phifleet, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("device", "add", "pi-1", "--profile", PROFILE, "--bundle", "b.json"), 6, "phifleet init"),
-        (("serve",), 6, "phifleet init"),
+        (("device", "add", "pi-1", "--profile", PROFILE, "--bundle", "b.json"), 2, "phifleet init"),
+        (("serve",), 2, "phifleet init"),
         (("deploy", "x", "--device", "pi-1"), 2, "no device is named pi-1; there are: none"),
         (("device", "show", "pi-1"), 2, "no device is named pi-1"),
         (("device", "remove", "pi-1", "--yes"), 2, "no device is named pi-1"),
         (("status", "pi-1"), 2, "no device is named pi-1"),
         (("serve", "--broker", "http://x"), 2, "flag: broker: must be embedded, mqtt://host:port"),
-        (("serve", "--database", "mysql://x"), 6, "phifleet init"),
+        (("serve", "--database", "mysql://x"), 2, "phifleet init"),
         (("--config", "/nowhere.toml", "status"), 2, "configuration file /nowhere.toml does not exist"),
     ],
 )

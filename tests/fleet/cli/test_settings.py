@@ -125,3 +125,22 @@ def test_show_config_names_value_and_source(phifleet: Phifleet, monkeypatch: pyt
     assert f"database = sqlite:///{phifleet.home}/fleet.db  (default)" in shown.out
     served = phifleet("serve", "--broker-port", "2000", "--show-config")
     assert "broker_port = 2000  (flag)" in served.out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PHIFLEET_HOEM", "PHIFLET_HOME", "PHIFLEETT_HOME", "phifleet_hoem", "PHIFLEET_AGNET_PORT", "PHIFLEET_AGENTS_X"],
+)
+def test_a_variable_that_was_meant_for_us_is_named_and_its_value_is_not(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "hunter2")
+    with pytest.raises(UsageError, match=f"unknown variable {name}") as caught:
+        load({}, None)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["FLEET_HOME", "PHI_HOME", "PHIFLEET_AGENT_PORT", "PROFILE_HOME", "PHIFLEET", "FLEETS"]
+)
+def test_a_variable_of_another_program_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "x")
+    load({}, None)
