@@ -13,7 +13,14 @@ from rich.table import Table
 from agent.contract.bundle import Bundle
 from fleet.cli import completion
 from fleet.cli.context import Context, actor
-from fleet.operations.devices import add_device, only_here, remove_device, renew_bundle, revoke_device
+from fleet.operations.devices import (
+    add_device,
+    only_here,
+    parse_labels,
+    remove_device,
+    renew_bundle,
+    revoke_device,
+)
 from fleet.operations.fleet import Fleet
 from fleet.operations.views import describe_deployment, describe_device, fleet_view
 from fleet.profiles_loader import load_profile, profile_paths
@@ -55,6 +62,18 @@ def add_command(context: Context, device_id: str, profile_name: str, bundle_path
     _hand_over(bundle, file)
     _tell("it is what the device believes: carry it there by a way that you trust, then start", file)
     _tell(f"  phifleet-agent run --bundle {file.name if file else 'FILE'}", file)
+
+
+@device.command("label")
+@click.argument("device_id", metavar="ID", shell_complete=completion.devices)
+@click.argument("labels", nargs=-1, required=True, metavar="NAME=VALUE|NAME-")
+@click.pass_obj
+def label_command(context: Context, device_id: str, labels: tuple[str, ...]) -> None:
+    """Set labels, such as site=lyon, and remove those that are named with a dash after them, such as site-."""
+    given = parse_labels(labels)
+    with Fleet(context.settings) as fleet:
+        now = fleet.registry.devices.label(device_id, given, actor())
+    click.echo(f"{device_id}: {', '.join(f'{name}={value}' for name, value in sorted(now.items())) or 'no labels'}")
 
 
 @device.command("bundle")

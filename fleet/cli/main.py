@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("fleet.cli.serve:serve", "Run the controller."),
     "device": ("fleet.cli.devices:device", "Add, list, show and remove devices."),
     "deploy": ("fleet.cli.deploy:deploy", "Order devices to run an artifact."),
+    "rollout": ("fleet.cli.rollouts:rollout", "Change many devices in waves that stop by themselves."),
     "status": ("fleet.cli.status:status", "Show the fleet: presence, deployment, speed."),
     "audit": ("fleet.cli.audit:audit", "Read and verify the record of who did what."),
     "db": ("fleet.cli.db:db", "Show and upgrade the tables of the database."),

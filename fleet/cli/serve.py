@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
+from datetime import UTC, datetime
 
 import click
 
 from fleet.cli.context import Context
 from fleet.daemon.run import run_controller
 from fleet.errors import BrokerError
+from fleet.operations.fleet import Fleet
+from fleet.operations.rollouts import Roller
 from fleet.settings import FleetSettings
 
 
@@ -44,7 +48,9 @@ async def _until_signalled(settings: FleetSettings) -> None:
         except NotImplementedError:  # Windows
             signal.signal(number, lambda number, _: loop.call_soon_threadsafe(note, number))
     try:
-        await run_controller(settings, stop, ready.set)
+        with Fleet(settings) as fleet:
+            roller = Roller(fleet, f"roller-{secrets.token_hex(8)}", lambda: datetime.now(UTC))
+            await run_controller(settings, stop, ready.set, parts=(roller,))
     except BrokerError:
         if ready.is_set() or not stop.is_set():  # else nobody waits for that broker any more
             raise

@@ -51,6 +51,7 @@ ATTRIBUTES: Mapping[str, Kind] = MappingProxyType(
         "profile": Kind.TEXT,
         "agent": Kind.VERSION,
         "served": Kind.TEXT,
+        "artifact": Kind.TEXT,
         "state": Kind.TEXT,
         "presence": Kind.TEXT,
         "machine": Kind.TEXT,

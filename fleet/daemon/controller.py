@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -42,6 +42,14 @@ class Server(Protocol):
         ...
 
 
+class Part(Protocol):
+    """Something that runs as long as the controller does."""
+
+    async def run(self) -> None:
+        """For ever, until cancelled."""
+        ...
+
+
 class Controller:
     """One controller. ``run`` ends when ``stop`` is set, or raises what it cannot live without."""
 
@@ -58,10 +66,12 @@ class Controller:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         notify: Callable[[str], bool] = systemd.notify,
         poll_s: float = POLL_S,
+        parts: Sequence[Part] = (),
     ) -> None:
         self._servers, self._notify, self._registry, self.link = servers, notify, registry, link
         self.barred = barred = BarredDevices() if barred is None else barred
         self._barring = Barring(registry, barred, evict, clock=clock)
+        self._parts = parts
         self._heart = Heart(link, registry, clock)
         self.ingest = Ingest(link, registry, clock, self._barring.received, barred)
         self._sweep = Sweep(link, registry, self.ingest.receive, clock, self.ingest.recorder.take_missing)
@@ -84,7 +94,8 @@ class Controller:
             await server.start()
         self._notify("READY=1")
         _log.info("controller ready")
-        parts = (self.ingest, self._sweep, self._publisher, self._refresh, self._barring, self._heart)
+        own = (self.ingest, self._sweep, self._publisher, self._refresh, self._barring, self._heart)
+        parts: tuple[Part, ...] = (*own, *self._parts)
         tasks = [asyncio.create_task(part) for part in (*(part.run() for part in parts), _until(stop))]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 
 import structlog
@@ -15,7 +15,7 @@ import structlog
 from agent.link import LinkError, LinkSettings, MqttLink
 from agent.platform import systemd
 from fleet.daemon.barring import BarredDevices
-from fleet.daemon.controller import Controller
+from fleet.daemon.controller import Controller, Part
 from fleet.daemon.ingest import BATCH
 from fleet.delivery.broker import EmbeddedBroker
 from fleet.delivery.chunk_server import ChunkServer
@@ -38,8 +38,13 @@ KEEPALIVE_S = 10
 _log = structlog.get_logger("serve")
 
 
-async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Callable[[], None] | None = None) -> None:
-    """Serve until ``stop``; ``ready`` is called when devices can be served.
+async def run_controller(
+    settings: FleetSettings,
+    stop: asyncio.Event,
+    ready: Callable[[], None] | None = None,
+    parts: Sequence[Part] = (),
+) -> None:
+    """Serve until ``stop``; ``ready`` is called when devices can be served. ``parts`` run beside its own.
 
     Raises:
         BrokerError: the broker cannot be reached or refuses, or the embedded one does not start.
@@ -73,6 +78,7 @@ async def run_controller(settings: FleetSettings, stop: asyncio.Event, ready: Ca
                     barred=barred,
                     evict=functools.partial(end_session, settings),
                     notify=_notifier(ready),
+                    parts=parts,
                 )
                 await controller.run(stop)
         except LinkError as error:

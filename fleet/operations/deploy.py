@@ -67,7 +67,8 @@ def deploy(
 
     def draft(device: str, sequence: int, deployment: str) -> Desired:
         identity, chosen = (device, sequence, deployment), fit.chosen.get(device, artifacts)
-        return _order(identity, chosen, profiles[device], options, actor, fleet.settings.order_validity_s)
+        refs = [ArtifactRef(id=manifest.id, digest=manifest.digest) for manifest in chosen]
+        return make_order(identity, refs, profiles[device], options, actor, fleet.settings.order_validity_s)
 
     ids = [device.id for device in devices]
     return fleet.registry.deployments.create(ids, draft, fleet.repository.sign_desired, actor)
@@ -164,14 +165,15 @@ def _publish(fleet: Fleet, artifacts: Sequence[Manifest], fit: _Fit, options: De
         fleet.registry.audit.record(actor, "deployment.force", artifacts[0].id, details)
 
 
-def _order(
+def make_order(
     identity: tuple[str, int, str],
-    artifacts: Sequence[Manifest],
+    artifacts: Sequence[ArtifactRef],
     profile: DeviceProfile,
     options: DeployOptions,
     actor: Actor,
     validity_s: float,
 ) -> Desired:
+    """The order for one device, to be signed; ``identity`` is its id, the sequence number, and the deployment's id."""
     device, sequence, deployment = identity
     return Desired(
         device=device,
@@ -179,7 +181,7 @@ def _order(
         deployment=deployment,
         issued_at=actor.at,
         expires_at=actor.at + timedelta(seconds=validity_s),
-        artifacts=tuple(ArtifactRef(id=manifest.id, digest=manifest.digest) for manifest in artifacts),
+        artifacts=tuple(artifacts),
         limits=HealthLimits.model_validate(profile.health.model_dump()),
         transfer=TransferLimits(window_bytes=profile.delivery.window_bytes),
         probation_s=profile.probation_s if options.probation_s is None else options.probation_s,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -184,3 +185,29 @@ def _write_bundle(path: Path | None, bundle: Bundle) -> None:
     except OSError as error:
         hint = "; with --bundle - it goes to standard output" if isinstance(error, PermissionError) else ""
         raise UsageError(f"bundle {path}: cannot be written: {reason(error, path.parent)}{hint}") from None
+
+
+#: Of a label, as selectors read it.
+_LABEL = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+MAX_LABEL_VALUE = 128
+
+
+def parse_labels(given: Iterable[str]) -> dict[str, str | None]:
+    """Labels from ``name=value``; None for those to be removed, ``name-``.
+
+    Raises:
+        UsageError: one cannot be a label; says which, and why.
+    """
+    labels: dict[str, str | None] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals and name.endswith("-"):
+            name = name[:-1]
+        elif not equals:
+            raise UsageError(f"label {text!r}: write NAME=VALUE to set it, or NAME- to remove it")
+        if not _LABEL.fullmatch(name):
+            raise UsageError(f"label {name!r}: lower case letters, digits, dots, dashes and underscores, 63 at most")
+        if equals and (len(value) > MAX_LABEL_VALUE or not value.isprintable()):
+            raise UsageError(f"label {name}: its value has {MAX_LABEL_VALUE} printable characters at most")
+        labels[name] = value if equals else None
+    return labels

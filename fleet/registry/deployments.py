@@ -22,6 +22,7 @@ MOST_LOST_ORDERS = 1_000_000
 #: Makes the order for a device, from its id, the sequence number and the deployment's id.
 Draft = Callable[[str, int, str], Desired]
 Sign = Callable[[Desired], bytes]
+Also = Callable[[Session, list[DeploymentRow]], None]
 
 
 class Deployments:
@@ -30,8 +31,12 @@ class Deployments:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, devices: Sequence[str], draft: Draft, sign: Sign, actor: Actor) -> list[DeploymentRow]:
+    def create(
+        self, devices: Sequence[str], draft: Draft, sign: Sign, actor: Actor, also: Also | None = None
+    ) -> list[DeploymentRow]:
         """Record a signed order for each device, all or none; what was outstanding there is superseded.
+
+        ``also`` is done in the same transaction, on the new rows.
 
         A sequence number is larger than every one recorded *and* every one the device has reported, so that a
         database that was restored from a backup cannot bring forth an order that devices take for a replay.
@@ -54,6 +59,8 @@ class Deployments:
             made = [_add(session, *orders[row.id], actor) for row in rows]
             session.flush()
             put_in_outbox(session, [row.id for row in rows], actor.at)
+            if also is not None:
+                also(session, made)
             return made
 
     def tick(self, at: datetime) -> list[DeploymentRow]:

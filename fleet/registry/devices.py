@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -45,6 +45,19 @@ class Devices:
             row.facts = row.reported = row.health = row.last_seen = None
             row.health_at = row.health_interval_s = row.presence_received_at = row.runs = row.cloned_at = None
             add_audit(session, actor, "device.add", device, {"profile": profile.name})
+
+    def label(self, device: str, labels: Mapping[str, str | None], actor: Actor) -> dict[str, str]:
+        """Set labels, and remove those whose value is None; returns what the device has now.
+
+        Raises:
+            UsageError: no such device.
+        """
+        with self._database.write() as session:
+            row = device_row(session, device, lock=True)
+            merged = {**(row.labels or {}), **labels}
+            row.labels = {name: value for name, value in merged.items() if value is not None}
+            add_audit(session, actor, "device.label", device, dict(labels))
+            return dict(row.labels)
 
     def remove(self, device: str, actor: Actor) -> None:
         """Forget a device: its outstanding deployment is cancelled, and the controller clears its topics.

@@ -99,6 +99,8 @@ class DeviceRow(Base):
     runs: Mapped[dict[str, Any] | None]
     #: When two agents were last seen to speak as this device.
     cloned_at: Mapped[datetime | None]
+    #: What the operator calls it by, name to value.
+    labels: Mapped[dict[str, Any] | None]
 
 
 class ArtifactRow(Base):
@@ -153,6 +155,51 @@ class DeploymentRow(Base):
     served_digest: Mapped[str | None] = mapped_column(String(64))
     failure_code: Mapped[str | None] = mapped_column(String(64))
     failure_message: Mapped[str | None] = mapped_column(Text)
+    #: The rollout that ordered it, where one did.
+    rollout: Mapped[str | None] = mapped_column(String(64), index=True)
+
+
+class RolloutRow(Base):
+    """A rollout: ``fleet.core.rollouts.Rollout`` as JSON, and what is looked for."""
+
+    __tablename__ = "rollouts"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    priority: Mapped[int]
+    created_at: Mapped[datetime]
+    created_by: Mapped[str]
+    updated_at: Mapped[datetime]
+    document: Mapped[dict[str, Any]]
+    #: What the gate has found, newest; sentences and figures.
+    findings: Mapped[dict[str, Any] | None]
+    lease_owner: Mapped[str | None] = mapped_column(String(128))
+    lease_until: Mapped[datetime | None]
+
+
+class RolloutDeviceRow(Base):
+    """A device of a rollout: what it ran before, what it was ordered, and where it stands."""
+
+    __tablename__ = "rollout_devices"
+    __table_args__ = (Index("rollout_devices_by_stage", "rollout", "stage"),)
+
+    rollout: Mapped[str] = mapped_column(String(64), ForeignKey("rollouts.id"), primary_key=True)
+    device: Mapped[str] = mapped_column(String(63), ForeignKey("devices.id"), primary_key=True)
+    wave: Mapped[int]
+    #: ``fleet.registry.rollouts.DeviceStage``.
+    stage: Mapped[str] = mapped_column(String(16))
+    #: Profile and variant, which are judged together.
+    cohort: Mapped[str]
+    #: Of the variant that it is to get.
+    digest: Mapped[str] = mapped_column(String(64))
+    #: What it served before, to go back to; None where it served nothing that the fleet knows.
+    previous: Mapped[str | None] = mapped_column(String(64))
+    deployment: Mapped[str | None] = mapped_column(String(64), index=True)
+    attempts: Mapped[int] = mapped_column(default=0)
+    ordered_at: Mapped[datetime | None]
+    #: Figures of ``previous`` from before the order: requests, errors, ttft_ms, tpot_ms, restarts.
+    before: Mapped[dict[str, Any] | None]
+    reason: Mapped[str | None] = mapped_column(Text)
 
 
 class WithdrawalRow(Base):

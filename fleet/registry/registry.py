@@ -14,8 +14,10 @@ from fleet.registry.database import Database
 from fleet.registry.deployments import Deployments
 from fleet.registry.devices import Devices
 from fleet.registry.health import Health
+from fleet.registry.inventory import Inventory
 from fleet.registry.models import FleetRow
 from fleet.registry.outbox import OutboxTable
+from fleet.registry.rollouts import Rollouts
 
 
 class Registry:
@@ -30,6 +32,8 @@ class Registry:
         self.health = Health(database)
         self.controllers = Controllers(database)
         self.outbox = OutboxTable(database)
+        self.rollouts = Rollouts(database)
+        self.inventory = Inventory(database)
 
     def shared(self, name: str) -> str:
         """What all controllers of this database share under a name.

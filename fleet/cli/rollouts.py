@@ -1,0 +1,340 @@
+"""`phifleet rollout`: change the model on many devices, in waves that stop by themselves when devices run worse."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from pydantic import ValidationError
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from agent.contract.base import explain
+from fleet.cli import completion
+from fleet.cli.artifacts import wide_console
+from fleet.cli.context import Context, actor
+from fleet.core.evidence import Gate
+from fleet.core.rollout_events import AbortAsked, Approved, Event, PauseAsked, ResumeAsked
+from fleet.core.rollout_spec import RolloutSpec, Wave
+from fleet.core.rollouts import STATES, Rollout, State
+from fleet.errors import UsageError
+from fleet.operations.fleet import Fleet
+from fleet.operations.rollouts import Plan, control_rollout, plan_rollout, start_rollout
+from fleet.registry.models import RolloutRow
+from fleet.registry.rollouts import DeviceStage, read
+from fleet.store.protocol import find
+
+REFRESH_S = 1.0
+_COLOURS = {State.COMPLETED: "green", State.ABORTED: "yellow", State.INCOMPLETE: "red", State.TAKEN_BACK: "red"}
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+@click.group()
+def rollout() -> None:
+    """Change the model on many devices, in waves that stop by themselves when devices run worse than before."""
+
+
+_options = [
+    click.argument("artifacts", nargs=-1, required=True, shell_complete=completion.artifacts),
+    click.option("--selector", required=True, help="Which devices, such as 'profile=pi-5 and label.site=lyon'."),
+    click.option("--waves", default="100%", show_default=True, help="Such as 5,10%,100%, or a selector in quotes."),
+    click.option("--bake", type=click.FloatRange(0), default=300.0, show_default=True, help="Seconds after each wave."),
+    click.option(
+        "--margin", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, help="In percent."
+    ),
+    click.option("--no-gate", is_flag=True, help="Let no figure of the devices stop it."),
+    click.option("--approval", is_flag=True, help="A person lets each wave after the first begin."),
+    click.option("--concurrency", type=click.IntRange(1), help="Devices that change at a time."),
+    click.option("--rate", type=click.FloatRange(0, min_open=True), help="Orders a minute."),
+    click.option(
+        "--retries", type=click.IntRange(0, 10), default=0, show_default=True, help="For a device that failed."
+    ),
+    click.option("--wave-deadline", type=click.FloatRange(0, min_open=True), help="Seconds; 7 days unless given."),
+    click.option("--probation", type=click.FloatRange(0), help="Seconds of health; as the profile has it."),
+    click.option("--on-stop", type=click.Choice(["revert", "keep"]), default="revert", show_default=True),
+    click.option("--priority", type=click.IntRange(0, 100), default=50, show_default=True),
+]
+
+
+def _with_options(command: Any) -> Any:
+    for option in reversed(_options):
+        command = option(command)
+    return command
+
+
+@rollout.command("plan")
+@_with_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def plan_command(context: Context, /, as_json: bool, **given: Any) -> None:
+    """Say which devices each wave would take, with which variant, and which slowdown so many devices can show."""
+    with Fleet(context.settings) as fleet:
+        found = plan_rollout(fleet, _spec(fleet, given))
+    if as_json:
+        click.echo(json.dumps(_plan_as_json(found)))
+        return
+    wide_console().print(_plan_table(found))
+    for device, why in list(found.unfit.items())[:20]:
+        click.echo(f"no variant fits {device}: {why}")
+    if found.taken:
+        click.echo(f"{len(found.taken)} devices are in another rollout: {', '.join(found.taken[:20])}")
+
+
+@rollout.command("start")
+@click.option("--name", help="What the rollout is called; drawn from the time unless given.")
+@_with_options
+@click.pass_obj
+def start_command(context: Context, /, name: str | None, **given: Any) -> None:
+    """Begin a rollout; the controller moves it."""
+    who = actor()
+    name = name or f"r-{who.at:%Y%m%d-%H%M%S}"
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"--name {name!r}: lower case letters, digits and dashes, 63 at most")
+    with Fleet(context.settings) as fleet:
+        started = start_rollout(fleet, name, _spec(fleet, given), who)
+    click.echo(f"rollout {started.id} has begun; follow it with `phifleet rollout watch {started.id}`")
+
+
+@rollout.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+@click.pass_obj
+def list_command(context: Context, as_json: bool) -> None:
+    """List the rollouts, newest first."""
+    with Fleet(context.settings) as fleet:
+        rows = fleet.registry.rollouts.all()
+    if as_json:
+        click.echo(json.dumps([_as_json(row) for row in rows]))
+        return
+    table = Table("rollout", "state", "wave", "devices", "begun (UTC)", "by", "reason", box=None)
+    for row in rows:
+        one = read(row)
+        wave = f"{one.wave + 1} of {len(one.spec.waves)}"
+        state = Text(one.state.replace("_", " "), _COLOURS.get(one.state, ""))
+        began = f"{row.created_at:%Y-%m-%d %H:%M}"
+        table.add_row(one.id, state, wave, one.spec.selector, began, row.created_by, one.reason)
+    wide_console().print(table)
+
+
+@rollout.command("status")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def status_command(context: Context, name: str, as_json: bool) -> None:
+    """Show where a rollout stands."""
+    with Fleet(context.settings) as fleet:
+        if as_json:
+            row = fleet.registry.rollouts.get(name)
+            devices = fleet.registry.rollouts.devices(name)
+            shown = [
+                {
+                    "device": one.device,
+                    "wave": one.wave + 1,
+                    "stage": one.stage,
+                    "cohort": one.cohort,
+                    "reason": one.reason,
+                }
+                for one in devices
+            ]
+            click.echo(json.dumps(_as_json(row) | {"device_stages": shown}))
+            return
+        wide_console().print(_screen(fleet, name))
+
+
+@rollout.command("watch")
+@click.argument("name")
+@click.pass_obj
+def watch_command(context: Context, name: str) -> None:
+    """Follow a rollout until it is over; exit code 9 where it did not complete."""
+    console = Console()
+    with Fleet(context.settings) as fleet, contextlib.suppress(KeyboardInterrupt):
+        with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
+            state = None
+            while not STATES[(one := read(fleet.registry.rollouts.get(name))).state].final:
+                if live is not None:
+                    live.update(_screen(fleet, name), refresh=True)
+                elif one.state is not state:
+                    click.echo(f"{one.state.replace('_', ' ')}, wave {one.wave + 1} of {len(one.spec.waves)}")
+                state = one.state
+                time.sleep(REFRESH_S)
+        console.print(_screen(fleet, name))
+        if one.state is not State.COMPLETED:
+            raise click.exceptions.Exit(9)
+
+
+@rollout.command("explain")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def explain_command(context: Context, name: str, as_json: bool) -> None:
+    """Print the evidence: how devices run now against before, and what stopped it."""
+    with Fleet(context.settings) as fleet:
+        row = fleet.registry.rollouts.get(name)
+    if as_json:
+        click.echo(
+            json.dumps({"rollout": name, "state": row.state, "reason": read(row).reason, **(row.findings or {})})
+        )
+        return
+    one = read(row)
+    click.echo(f"{name} is {one.state.replace('_', ' ')}" + (f": {one.reason}" if one.reason else ""))
+    for finding in (row.findings or {}).get("findings", []):
+        click.echo(f"{'stops  ' if finding['stops'] else '       '}{finding['text']}")
+    if not row.findings:
+        click.echo("no device has been compared yet: each side needs its requests first")
+
+
+@rollout.command("pause")
+@click.argument("name")
+@click.pass_obj
+def pause_command(context: Context, name: str) -> None:
+    """Order no further device until it is resumed; what is under way goes on."""
+    _control(context, name, PauseAsked())
+
+
+@rollout.command("resume")
+@click.argument("name")
+@click.pass_obj
+def resume_command(context: Context, name: str) -> None:
+    """Go on where it was paused."""
+    _control(context, name, ResumeAsked())
+
+
+@rollout.command("approve")
+@click.argument("name")
+@click.pass_obj
+def approve_command(context: Context, name: str) -> None:
+    """Let the next wave begin."""
+    _control(context, name, Approved())
+
+
+@rollout.command("abort")
+@click.argument("name")
+@click.option(
+    "--revert/--keep", "revert", required=True, help="Devices that have changed go back, or keep what they have."
+)
+@click.option("--reason", default="the operator aborted it", help="For the record.")
+@click.pass_obj
+def abort_command(context: Context, name: str, revert: bool, reason: str) -> None:
+    """End it."""
+    _control(context, name, AbortAsked(revert=revert, reason=reason))
+
+
+def _control(context: Context, name: str, event: Event) -> None:
+    with Fleet(context.settings) as fleet:
+        after = control_rollout(fleet, name, event, actor())
+    click.echo(f"rollout {name} is {after.state.replace('_', ' ')}")
+
+
+def _spec(fleet: Fleet, given: dict[str, Any]) -> RolloutSpec:
+    """The options as a rollout's specification.
+
+    Raises:
+        UsageError: an artifact is not there, or the options contradict each other.
+    """
+    digests = tuple(find(fleet.artifacts, name).digest for name in given["artifacts"])
+    try:
+        return RolloutSpec(
+            selector=given["selector"],
+            artifacts=digests,
+            waves=tuple(_wave(text) for text in _split(given["waves"])),
+            bake_s=given["bake"],
+            gate=None if given["no_gate"] else Gate(margin=given["margin"] / 100),
+            approval=given["approval"],
+            concurrency=given["concurrency"],
+            rate_per_minute=given["rate"],
+            retries=given["retries"],
+            probation_s=given["probation"],
+            on_stop=given["on_stop"],
+            priority=given["priority"],
+            **({"wave_deadline_s": given["wave_deadline"]} if given["wave_deadline"] else {}),
+        )
+    except ValidationError as error:
+        raise UsageError(f"this rollout cannot be: {explain(error)}") from None
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside parentheses and double quotes."""
+    return [part.strip() for part in re.findall(r'(?:"[^"]*"|\([^)]*\)|[^,])+', text) if part.strip()]
+
+
+def _wave(text: str) -> Wave:
+    try:
+        if text.endswith("%"):
+            return Wave(percent=float(text[:-1]))
+        if text.isdecimal():
+            return Wave(devices=int(text))
+    except ValueError:
+        raise UsageError(f"--waves: {text!r} is no percentage") from None
+    return Wave(selector=text)
+
+
+def _plan_table(found: Plan) -> Table:
+    table = Table("wave", "devices", "profile, variant", "slowdown per token that it can show", box=None)
+    for number, wave in enumerate(found.waves, 1):
+        for index, (cohort, count) in enumerate(sorted(wave.cohorts.items())):
+            effect = wave.detectable.get(cohort)
+            seen = f"{effect:.0%} and more" if effect is not None else "none: too few devices"
+            table.add_row(f"{number} ({wave.wave})" if index == 0 else "", str(count), cohort, seen)
+        if not wave.cohorts:
+            table.add_row(f"{number} ({wave.wave})", "0", "", "")
+    return table
+
+
+def _plan_as_json(found: Plan) -> dict[str, Any]:
+    return {
+        "devices": found.devices,
+        "waves": [
+            {"wave": str(wave.wave), "cohorts": dict(wave.cohorts), "detectable": dict(wave.detectable)}
+            for wave in found.waves
+        ],
+        "unfit": dict(found.unfit),
+        "taken": list(found.taken),
+    }
+
+
+def _screen(fleet: Fleet, name: str) -> Group:
+    row = fleet.registry.rollouts.get(name)
+    one = read(row)
+    lines: list[Any] = [_headline(one)]
+    table = Table("wave", *(stage.value for stage in DeviceStage), box=None)
+    devices = fleet.registry.rollouts.devices(name)
+    for index, wave in enumerate(one.spec.waves):
+        stages = [device.stage for device in devices if device.wave == index]
+        table.add_row(f"{index + 1} ({wave})", *(str(stages.count(stage.value) or "-") for stage in DeviceStage))
+    lines.append(table)
+    lines += [Text(finding["text"], "red") for finding in (row.findings or {}).get("findings", []) if finding["stops"]]
+    return Group(*lines)
+
+
+def _headline(one: Rollout) -> Text:
+    text = f"{one.id}: {one.state.replace('_', ' ')}, wave {one.wave + 1} of {len(one.spec.waves)}"
+    if one.due_at is not None and not STATES[one.state].final:
+        text += f"; until {one.due_at:%Y-%m-%d %H:%M} UTC at the latest"
+    return Text(f"{text}{f'; {one.reason}' if one.reason else ''}", _COLOURS.get(one.state, ""))
+
+
+def _as_json(row: RolloutRow) -> dict[str, Any]:
+    one = read(row)
+    return {
+        "rollout": one.id,
+        "state": one.state.value,
+        "wave": one.wave + 1,
+        "waves": [str(wave) for wave in one.spec.waves],
+        "selector": one.spec.selector,
+        "artifacts": list(one.spec.artifacts),
+        "counts": one.counts.model_dump(),
+        "left_behind": one.left_behind,
+        "reason": one.reason,
+        "priority": one.spec.priority,
+        "created_at": row.created_at.isoformat(),
+        "created_by": row.created_by,
+        "due_at": one.due_at.isoformat() if one.due_at else None,
+        "findings": row.findings,
+        "at": datetime.now(UTC).isoformat(),
+    }

@@ -1,0 +1,98 @@
+"""Devices by selector: what the database can narrow down it does, and the selector itself decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, or_, select, true
+
+from fleet.core.selectors import And, Compare, Facts, In, Or, Selector, matches
+from fleet.registry.database import Database
+from fleet.registry.models import ArtifactRow, DeploymentRow, DeviceRow
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A device that is meant; ``served`` is the digest of what it says that it serves."""
+
+    device: str
+    profile: str
+    facts: Facts
+    served: str | None
+
+
+class Inventory:
+    """Each call is one transaction. Every call raises ``RegistryError`` where the database cannot be used."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def select(self, selector: Selector) -> list[Found]:
+        """The devices that are meant, by id; neither those that were removed nor those that were revoked."""
+        query = (
+            select(
+                DeviceRow.id, DeviceRow.profile, DeviceRow.labels, DeviceRow.online, DeviceRow.agent_version,
+                DeviceRow.facts, DeviceRow.reported, DeploymentRow.stage, DeploymentRow.runtime,
+            )
+            .outerjoin(
+                DeploymentRow,
+                and_(DeploymentRow.device == DeviceRow.id, DeploymentRow.sequence == DeviceRow.sequence),
+            )
+            .where(DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None), _narrowed(selector))
+            .order_by(DeviceRow.id)
+        )  # fmt: skip
+        with self._database.read() as session:
+            models = {row.digest: row.model for row in session.execute(select(ArtifactRow.digest, ArtifactRow.model))}
+            return [found for found in _read(session.execute(query), models) if matches(selector, found.facts)]
+
+
+def _read(rows: Any, models: dict[str, str]) -> Iterator[Found]:
+    for row in rows:
+        facts, reported = row.facts or {}, row.reported or {}
+        served = reported.get("digest")
+        known: dict[str, str | float | None] = {
+            "name": row.id,
+            "profile": row.profile,
+            "agent": row.agent_version or None,
+            "served": models.get(served) or reported.get("artifact") if served else None,
+            "artifact": reported.get("artifact") if served else None,
+            "state": row.stage,
+            "presence": "online" if row.online else "offline",
+            "machine": facts.get("machine"),
+            "runtime": row.runtime,
+            "memory_gib": facts["memory_total_bytes"] / GIB if "memory_total_bytes" in facts else None,
+            "cpus": facts.get("cpu_count"),
+        }
+        known |= {f"label.{name}": str(value) for name, value in (row.labels or {}).items()}
+        yield Found(row.id, row.profile, known, served)
+
+
+def _narrowed(selector: Selector) -> ColumnElement[bool]:
+    """A condition that holds for every device that is meant, and for as few others as is easily said."""
+    match selector:
+        case Compare(attribute, "=", value) if "*" not in value:
+            column = _column(attribute)
+            return true() if column is None else column == value
+        case In(attribute, values) if not any("*" in value for value in values):
+            column = _column(attribute)
+            return true() if column is None else column.in_(values)
+        case And(terms):
+            return and_(*(_narrowed(term) for term in terms))
+        case Or(terms):
+            return or_(*(_narrowed(term) for term in terms))
+        case _:
+            return true()
+
+
+def _column(attribute: str) -> Any:
+    if attribute == "name":
+        return DeviceRow.id
+    if attribute == "profile":
+        return DeviceRow.profile
+    if attribute.startswith("label."):
+        return DeviceRow.labels[attribute.removeprefix("label.")].as_string()
+    return None
