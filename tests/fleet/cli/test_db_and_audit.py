@@ -11,6 +11,7 @@ import pytest
 
 from fleet.errors import RegistryError
 from fleet.registry import open_registry
+from fleet.registry.schema import HEAD
 from fleet.registry.upgrading import upgrade_own_file
 from tests.fleet.cli.conftest import Phifleet
 from tests.fleet.registry.test_schema import RELEASED
@@ -32,21 +33,21 @@ def test_an_upgrade_keeps_a_copy_and_commands_work_again(phifleet: Phifleet, rel
     assert refused.code == 8
     assert "run `phifleet db upgrade`" in refused.err
     current = json.loads(phifleet("db", "current", "--json").out)
-    assert current == {"revision": "0001", "works_with": "0003", "known": True}
+    assert current == {"revision": "0001", "works_with": HEAD, "known": True}
     done = phifleet("db", "upgrade")
-    assert done.code == 0 and "from 0001 to 0003" in done.out
+    assert done.code == 0 and f"from 0001 to {HEAD}" in done.out
     (backup,) = released.home.root.glob("fleet.db.0001-*")
     assert str(backup) in done.out
     with closing(sqlite3.connect(backup)) as copy:
         assert copy.execute("SELECT count(*) FROM devices").fetchone() == (2,)
     assert "pi-1" in phifleet("status").out
-    assert "has 0003 already" in phifleet("db", "upgrade").out
+    assert f"has {HEAD} already" in phifleet("db", "upgrade").out
     assert phifleet("audit", "verify").code == 0
 
 
 def test_a_controller_brings_its_own_file_up_to_date_and_keeps_a_copy(released: World):
     done = upgrade_own_file(f"sqlite:///{released.home.database}", datetime(2026, 11, 25, tzinfo=UTC))
-    assert done is not None and (done.before, done.after) == ("0001", "0003")
+    assert done is not None and (done.before, done.after) == ("0001", HEAD)
     assert done.backup == released.home.root / "fleet.db.0001-20261125T000000"
     with closing(open_registry(f"sqlite:///{released.home.database}")) as registry:
         assert [row.id for row in registry.devices.all()] == ["pi-1", "pi-2"]
