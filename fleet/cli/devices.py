@@ -13,6 +13,7 @@ from rich.table import Table
 from agent.contract.bundle import Bundle
 from fleet.cli import completion
 from fleet.cli.context import Context, actor
+from fleet.core.selectors import parse
 from fleet.operations.devices import (
     add_device,
     only_here,
@@ -119,12 +120,15 @@ def _hand_over(bundle: Bundle, file: Path | None) -> None:
 
 
 @device.command("list")
+@click.option("--selector", help="Which devices, such as 'profile=pi-5 and label.site=lyon' (docs/rollouts.md).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array instead of a table.")
 @click.pass_obj
-def list_command(context: Context, as_json: bool) -> None:
-    """List the devices."""
+def list_command(context: Context, selector: str | None, as_json: bool) -> None:
+    """List the devices, or those that a selector means."""
     with Fleet(context.settings) as fleet:
+        meant = None if selector is None else {one.device for one in fleet.registry.inventory.select(parse(selector))}
         views = fleet_view(fleet.registry, datetime.now(UTC)).devices
+        views = [view for view in views if meant is None or view.device.id in meant]
     if as_json:
         click.echo(json.dumps([describe_device(view) for view in views]))
         return
@@ -140,7 +144,8 @@ def list_command(context: Context, as_json: bool) -> None:
             deployment.stage if deployment else "-",
             deployment.artifact if deployment else "-",
         )
-    Console().print(table if views else "no devices yet; add one with `phifleet device add`")
+    none = "no device is meant" if selector else "no devices yet; add one with `phifleet device add`"
+    Console().print(table if views else none)
 
 
 @device.command("show")

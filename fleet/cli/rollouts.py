@@ -24,6 +24,7 @@ from fleet.core.evidence import Gate
 from fleet.core.rollout_events import AbortAsked, Approved, Event, PauseAsked, ResumeAsked
 from fleet.core.rollout_spec import RolloutSpec, Wave
 from fleet.core.rollouts import STATES, Rollout, State
+from fleet.core.selectors import parse
 from fleet.errors import UsageError
 from fleet.operations.fleet import Fleet
 from fleet.operations.rollouts import Plan, control_rollout, plan_rollout, start_rollout
@@ -264,13 +265,13 @@ def _split(text: str) -> list[str]:
 
 
 def _wave(text: str) -> Wave:
-    try:
-        if text.endswith("%"):
-            return Wave(percent=float(text[:-1]))
-        if text.isdecimal():
-            return Wave(devices=int(text))
-    except ValueError:
-        raise UsageError(f"--waves: {text!r} is no percentage") from None
+    if text.endswith("%"):
+        if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", text[:-1]):
+            raise UsageError(f"--waves: {text!r} is no percentage")
+        return Wave(percent=float(text[:-1]))
+    if re.fullmatch(r"[0-9]{1,12}", text):
+        return Wave(devices=int(text))
+    parse(text)
     return Wave(selector=text)
 
 

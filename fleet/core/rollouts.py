@@ -193,6 +193,23 @@ class TransitionError(UsageError):
     """An event that the table does not allow in this state; the rollout is unchanged."""
 
 
+#: What an event would have made of the rollout.
+_PAST: Mapping[type[Event], str] = MappingProxyType(
+    {
+        Started: "started",
+        Assigned: "given devices",
+        Progress: "moved",
+        Stopped: "stopped",
+        Approved: "approved",
+        PauseAsked: "paused",
+        ResumeAsked: "resumed",
+        AbortAsked: "aborted",
+        TakenBack: "taken back",
+        Ticked: "moved",
+    }
+)
+
+
 def plan(rollout_id: str, spec: RolloutSpec, at: datetime) -> Rollout:
     """A new rollout, not started."""
     return Rollout(id=rollout_id, spec=spec, entered_at=at)
@@ -207,8 +224,8 @@ def decide(rollout: Rollout, event: Event, at: datetime) -> tuple[Rollout, tuple
     case = _case(rollout, event, at)
     following = TABLE[case].get(rollout.state)
     if following is None:
-        name = type(event).__name__.removesuffix("Asked").lower()
-        raise TransitionError(f"rollout {rollout.id} is {rollout.state.replace('_', ' ')}: {name} is not possible now")
+        state = rollout.state.replace("_", " ")
+        raise TransitionError(f"rollout {rollout.id} is {state}: it cannot be {_PAST[type(event)]} now")
     if case is Case.NOTHING:
         return (rollout.model_copy(update={"counts": event.counts}) if isinstance(event, Progress) else rollout), ()
     after, effects = _ACTIONS.get(case, _keep)(_read(rollout, event), event, at)

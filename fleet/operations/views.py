@@ -132,6 +132,8 @@ def describe_device(view: DeviceView) -> dict[str, Any]:
         "agent_version": row.agent_version,
         "paused": view.paused,
         "malformed_messages": row.malformed,
+        "labels": row.labels or {},
+        "cloned_at": _iso(row.cloned_at),
         "deployment": describe_deployment(deployment) if deployment else None,
     }
 

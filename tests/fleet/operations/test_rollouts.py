@@ -245,7 +245,7 @@ def test_a_person_pauses_approves_and_aborts(story: Story):
     control_rollout(story.fleet, "r-1", AbortAsked(revert=True, reason="a wrong release"), story.world.actor)
     story.until(RolloutState.TAKEN_BACK)
     assert set(story.devices.serves.values()) == {story.world.manifest.digest}
-    with pytest.raises(UsageError, match="rollout r-1 is taken back: resume is not possible now"):
+    with pytest.raises(UsageError, match="rollout r-1 is taken back: it cannot be resumed now"):
         control_rollout(story.fleet, "r-1", ResumeAsked(), story.world.actor)
 
 
