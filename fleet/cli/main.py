@@ -32,11 +32,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "db": ("fleet.cli.db:db", "Show and upgrade the tables of the database."),
     "trust": ("fleet.cli.trust:trust", "Show, renew and rotate keys and metadata."),
     "completion": ("fleet.cli.completion:completion", "Print the script that completes commands in a shell."),
+    "simulate": ("fleet.cli.simulate:simulate", "Run simulated devices; with --rollout, a rollout that stops itself."),
     "demo": ("fleet.cli.demo:demo", "All of it on this machine, in one go."),
 }
 #: They make a fleet, or have nothing to do with one. For every other command a home that holds none is a mistake, and
 #: nothing is made there.
-WITHOUT_A_FLEET = frozenset({"init", "sample-model", "profiles", "plan", "build", "completion", "demo"})
+WITHOUT_A_FLEET = frozenset({"init", "sample-model", "profiles", "plan", "build", "completion", "simulate", "demo"})
 #: With these a command says something about itself, and does nothing.
 ASKS_ONLY = frozenset({"-h", "--help", "--show-config"})
 
