@@ -119,7 +119,8 @@ class Reporter:
         """Report that this device goes offline, without waiting for the broker to publish the will."""
         topic, offline = topics.presence(self.identity.device), self._numbered(self.presence(online=False))
         try:
-            await asyncio.wait_for(self._link.publish(topic, offline.to_json(), retain=True), 2.0)
+            async with asyncio.timeout(2.0):
+                await self._link.publish(topic, offline.to_json(), retain=True)
         except (LinkError, TimeoutError):
             log.debug("offline not reported, the will reports it")
 

@@ -54,7 +54,12 @@ def temperature_c() -> float | None:
     sensors = getattr(psutil, "sensors_temperatures", None)  # Linux and FreeBSD only
     if sensors is None:
         return None
-    readings = [entry.current for entries in sensors().values() for entry in entries if 0 < entry.current < _HOTTEST_C]
+    readings = [
+        entry.current
+        for entries in sensors().values()
+        for entry in entries
+        if entry.current and entry.current < _HOTTEST_C
+    ]
     return max(readings, default=None)
 
 

@@ -29,6 +29,7 @@ from fleet.toolchains import progress as work
 from fleet.toolchains.build.jobs import Outcome, Request, build_all
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint, resolve_model
 from fleet.toolchains.checkpoint.sample_model import SampleReport, make_sample
+from fleet.toolchains.checkpoint.whole import as_network
 from fleet.toolchains.drivers.registry import driver_of
 from fleet.toolchains.quality import evaluation
 from fleet.toolchains.quality.quality import measure as measure_artifact
@@ -132,10 +133,11 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
             for profile, recipes in zip(loaded, chosen, strict=True)
             for recipe in _legal(checkpoint, profile, recipes, everything=everything or best)
         ]
-        outcomes = build_all(checkpoint, requests, obj.home, jobs=jobs, progress=lambda i: lines(_title(requests[i])))
-        if measure:
-            measured = _Measured(checkpoint, obj.home, eval_text, text.label, lines)
-            outcomes = tuple(measured.with_quality(one) for one in outcomes)
+        with as_network(checkpoint, obj.home.root / "scratch") as whole:
+            outcomes = build_all(whole, requests, obj.home, jobs=jobs, progress=lambda i: lines(_title(requests[i])))
+            if measure:
+                measured = _Measured(whole, obj.home, eval_text, text.label, lines)
+                outcomes = tuple(measured.with_quality(one) for one in outcomes)
     for outcome in outcomes:
         if outcome.manifest is not None:
             click.echo((_as_json if as_json else _as_text)(outcome.manifest, outcome.reused))

@@ -87,8 +87,10 @@ class Ingest:
         retry = DatabaseRetry()
         next_counts = asyncio.get_running_loop().time() + COUNTS_S
         while True:
+            # Not wait_for: until Python 3.12 it swallows a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), COUNTS_S)
+                async with asyncio.timeout(COUNTS_S):
+                    await self._wake.wait()
             batch, owed = self._take(BATCH)
             while batch and not await self._written(batch, retry):
                 await retry.wait()

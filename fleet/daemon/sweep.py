@@ -59,7 +59,8 @@ class Sweep:
         """Sweep after each connect, for ever."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), MISSING_S)
+                async with asyncio.timeout(MISSING_S):
+                    await self._due.wait()
             try:
                 if self._due.is_set():
                     self._due.clear()
@@ -153,7 +154,6 @@ class _Reading:
             left = self._last + quiet_s - self._loop.time()
             if left <= 0:
                 return
-            try:
-                await asyncio.wait_for(self._complete.wait(), left)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._complete.wait()

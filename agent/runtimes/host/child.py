@@ -121,7 +121,8 @@ class ChildProcess(asyncio.SubprocessProtocol):
     async def drained(self, timeout_s: float) -> None:
         """Wait until all that it wrote is here, for at most ``timeout_s``: a grandchild may hold its pipes open."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._drained.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._drained.wait()
 
     def close(self) -> None:
         """Kill it and let go of its pipes; nothing waits for it any more."""

@@ -126,7 +126,8 @@ class ModelServer:
         """Take nothing new; whether everything ended within ``timeout_s``."""
         self._open = False
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         return self._idle.is_set()
 
     async def close(self) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from agent.contract.base import canonical_json, sha256_hex
 from agent.contract.manifest import Chat, ModelFacts, SamplingDefaults
+from fleet.core.checkpoint_tensors import Reading
 from fleet.core.phi_variants import find_variant
-from fleet.core.plan_shape import ModelFile, ModelShape, shape_of
+from fleet.core.plan_shape import ModelShape, shape_of
 from fleet.errors import ModelError
 from fleet.toolchains.checkpoint.checkpoint_chat import chat_of, sampling_of
-from fleet.toolchains.checkpoint.checkpoint_files import local_path, read_as, read_json
+from fleet.toolchains.checkpoint.checkpoint_files import local_path, read_json
 from fleet.toolchains.checkpoint.checkpoint_shape import completed
 from fleet.toolchains.checkpoint.safetensors_scan import Tensor, first_not_finite, read_tensors
+from fleet.toolchains.checkpoint.whole import check_config, check_weights, shards_of
 from fleet.toolchains.progress import Progress, ProgressCallback, silent
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -28,14 +29,6 @@ _OTHER_INPUTS = (
     "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-
-
-class _Index(ModelFile):
-    """model.safetensors.index.json: which shard has a tensor. Shards lie beside it, where every toolchain looks."""
-
-    weight_map: Annotated[
-        dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}\.safetensors$")]], Field(min_length=1)
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +42,9 @@ class Checkpoint:
     chat: Chat
     weights_bytes: int
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    #: How its tensors become those of the network, and where they lie.
+    reading: Reading = field(default_factory=lambda: Reading({}))
+    shards: Mapping[Path, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -71,9 +67,11 @@ def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback =
     config = read_json(file, needed=True)
     name = slug(name or _own_name(config) or path.resolve().name)
     shape = shape_of(config, name=name, origin=str(file))
+    check_config(config, shape, str(file))
     if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZERS):
         raise ModelError(f"{path}: has no tokenizer ({', '.join(_TOKENIZERS)}); fetch the whole checkpoint")
-    shards = {shard: read_tensors(shard) for shard in _shards(path)}
+    shards = {shard: read_tensors(shard) for shard in shards_of(path)}
+    reading = check_weights(config, shape, shards, path)
     _check_numbers(shards, progress)
     tensors = [tensor for found in shards.values() for tensor in found]
     parameters = sum(tensor.count for tensor in tensors)
@@ -89,7 +87,8 @@ def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback =
     )
     stored = sum(tensor.end - tensor.begin for tensor in tensors)
     chat, sampling = chat_of(path, shape.architecture), sampling_of(path)
-    return Checkpoint(path, config, facts, completed(shape, path, tensors), chat, stored, sampling)
+    whole = completed(shape, path, tensors)
+    return Checkpoint(path, config, facts, whole, chat, stored, sampling, reading, shards)
 
 
 def resolve_model(model: str | Path, *, progress: ProgressCallback = silent) -> Checkpoint:
@@ -137,21 +136,6 @@ def _download(hub_id: str) -> Path:
 
 def _own_name(config: dict[str, Any]) -> str:
     return str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
-
-
-def _shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_as(_Index, index).weight_map.values()))
-        absent = [name for name in names if not (path / name).is_file()]
-        if absent:
-            raise ModelError(f"{index}: names {', '.join(absent)}, absent from the folder; fetch the whole checkpoint")
-        return [path / name for name in names]
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        older = " (there are PyTorch .bin files; save it again as safetensors)" if any(path.glob("*.bin")) else ""
-        raise ModelError(f"{path}: has no *.safetensors{older}")
-    return found
 
 
 def _check_numbers(shards: dict[Path, tuple[Tensor, ...]], progress: ProgressCallback) -> None:

@@ -49,12 +49,15 @@ def read_text(path: Path) -> str:
     """The text in ``path``.
 
     Raises:
-        ModelError: absent, unreadable, or no UTF-8.
+        ModelError: absent, unreadable, no UTF-8, or with a byte order mark.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: cannot be read as UTF-8 text: {error}; fetch it again") from None
+    if text.startswith("\ufeff"):
+        raise ModelError(f"{path}: begins with a byte order mark, which toolchains do not read; save it without one")
+    return text
 
 
 def read_as(model: type[_AnyFile], path: Path) -> _AnyFile:

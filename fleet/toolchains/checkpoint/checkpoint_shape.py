@@ -14,6 +14,7 @@ from fleet.core.plan_shape import ModelFile, ModelShape, Vocabulary, shape_of
 from fleet.errors import ModelError
 from fleet.toolchains.checkpoint.checkpoint_files import local_path, read_as, read_json
 from fleet.toolchains.checkpoint.safetensors_scan import Tensor, read_tensors
+from fleet.toolchains.checkpoint.whole import check_config, check_weights, shards_of
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -57,10 +58,14 @@ def completed(shape: ModelShape, path: Path, tensors: Iterable[Tensor]) -> Model
 
 def _from_folder(path: Path) -> ModelShape:
     file = path / "config.json"
-    shape = shape_of(read_json(file, needed=True), name=path.resolve().name, origin=str(file))
-    return completed(
-        shape, path, (tensor for shard in sorted(path.glob("*.safetensors")) for tensor in read_tensors(shard))
-    )
+    config = read_json(file, needed=True)
+    shape = shape_of(config, name=path.resolve().name, origin=str(file))
+    check_config(config, shape, str(file))
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        return completed(shape, path, ())  # a plan needs no weights
+    shards = {shard: read_tensors(shard) for shard in shards_of(path)}
+    check_weights(config, shape, shards, path)
+    return completed(shape, path, (tensor for found in shards.values() for tensor in found))
 
 
 def _vocabulary(path: Path) -> Vocabulary | None:

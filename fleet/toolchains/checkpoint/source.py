@@ -29,6 +29,7 @@ def hub_config(config: dict[str, Any], stored_dtype: str) -> dict[str, Any]:
     scaling = view.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     if scaling is not None:
         kind = scaling.get("type") or scaling.get("rope_type")
+        kind = "longrope" if kind == "su" else kind  # as it was called first
         original = scaling.get("original_max_position_embeddings")
         view.setdefault("original_max_position_embeddings", original or view["max_position_embeddings"])
         unwanted = {"rope_type", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "factor"}

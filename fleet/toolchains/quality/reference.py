@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from agent.platform import files
 from fleet.errors import BuildError, ModelError
 from fleet.toolchains.checkpoint.safetensors_scan import Tensor, read_tensors
+from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.quality.evaluation import CONTINUATION_TOKENS, pieces
 
@@ -55,7 +56,7 @@ def write(job: ReferenceJob, progress: ProgressCallback) -> None:
     """
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     torch.set_num_threads(job.threads)
     torch.manual_seed(SEED)
@@ -63,7 +64,7 @@ def write(job: ReferenceJob, progress: ProgressCallback) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in job.prompts]
     cut = pieces(tokenizer(job.text, add_special_tokens=False).input_ids) if job.text else []
-    model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32).eval()
+    model = load_float32(job.source)
     with torch.inference_mode():
         if tokens:
             cut = _continue(model, tokenizer, tokens, progress)

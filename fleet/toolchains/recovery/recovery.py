@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from agent.contract.profile import Recipe
 from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
+from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, quantize
 
@@ -89,15 +90,14 @@ def recover(
 def _load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
     """The model in float32, and the texts end to end, as sequences: shape (sequences, tokens)."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
     rows = len(tokens) // _SEQUENCE
     if rows < 4:
         raise BuildError(f"the calibration text has {len(tokens)} tokens; at least {4 * _SEQUENCE} are needed")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    return model, torch.tensor(tokens[: rows * _SEQUENCE]).reshape(rows, _SEQUENCE)
+    return load_float32(source), torch.tensor(tokens[: rows * _SEQUENCE]).reshape(rows, _SEQUENCE)
 
 
 class _Walk:

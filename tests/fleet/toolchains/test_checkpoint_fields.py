@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.contract.manifest import SamplingDefaults
+from fleet.core.checkpoint_tensors import expected
+from fleet.core.plan_shape import shape_of
 from fleet.errors import ModelError
 from fleet.toolchains.checkpoint.checkpoint import inspect, resolve_model
 from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
@@ -22,6 +25,12 @@ CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.s
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TENSOR = "model.norm.weight"
 Steps = tuple[str | int, ...]
+#: The smallest Phi-3 there is, and how many weights it has.
+SIZES = {
+    "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "vocab_size": 4, "head_dim": 2,
+}  # fmt: skip
+WEIGHTS_OF = 4 * 2 + 2 * 2 + 6 * 2 + 2 * 2 + 4 * 2 + 2 * 2 + 2
 
 
 def _documents(tiny: Path) -> dict[str, Any]:
@@ -30,13 +39,23 @@ def _documents(tiny: Path) -> dict[str, Any]:
     words = found[TOKENIZER]["model"]
     words["vocab"], words["merges"] = dict(list(words["vocab"].items())[:3]), words["merges"][:3]
     del found[TOKENIZER]["added_tokens"][3:]
-    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-    return found | {INDEX: {"weight_map": {TENSOR: WEIGHTS}}, WEIGHTS: {"__metadata__": {}, TENSOR: entry}}
+    found[CONFIG] |= SIZES
+    shape = shape_of(found[CONFIG], name="small")
+    header: dict[str, Any] = {"__metadata__": {}}
+    offset = 0
+    for name, size in expected(shape).items():
+        end = offset + 4 * math.prod(size)
+        header[name] = {"dtype": "F32", "shape": list(size), "data_offsets": [offset, end]}
+        offset = end
+    index = {"weight_map": dict.fromkeys(expected(shape), WEIGHTS)}
+    return found | {INDEX: index, WEIGHTS: header}
 
 
 def _write(folder: Path, name: str, document: Any) -> None:
     text = json.dumps(document).encode()
-    (folder / name).write_bytes(struct.pack("<Q", len(text)) + text + bytes(16) if name == WEIGHTS else text)
+    (folder / name).write_bytes(
+        struct.pack("<Q", len(text)) + text + bytes(4 * WEIGHTS_OF) if name == WEIGHTS else text
+    )
 
 
 def _places(document: Any, above: Steps = ()) -> Iterator[Steps]:
@@ -75,7 +94,7 @@ def copy(small: Path, tmp_path: Path) -> Path:
 
 
 def test_the_small_checkpoint_is_whole(small: Path) -> None:
-    assert inspect(small).facts.parameters == 4
+    assert inspect(small).facts.parameters == WEIGHTS_OF
     assert read_shape(small).vocabulary.merges == 3
 
 
@@ -121,7 +140,7 @@ REFUSED: tuple[tuple[str, Steps, Any, str], ...] = (
     (WEIGHTS, (TENSOR, "shape"), [-4], r"model\.norm\.weight\.shape\.0: .*equal to 0 \(found -4\)"),
     (WEIGHTS, (TENSOR, "dtype"), None, r"model\.norm\.weight\.dtype: .*string \(found None\)"),
     (WEIGHTS, (TENSOR, "data_offsets"), [0], r"model\.norm\.weight\.data_offsets\.1: is missing"),
-    (WEIGHTS, (TENSOR, "data_offsets"), [0, 3], r"model\.norm\.weight: F32 of shape \[2, 2\] does not take 3 bytes"),
+    (WEIGHTS, (TENSOR, "data_offsets"), [0, 3], r"model\.norm\.weight: F32 of shape \[2\] does not take 3 bytes"),
     (WEIGHTS, (TENSOR,), {"dtype": "I8", "shape": [2], "data_offsets": [9, 7]}, "I8 .* does not take -2 bytes"),
 )  # fmt: skip
 
@@ -161,7 +180,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / WEIGHTS).write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000),
         r"model\.safetensors: its header is no JSON object",
     ),
-    "no weights": (lambda folder: _write(folder, WEIGHTS, {}), "hold no weights; fetch the whole checkpoint"),
+    "no weights": (lambda folder: _write(folder, WEIGHTS, {}), "8 of its 8 tensors are missing: .*fetch the whole"),
     "a folder where weights should be": (
         lambda folder: ((folder / INDEX).unlink(), (folder / "other.safetensors").mkdir()),
         r"other\.safetensors: cannot be read",
