@@ -1,4 +1,4 @@
-"""Checkpoints that are not the network that their config.json describes: refused in `plan` and in `build`, or put right.
+"""Checkpoints that are not the network of their config.json: refused in `plan` and in `build`, or put right.
 
 No toolchain is asked: one that is given a checkpoint without a tensor invents the numbers and says nothing.
 """
