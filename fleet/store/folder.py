@@ -54,8 +54,11 @@ class FolderStore:
             StoreError: it cannot be read, or a file is missing or has another length than was built.
         """
         folder = self.folder(artifact)
-        if not folder.exists():
-            return None
+        try:
+            if not folder.exists():
+                return None
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be read: {error.strerror or error}") from None
         manifest = _read(folder / "manifest.json")
         self._check_lengths(manifest)
         return manifest
