@@ -216,7 +216,9 @@ class Repository:
         Raises:
             RepositoryError: no repository here.
         """
-        data = self.read(f"{self._files.newest_root()}.root.json")
+        with _boundary(self._home):
+            newest = self._files.newest_root()
+        data = self.read(f"{newest}.root.json")
         if data is None:
             raise RepositoryError(f"{self._home.root} holds no repository: run `phifleet init`")
         return data
@@ -235,17 +237,26 @@ class Repository:
         """A ``SignedDesired``: DSSE over the order, by as many director keys as the threshold asks for.
 
         Raises:
-            RepositoryError: too few director keys can be opened.
+            RepositoryError: the repository cannot be read, or too few director keys can be opened.
         """
-        keys = self._files.director(self._load().targets.signed)
-        envelope = Envelope(desired.to_json(), DESIRED_PAYLOAD_TYPE, {})
-        for signer in self._files.signers(DIRECTOR, keys.keys, keys.threshold):
-            with signing(DIRECTOR, signer):
-                envelope.sign(signer)
-        return canonical_json(envelope.to_dict())
+        with _boundary(self._home):
+            keys = self._files.director(self._load().targets.signed)
+            envelope = Envelope(desired.to_json(), DESIRED_PAYLOAD_TYPE, {})
+            for signer in self._files.signers(DIRECTOR, keys.keys, keys.threshold):
+                with signing(DIRECTOR, signer):
+                    envelope.sign(signer)
+            return canonical_json(envelope.to_dict())
 
     def status(self) -> tuple[RoleStatus, ...]:
-        """Versions, expiries and keys of every role."""
+        """Versions, expiries and keys of every role.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        with _boundary(self._home):
+            return self._status()
+
+    def _status(self) -> tuple[RoleStatus, ...]:
         state, entries = self._load(), self._keyring.entries()
         rows = []
         for role in ROLES:
