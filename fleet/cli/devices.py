@@ -14,10 +14,13 @@ from agent.contract.bundle import Bundle
 from fleet.cli import completion
 from fleet.cli.context import Context, actor
 from fleet.core.selectors import parse
+from fleet.errors import UsageError
 from fleet.operations.devices import (
     add_device,
+    import_devices,
     only_here,
     parse_labels,
+    read_rows,
     remove_device,
     renew_bundle,
     revoke_device,
@@ -63,6 +66,36 @@ def add_command(context: Context, device_id: str, profile_name: str, bundle_path
     _hand_over(bundle, file)
     _tell("it is what the device believes: carry it there by a way that you trust, then start", file)
     _tell(f"  phifleet-agent run --bundle {file.name if file else 'FILE'}", file)
+
+
+@device.command("import")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--bundles",
+    "folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Folder for the bundles, DEVICE.json each, mode 0600.",
+)
+@click.option("--broker", help="What the devices connect to, if not what the controller does.")
+@click.pass_obj
+def import_command(context: Context, file: Path, folder: Path, broker: str | None) -> None:
+    """Add the devices of a CSV file: columns device, profile, and any label.NAME.
+
+    The whole file is checked before the first device is added. Run it again after an interruption: what was added
+    stays as it is.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: is not UTF-8 at byte {error.start}") from None
+    rows = read_rows(text, str(file))
+    names = {row.profile for row in rows}
+    profiles = {name: load_profile(name) for name in sorted(names)}
+    custom = names - profile_paths().keys()
+    with Fleet(context.settings) as fleet:
+        added = import_devices(fleet, rows, profiles, folder, actor(), broker=broker, custom=custom)
+    click.echo(f"{len(added)} devices added, {len(rows) - len(added)} were there; bundles are in {folder}")
 
 
 @device.command("label")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -49,7 +51,7 @@ def add_device(
         raise UsageError(f"{device!r} is no device id: lower case letters, digits and dashes, at most 63") from None
     _ = fleet.repository  # before anything is made: without a root of trust there is no bundle
     refuse_unless_new(bundle_path)
-    if any(row.id == device for row in fleet.registry.devices.all()):
+    if fleet.registry.devices.has(device):
         raise UsageError(f"device {device} is there already; remove it first, or choose another id")
     bundle = make_bundle(fleet, device, profile.name, broker)
     _write_bundle(bundle_path, bundle)
@@ -60,6 +62,100 @@ def add_device(
             bundle_path.unlink(missing_ok=True)
         raise
     return bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a file of devices: its number, from 1 with the header, and what it names."""
+
+    line: int
+    device: str
+    profile: str
+    labels: Mapping[str, str]
+
+
+def read_rows(text: str, origin: str) -> list[Row]:
+    """The devices in CSV text with the columns ``device``, ``profile`` and any ``label.NAME``.
+
+    Raises:
+        UsageError: a column or a value is wrong; names every line that is.
+    """
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    wrong: list[str] = []
+    rows: list[Row] = []
+    try:
+        names = list(reader.fieldnames or ())
+        unknown = [name for name in names if name not in ("device", "profile") and not name.startswith("label.")]
+        if unknown or not {"device", "profile"} <= set(names) or len(set(names)) != len(names):
+            raise UsageError(
+                f"{origin}: its first line names the columns device, profile, and any label.NAME, each once"
+            )
+        seen: dict[str, int] = {}
+        for values in reader:
+            try:
+                rows.append(_row(values, reader.line_num))
+            except UsageError as error:
+                wrong.append(f"line {reader.line_num}: {error}")
+                continue
+            first = seen.setdefault(rows[-1].device, reader.line_num)
+            if first != reader.line_num:
+                wrong.append(f"line {reader.line_num}: {rows[-1].device} is on line {first} too")
+    except csv.Error as error:
+        raise UsageError(f"{origin}, line {reader.line_num}: {error}") from None
+    if wrong:
+        more = f"\n  and {len(wrong) - MAX_WRONG} more" if len(wrong) > MAX_WRONG else ""
+        listed = "\n  ".join(wrong[:MAX_WRONG])
+        raise UsageError(f"{origin}: nothing was added:\n  {listed}{more}")
+    return rows
+
+
+def import_devices(
+    fleet: Fleet, rows: Sequence[Row], profiles: Mapping[str, DeviceProfile], folder: Path, actor: Actor,
+    *, broker: str | None = None, custom: Container[str] = (),
+) -> list[str]:  # fmt: skip
+    """Add devices and write the bundle of each as ``FOLDER/DEVICE.json``; returns the names of those added.
+
+    A device that is in the fleet with that profile, and whose bundle is in the folder, is left as it is: a run that
+    was interrupted is finished by the same command.
+
+    Raises:
+        UsageError: a device is in the fleet with another profile, or the folder cannot be written.
+        RepositoryError: there is no root of trust yet.
+    """
+    added: list[str] = []
+    for row in rows:
+        path = folder / f"{row.device}.json"
+        if fleet.registry.devices.has(row.device):
+            there = fleet.registry.devices.get(row.device).profile
+            if there != profiles[row.profile].name:
+                raise UsageError(f"line {row.line}: {row.device} is in the fleet with the profile {there}")
+            if not path.exists():
+                renew_bundle(fleet, row.device, path, actor, broker=broker)
+        else:
+            path.unlink(missing_ok=True)  # of a run that was interrupted before it had added the device
+            profile = profiles[row.profile]
+            add_device(fleet, row.device, profile, path, actor, broker=broker, custom=row.profile in custom)
+            added.append(row.device)
+        if row.labels:
+            fleet.registry.devices.label(row.device, dict(row.labels), actor)
+    return added
+
+
+def _row(values: Mapping[str | None, Any], line: int) -> Row:
+    if None in values or any(value is None for value in values.values()):
+        raise UsageError("has more or fewer values than the first line has columns")
+    device = str(values["device"]).strip()
+    try:
+        TypeAdapter(DeviceId).validate_python(device)
+    except ValidationError:
+        raise UsageError(f"{device!r} is no device id: lower case letters, digits and dashes, at most 63") from None
+    given = [
+        f"{str(name).removeprefix('label.')}={value}"
+        for name, value in values.items()
+        if str(name).startswith("label.") and value
+    ]
+    labels = {name: value for name, value in parse_labels(given).items() if value is not None}
+    return Row(line, device, str(values["profile"]).strip(), labels)
 
 
 def renew_bundle(
@@ -139,8 +235,7 @@ def revoke_device(fleet: Fleet, name: str, actor: Actor) -> Revocation:
     Raises:
         UsageError: it is no device of the fleet, and no certificate of it is in force.
     """
-    known = any(row.id == name for row in fleet.registry.devices.all())
-    since = fleet.registry.devices.revoke(name, actor) if known else None
+    since = fleet.registry.devices.revoke(name, actor) if fleet.registry.devices.has(name) else None
     count = fleet.ca.revoke(name) if fleet.ca.exists else 0
     if since is None and count == 0:
         raise UsageError(f"{name!r} is no device of this fleet, and no certificate of it is in force")
@@ -187,6 +282,8 @@ def _write_bundle(path: Path | None, bundle: Bundle) -> None:
         raise UsageError(f"bundle {path}: cannot be written: {reason(error, path.parent)}{hint}") from None
 
 
+#: Lines of a file that an error names.
+MAX_WRONG = 20
 #: Of a label, as selectors read it.
 _LABEL = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 MAX_LABEL_VALUE = 128

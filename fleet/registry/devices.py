@@ -102,6 +102,12 @@ class Devices:
         with self._database.read() as session:
             return device_row(session, device)
 
+    def has(self, device: str) -> bool:
+        """Whether a device is in the fleet."""
+        with self._database.read() as session:
+            row = session.get(DeviceRow, device)
+            return row is not None and row.removed_at is None
+
     def all(self, profile: str | None = None) -> list[DeviceRow]:
         """All that were not removed, by id; with ``profile``, those of that profile."""
         with self._database.read() as session:

@@ -31,7 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from agent.contract.base import DeviceId
+from agent.contract.base import DeviceId, sha256_hex
 from agent.platform.files import PRIVATE, remove_leftovers, write_atomic
 from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
@@ -62,7 +62,11 @@ class Credentials:
 
 
 class DeviceCA:
-    """The CA in ``home.ca``: ``ca.pem``, ``ca-key.pem`` (0600), ``issued.json``, ``crl.pem`` for the broker."""
+    """The CA in ``home.ca``: ``ca.pem``, ``ca-key.pem`` (0600), ``issued/``, ``revoked.json``, and the broker's ``crl.pem``.
+
+    ``issued`` has a file a name, so that the next certificate costs the same after a hundred thousand. Before 0.2 it
+    was one file, ``issued.json``, which is taken apart when the CA is next used.
+    """
 
     def __init__(self, home: Home, clock: Callable[[], datetime] = utc_now) -> None:
         self._folder = home.ca
@@ -136,13 +140,14 @@ class DeviceCA:
     def revoke(self, device: str) -> int:
         """Put every certificate of a device on ``crl.pem``; returns how many. The broker must read it again."""
         with self._locked():
-            issued = self._issued()
-            found = [entry for entry in issued if entry["name"] == device and "revoked" not in entry]
-            for entry in found:
-                entry["revoked"] = self._clock().isoformat()
+            now = self._clock().isoformat()
+            revoked = self._revoked()
+            known = {entry["serial"] for entry in revoked}
+            found = [entry for entry in self._issued(device) if entry["serial"] not in known and entry["expires"] > now]
             if found:
-                self._save_issued(issued)
-                self._write_crl(*self._ca(), issued)
+                revoked += [{**entry, "revoked": now} for entry in found]
+                self._save_revoked(revoked)
+                self._write_crl(*self._ca(), revoked)
             return len(found)
 
     def refresh_crl(self) -> bool:
@@ -151,7 +156,8 @@ class DeviceCA:
             crl = x509.load_pem_x509_crl((self._folder / "crl.pem").read_bytes())
             due = crl.next_update_utc is None or crl.next_update_utc - self._clock() < timedelta(days=CRL_DAYS / 2)
             if due:
-                self._write_crl(*self._ca(), self._issued())
+                self._save_revoked(self._revoked())
+                self._write_crl(*self._ca(), self._revoked())
             return due
 
     def _certify(self, name: str, days: float, purpose: x509.ObjectIdentifier, hosts: Sequence[str]) -> Credentials:
@@ -173,7 +179,7 @@ class DeviceCA:
                 builder = builder.add_extension(names, critical=False)
             certificate = builder.sign(ca_key, hashes.SHA256())
             entry = {"name": name, "serial": f"{certificate.serial_number:x}", "expires": ends.isoformat()}
-            self._save_issued([*self._issued(), entry])
+            self._save_issued(name, [*self._issued(name), entry])
             return Credentials(
                 certificate.public_bytes(Encoding.PEM).decode(),
                 _key_pem(key).decode(),
@@ -192,26 +198,52 @@ class DeviceCA:
             raise RepositoryError(f"{path} is no ECDSA key")
         return x509.load_pem_x509_certificate((self._folder / "ca.pem").read_bytes()), key
 
-    def _issued(self) -> list[dict[str, str]]:
-        path = self._folder / "issued.json"
-        return TypeAdapter(list[dict[str, str]]).validate_json(path.read_bytes()) if path.exists() else []
+    def _issued(self, name: str) -> list[dict[str, str]]:
+        return _entries(self._issued_file(name))
 
-    def _save_issued(self, issued: Sequence[dict[str, str]]) -> None:
+    def _save_issued(self, name: str, issued: Sequence[dict[str, str]]) -> None:
+        write_atomic(self._issued_file(name), self._live(issued))
+
+    def _issued_file(self, name: str) -> Path:
+        # Hashed: the name of a broker may be any host's, and a file system has rules of its own.
+        digest = sha256_hex(name.encode())
+        return self._folder / "issued" / digest[:2] / f"{digest[2:34]}.json"
+
+    def _revoked(self) -> list[dict[str, str]]:
+        return _entries(self._folder / "revoked.json")
+
+    def _save_revoked(self, revoked: Sequence[dict[str, str]]) -> None:
+        write_atomic(self._folder / "revoked.json", self._live(revoked))
+
+    def _live(self, entries: Sequence[dict[str, str]]) -> bytes:
+        """Without those that have expired: nobody accepts them any more."""
         now = self._clock().isoformat()
-        live = [entry for entry in issued if entry["expires"] > now]
-        write_atomic(self._folder / "issued.json", json.dumps(live, indent=1).encode())
+        return json.dumps([entry for entry in entries if entry["expires"] > now], indent=1).encode()
+
+    def _take_apart(self) -> None:
+        """The one file of before 0.2; it is removed last, so that an interruption begins again."""
+        old = self._folder / "issued.json"
+        if not old.exists():
+            return
+        by_name: dict[str, list[dict[str, str]]] = {}
+        for entry in _entries(old):
+            by_name.setdefault(entry["name"], []).append(entry)
+        for name, entries in by_name.items():
+            plain = [{key: value for key, value in entry.items() if key != "revoked"} for entry in entries]
+            self._save_issued(name, plain)
+        self._save_revoked([entry for entries in by_name.values() for entry in entries if "revoked" in entry])
+        old.unlink()
 
     def _write_crl(
-        self, ca: x509.Certificate, key: ec.EllipticCurvePrivateKey, issued: Sequence[dict[str, str]]
+        self, ca: x509.Certificate, key: ec.EllipticCurvePrivateKey, entries: Sequence[dict[str, str]]
     ) -> None:
         now = self._clock()
         builder = x509.CertificateRevocationListBuilder().issuer_name(ca.subject)
         builder = builder.last_update(now - _SKEW).next_update(now + timedelta(days=CRL_DAYS))
-        for entry in issued:
-            if "revoked" in entry:
-                revoked = x509.RevokedCertificateBuilder().serial_number(int(entry["serial"], 16))
-                when = datetime.fromisoformat(entry["revoked"])
-                builder = builder.add_revoked_certificate(revoked.revocation_date(when).build())
+        for entry in entries:
+            revoked = x509.RevokedCertificateBuilder().serial_number(int(entry["serial"], 16))
+            when = datetime.fromisoformat(entry["revoked"])
+            builder = builder.add_revoked_certificate(revoked.revocation_date(when).build())
         write_atomic(self._folder / "crl.pem", builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
     @contextmanager
@@ -220,7 +252,12 @@ class DeviceCA:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._lock:
                 remove_leftovers(self._folder)
+                self._take_apart()
                 yield
+
+
+def _entries(path: Path) -> list[dict[str, str]]:
+    return TypeAdapter(list[dict[str, str]]).validate_json(path.read_bytes()) if path.exists() else []
 
 
 @contextmanager
