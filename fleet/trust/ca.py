@@ -62,7 +62,7 @@ class Credentials:
 
 
 class DeviceCA:
-    """The CA in ``home.ca``: ``ca.pem``, ``ca-key.pem`` (0600), ``issued/``, ``revoked.json``, and the broker's ``crl.pem``.
+    """The CA in ``home.ca``: ``ca.pem``, ``ca-key.pem`` (0600), ``issued/``, ``revoked.json``, and ``crl.pem``.
 
     ``issued`` has a file a name, so that the next certificate costs the same after a hundred thousand. Before 0.2 it
     was one file, ``issued.json``, which is taken apart when the CA is next used.
