@@ -29,7 +29,7 @@ from agent.errors import AgentError
 from agent.platform import facts, systemd
 from agent.runtimes.host.settings import HostEvent
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 #: What the device is changes slowly: disk and memory are reported again this often, in seconds.
 FACTS_EVERY_S = 600.0

@@ -18,7 +18,7 @@ import structlog
 
 from agent.errors import AgentError
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 Command = Callable[[], Awaitable[dict[str, Any]]]
 FILE = "control.json"

@@ -19,7 +19,7 @@ from agent.daemon.steps import StepParts, Steps
 from agent.errors import AgentError
 from agent.platform.concurrency import cancelled_once, ended, in_thread
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 #: A step that was told to stop and has not ended after so many seconds is named in the log, again and again.
 SLOW_END_S = 30.0

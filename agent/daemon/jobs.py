@@ -14,7 +14,7 @@ from agent.core.supervision import RestartPolicy
 from agent.errors import AgentError
 from agent.platform.concurrency import ended
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 #: An optional job is retried for ever, ever more seldom; after ``window_s`` without a failure the pauses begin anew.
 RETRY = RestartPolicy(window_s=300.0, first_s=1.0, max_s=60.0)

@@ -28,7 +28,7 @@ from agent.core.ports import Clock, Inference
 from agent.core.probes import misanswered
 from agent.errors import HealthError
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 CANARY_PRIORITY = 10
 

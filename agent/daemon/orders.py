@@ -15,7 +15,7 @@ from agent.daemon.state import AgentState
 from agent.errors import AgentError, TrustError
 from agent.platform.concurrency import cancelled_once, ended, in_thread
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 
 class Orders:

@@ -27,7 +27,7 @@ from agent.daemon.monitor import Monitor
 from agent.daemon.state import AgentState
 from agent.errors import LinkError
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 #: Progress is reported at most this often; every change of state is reported at once.
 PROGRESS_EVERY_S = 1.0

@@ -18,7 +18,7 @@ from agent.daemon.steps import Steps
 from agent.errors import AgentError
 from agent.platform.concurrency import cancelled_once, ended
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 
 class Serving:

@@ -21,7 +21,7 @@ from agent.daemon.monitor import Monitor
 from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
 from agent.platform.concurrency import in_thread
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 
 #: How often the clock is looked at while waiting for the window.

@@ -27,7 +27,7 @@ from agent.endpoint.routes import operations as ops_routes
 from agent.endpoint.routes import page as page_routes
 from agent.endpoint.routes import responses as response_route
 
-_LOG = structlog.get_logger("endpoint")
+_LOG = structlog.get_logger(component="endpoint")
 #: What proxies count a client as that went away before its answer.
 _GONE = 499
 _STATUS_MESSAGES = {

@@ -22,7 +22,7 @@ from agent.link.settings import LinkSettings
 #: Control messages waiting for the event loop; what comes past that is dropped and counted.
 MAX_WAITING = 10_000
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger(component=__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class MqttLink:
         self.reconnects += 1
         self._told = "closed"  # by us is no news
         self._exact = {}
-        _log.info("broker_connected", broker=self.address, client=self._client, reconnects=self.reconnects)
+        _log.info("broker connected", broker=self.address, client=self._client, reconnects=self.reconnects)
         for topic, (payload, qos) in list(self._retained.items()):
             self._network.publish(Publication(topic, payload, lambda error: None, qos, retain=True))
         subscriptions = [(topic, subscription.qos) for topic, subscription in self._subscriptions.items()]
@@ -235,7 +235,7 @@ class MqttLink:
     def _disconnected(self, reason: str) -> None:
         if reason not in (self._told, "closed"):  # once, not at each attempt
             self._told = reason
-            _log.warning("broker_not_connected", broker=self.address, client=self._client, reason=reason)
+            _log.warning("broker not connected", broker=self.address, client=self._client, error=reason)
         if self._loop is not None:
             _on_loop(self._loop, self._up.clear)
 
@@ -266,7 +266,7 @@ class MqttLink:
     def _subscribed(self, filters: Sequence[tuple[str, int]], reasons: Sequence[Any]) -> None:
         for (topic, _), reason in zip(filters, reasons, strict=False):
             if reason.is_failure:
-                _log.error("subscription_refused", broker=self.address, topic=topic, reason=str(reason))
+                _log.error("subscription refused", broker=self.address, topic=topic, error=str(reason))
         if self._loop is not None:
             _on_loop(self._loop, self._tell_connected)
 
@@ -300,7 +300,7 @@ def _guard(handler: Handler, message: Message) -> None:
     try:
         handler(message)
     except Exception:
-        _log.exception("message_handler_failed", topic=message.topic)
+        _log.exception("message handler failed", topic=message.topic)
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:

@@ -43,7 +43,7 @@ BulkSource = Callable[[], "tuple[str, bytes] | None"]
 """The next bulk publication as ``(topic, payload)``, or None when there is none now."""
 
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger(component=__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class Network:
             return self._converse(backoff) if self._connect() else backoff
         except Exception as error:
             # Whatever a hostile or broken server can make paho raise, the link must come back from.
-            _log.exception("link_fault", broker=str(self.address))
+            _log.exception("link fault", broker=str(self.address))
             self._reason = f"fault in the link: {error!r}"
             return backoff
 

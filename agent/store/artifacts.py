@@ -35,7 +35,7 @@ RESERVE_BYTES = 16 * 1024 * 1024
 KEPT_PARTIALS = 4
 _BLOCK = 1024 * 1024
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger(component=__name__)
 
 
 class ArtifactStore:
@@ -143,7 +143,7 @@ class ArtifactStore:
         folder.rename(self._partial / folder.name)
         sync_folder(self._complete)
         sync_folder(self._partial)
-        _log.info("artifact_set_apart", digest=folder.name)
+        _log.info("artifact set apart", digest=folder.name)
 
     def _leftovers(self) -> list[Path]:
         """What unfinished transfers left over and no transfer fills now, the oldest first."""
@@ -200,7 +200,7 @@ class ArtifactStore:
         try:
             partial.close()
         except OSError as error:  # of what came last something may be lost; the next attempt reads it all again
-            _log.warning("partial_not_closed", digest=partial.manifest.digest, error=str(error))
+            _log.warning("partial not closed", digest=partial.manifest.digest, error=str(error))
         finally:
             self._transferring.discard(partial.manifest.digest)
 
@@ -313,7 +313,7 @@ def _remove(folder: Path) -> int:
     with store_errors("delete", folder):
         freed = _allocated(folder)
     _delete(folder)
-    _log.info("artifact_deleted", digest=folder.name, bytes=freed)
+    _log.info("artifact deleted", digest=folder.name, bytes=freed)
     return freed
 
 

@@ -15,7 +15,7 @@ from agent.platform.files import write_atomic
 
 _FILE = "boot"
 
-log = structlog.get_logger()
+log = structlog.get_logger(component=__name__)
 
 
 def next_boot(folder: Path, now: datetime) -> Boot:

@@ -34,7 +34,7 @@ PROGRESS_S = 0.5
 FLUSH_BYTES = 32 * 1024 * 1024
 
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger(component=__name__)
 
 
 class Fetcher:
@@ -209,7 +209,7 @@ class _Session:
         try:
             await self._link.publish(topics.want(self._digest), want.to_json())
         except LinkError as error:
-            _log.warning("want_not_sent", digest=self._digest, error=str(error))
+            _log.warning("want not sent", digest=self._digest, error=str(error))
             self._core.unsent(self._monotonic())
 
     def _flush_now_and_then(self) -> None:
@@ -227,7 +227,7 @@ class _Session:
     async def _stop_following_when_told(self) -> None:
         if self._following and not self._core.following:
             self._following = False
-            _log.info("transfer_leaves_shared_topic", digest=self._digest)
+            _log.info("transfer leaves shared topic", digest=self._digest)
             await self._link.unsubscribe(self._shared_filter)
 
     def _raise_if_hopeless(self) -> None:

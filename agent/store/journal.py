@@ -9,7 +9,7 @@ import structlog
 
 from agent.store.files import store_errors, write_atomically
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger(component=__name__)
 
 
 class FileJournal:
@@ -45,7 +45,7 @@ class FileJournal:
         aside = self._path.with_name(self._path.name + ".damaged")
         with store_errors("set aside", self._path):
             self._path.replace(aside)
-        _log.error("journal_damaged", path=str(self._path), kept_as=str(aside))
+        _log.error("journal damaged", path=str(self._path), kept_as=str(aside))
 
 
 def _digest(document: bytes) -> bytes:

@@ -29,7 +29,7 @@ AT_ONCE = 8
 Evict = Callable[[str], Awaitable[None]]
 """Ends the session of one device; raises LinkError where the broker does not let one."""
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 class BarredDevices:

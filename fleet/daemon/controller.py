@@ -27,7 +27,7 @@ from fleet.registry import Registry
 from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 class Server(Protocol):

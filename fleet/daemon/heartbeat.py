@@ -20,7 +20,7 @@ from fleet.registry.controllers import Heartbeat
 
 HEARTBEAT_S = 5.0
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 class Heart:

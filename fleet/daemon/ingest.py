@@ -37,7 +37,7 @@ COUNTS_S = 60.0
 #: A group of its own for each filter: rumqttd keeps one filter a group.
 _LEAVES = ("presence", "facts", "reported", "health")
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 class Ingest:

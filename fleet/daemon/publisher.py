@@ -29,7 +29,7 @@ MAX_NAMED = 10
 
 _CLEARED = (topics.desired, topics.presence, topics.facts, topics.reported)
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 class Publisher:

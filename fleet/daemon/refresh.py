@@ -17,7 +17,7 @@ REFRESH_RETRY_S = 60.0
 #: Metadata that only the operator can renew, since its keys are offline, is warned of this long before.
 EXPIRY_WARNING = timedelta(days=30)
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 class Refresh:

@@ -15,7 +15,7 @@ from fleet.errors import RegistryError
 DATABASE_TRIES = 30
 DATABASE_RETRY_S = 2.0
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 @dataclass(slots=True)

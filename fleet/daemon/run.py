@@ -35,7 +35,7 @@ CONNECT_CHECK_S = 0.05
 #: A broker takes a controller that is cut off for gone after one and a half of it.
 KEEPALIVE_S = 10
 
-_log = structlog.get_logger("serve")
+_log = structlog.get_logger(component="serve")
 
 
 async def run_controller(

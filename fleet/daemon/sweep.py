@@ -31,7 +31,7 @@ MISSING_S = 5.0
 
 _REPORTS = (topics.presence, topics.facts, topics.reported)
 
-_log = structlog.get_logger("controller")
+_log = structlog.get_logger(component="controller")
 
 
 class Sweep:

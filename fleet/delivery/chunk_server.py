@@ -24,7 +24,7 @@ MAX_OPEN = 16
 #: Distinct complaints that are logged; each is logged once.
 MAX_COMPLAINTS = 1000
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger(component=__name__)
 
 
 class Artifact(Protocol):

@@ -23,7 +23,7 @@ MAX_WAITING = 4096
 
 _CACHED_FILES = 8
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger(component=__name__)
 
 
 class Request(Protocol):

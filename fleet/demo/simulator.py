@@ -44,7 +44,7 @@ GIB = 2**30
 #: A device passes through these on its way, at equal times.
 _WAY = (State.RESOLVING, State.TRANSFERRING, State.VERIFYING, State.PROVING, State.ACTIVATING, State.PROBATION)
 
-_log = structlog.get_logger("simulator")
+_log = structlog.get_logger(component="simulator")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ STEP_S = 1.0
 MOST_ORDERS = 200
 SYSTEM = "controller"
 
-_log = structlog.get_logger("rollouts")
+_log = structlog.get_logger(component="rollouts")
 
 
 @dataclass(frozen=True, slots=True)

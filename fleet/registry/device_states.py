@@ -28,7 +28,7 @@ BACK_AFTER = timedelta(seconds=5)
 #: What an agent has said before its first health report.
 _REPORTS = frozenset({"presence", "facts", "reported"})
 
-_log = structlog.get_logger("recorder")
+_log = structlog.get_logger(component="recorder")
 _READ = (
     DeviceRow.id, DeviceRow.revoked_at, DeviceRow.runs, DeviceRow.malformed, DeviceRow.last_seen, DeviceRow.online,
     DeviceRow.presence_received_at, DeviceRow.health_at, DeviceRow.health_interval_s, DeviceRow.agent_version,

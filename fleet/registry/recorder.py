@@ -23,7 +23,7 @@ from fleet.registry.health import roll_up
 from fleet.registry.models import DeploymentRow
 from fleet.registry.rows import apply, in_chunks
 
-_log = structlog.get_logger("recorder")
+_log = structlog.get_logger(component="recorder")
 
 #: Devices whose faulty messages are counted one by one; what comes past that is counted as "*".
 MAX_NAMES = 10_000

@@ -15,7 +15,7 @@ from agent.core.inference import InferenceError
 from agent.endpoint.http.sse import EventStream
 from agent.endpoint.openai.errors import ApiError, from_inference
 
-_LOG = structlog.get_logger("endpoint")
+_LOG = structlog.get_logger(component="endpoint")
 
 
 def json_reply(data: Any, status: int = 200) -> web.Response:

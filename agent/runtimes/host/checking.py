@@ -19,7 +19,7 @@ from agent.runtimes.host.child import ChildProcess, describe_exit
 from agent.runtimes.host.supervisor import KILL_TIMEOUT_S
 from agent.runtimes.protocol.registry import RuntimeSpec, missing, versions
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger(component=__name__)
 
 #: How long the output of a check that has ended is waited for, where a process of its own holds the pipe.
 _LAST_OUTPUT_S = 2.0
@@ -52,7 +52,7 @@ class Checker:
         known: dict[str, Any] | None = self._cache.get(key)
         if known is not None:
             return known
-        log.info("checking_runtime", runtime=spec.name, timeout_s=self._timeout_s)
+        log.info("checking runtime", runtime=spec.name, timeout_s=self._timeout_s)
         answer = await _check(spec, self._timeout_s)
         self._cache[key] = answer
         if "error" not in answer:

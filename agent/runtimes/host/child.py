@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import structlog
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger(component=__name__)
 
 _LINES = 20
 _LINE_CHARACTERS = 500
@@ -134,7 +134,7 @@ class ChildProcess(asyncio.SubprocessProtocol):
         text = raw.decode("utf-8", "replace").rstrip()[:_LINE_CHARACTERS]
         if text:
             self._lines.append(text)
-            log.debug("worker_output", runtime=self.name, pid=self.pid, line=text)
+            log.debug("worker output", runtime=self.name, pid=self.pid, line=text)
 
 
 def describe_exit(status: int) -> str:

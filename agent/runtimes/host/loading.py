@@ -16,7 +16,7 @@ from agent.runtimes.host.supervisor import WorkerProcess
 from agent.runtimes.protocol.engine import LoadOptions, ModelSource
 from agent.runtimes.protocol.registry import RuntimeSpec
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger(component=__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ async def load_model(
         facts={"kv_tokens": options.kv_tokens, "threads": options.threads},
         defaults=manifest.sampling_defaults,
     )
-    log.info("model_loaded", artifact=manifest.id, runtime=spec.name, seconds=round(loaded.load_s, 3))
+    log.info("model loaded", artifact=manifest.id, runtime=spec.name, seconds=round(loaded.load_s, 3))
     return LoadedModel(spec, manifest, folder, kv_tokens, settings, worker, info)
 
 

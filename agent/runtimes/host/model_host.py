@@ -25,7 +25,7 @@ from agent.runtimes.host.proving import prove
 from agent.runtimes.host.settings import HostEvent, HostSettings, HostStats, Render
 from agent.runtimes.protocol.registry import REGISTRY, RuntimeSpec, missing, versions
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger(component=__name__)
 
 Result = TypeVar("Result")
 
@@ -178,7 +178,7 @@ class WorkerHost:
         self._proven = loaded
         keep_s = self._settings.swap_keep_s if self._parked else self._settings.proven_keep_s
         self._expiry = asyncio.get_running_loop().call_later(keep_s, self._expire, loaded, keep_s)
-        log.info("artifact_proven", artifact=manifest.id, **proof.model_dump())
+        log.info("artifact proven", artifact=manifest.id, **proof.model_dump())
         return proof
 
     async def _activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
@@ -274,7 +274,7 @@ class WorkerHost:
         """As ``_fits``, with the figures in the log: it is about to be loaded."""
         chosen = self._fits(spec, manifest)
         log.info(
-            "memory_planned",
+            "memory planned",
             artifact=manifest.id,
             placement=chosen.placement.value,
             weights_bytes=manifest.memory.weights_bytes,
@@ -312,7 +312,7 @@ class WorkerHost:
             loaded = await self._load(spec, manifest, folder, self._plan(spec, manifest))
         except AgentError as error:
             self._reason = f"the model that served before does not load any more: {error}"
-            log.error("restore_failed", artifact=manifest.id, error=str(error), code=error.code)
+            log.error("restore failed", artifact=manifest.id, error=str(error), code=error.code)
             self._on_event(HostEvent("gave_up", manifest.digest, error.code, self._reason))
         else:
             self._active = self._serve(loaded)
@@ -334,7 +334,7 @@ class WorkerHost:
     async def _drain(self, model: ModelServer) -> None:
         try:
             if not await model.drain(self._settings.drain_timeout_s):
-                log.warning("drain_timeout", artifact=model.manifest.id, seconds=self._settings.drain_timeout_s)
+                log.warning("drain timeout", artifact=model.manifest.id, seconds=self._settings.drain_timeout_s)
         finally:
             await self._close(model)
 
@@ -349,7 +349,7 @@ class WorkerHost:
             await loaded.worker.close()
 
     def _expire(self, loaded: LoadedModel, keep_s: float) -> None:
-        log.warning("proven_expired", artifact=loaded.manifest.id, seconds=keep_s)
+        log.warning("proven expired", artifact=loaded.manifest.id, seconds=keep_s)
         self._undo(lambda: self._forget(loaded))
 
     async def _forget(self, loaded: LoadedModel) -> None:

@@ -26,7 +26,7 @@ from agent.runtimes.host.loading import LoadedModel
 from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.runtimes.host.supervisor import Death, WorkerProcess
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger(component=__name__)
 
 
 class Ticket:
@@ -226,7 +226,7 @@ class ModelServer:
                     self._event("restarted", None, f"serving again after {self.info.load_s:.2f} s of loading")
                     self._pump()
         except Exception as error:  # a fault of ours: without supervision, those who wait would wait for ever
-            log.exception("supervision_failed", artifact=self.manifest.id)
+            log.exception("supervision failed", artifact=self.manifest.id)
             message = f"the supervision of the model's process failed: {type(error).__name__}: {error}"
             self._give_up(FailureCode.INTERNAL, message)
 
@@ -291,4 +291,4 @@ class ModelServer:
         try:
             self._on_event(HostEvent(kind, self.manifest.digest, code, message, self.restarts))
         except Exception:  # whoever listens must not end the supervision
-            log.exception("host_event_not_taken", kind=kind, artifact=self.manifest.id)
+            log.exception("host event not taken", kind=kind, artifact=self.manifest.id)

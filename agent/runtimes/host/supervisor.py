@@ -23,7 +23,7 @@ from agent.runtimes.protocol import wire
 from agent.runtimes.protocol.engine import LoadOptions, ModelSource
 from agent.runtimes.protocol.registry import RuntimeSpec
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger(component=__name__)
 
 Sink = Callable[[GenerationEvent | InferenceError], None]
 """Where the events of one request go; an ``InferenceError`` is its end."""
@@ -220,7 +220,7 @@ class WorkerProcess:
                 FailureCode.RUNTIME_CRASHED, f"the worker of {self.spec.name} broke its protocol: {error}"
             )
         except Exception as error:  # a fault of ours: without its messages the worker is of no use
-            log.exception("worker_messages_failed", runtime=self.spec.name, pid=self.pid)
+            log.exception("worker messages failed", runtime=self.spec.name, pid=self.pid)
             self._verdict = self._verdict or Death(
                 FailureCode.INTERNAL, f"a message of the worker could not be handled: {type(error).__name__}: {error}"
             )
@@ -271,7 +271,7 @@ class WorkerProcess:
             try:
                 sink(InferenceError(kind, f"the model's process ended during the answer: {death.message}"))
             except Exception:
-                log.exception("request_not_notified", request=request_id, pid=self.pid)
+                log.exception("request not notified", request=request_id, pid=self.pid)
         for answer in self._counts.values():
             if not answer.done():
                 answer.set_exception(InferenceError("crashed", "the model's process has ended"))

@@ -377,7 +377,7 @@ async def test_runtimes_are_listed_with_the_reason_when_not_usable(tmp_path: Pat
     with capture_logs() as logs:
         again = await WorkerHost(render, HostSettings(cache_file=cache), registry={"simulated": SPEC}).runtimes()
     assert again[0] == facts[0]
-    assert "checking_runtime" not in [line["event"] for line in logs]
+    assert "checking runtime" not in [line["event"] for line in logs]
     cache.write_text("{not json")
     assert (await WorkerHost(render, HostSettings(cache_file=cache), registry={"simulated": SPEC}).runtimes())[0].usable
 
@@ -501,5 +501,5 @@ async def test_those_who_ask_at_once_share_one_check_of_each_runtime() -> None:
     with capture_logs() as logs:
         first, second = await asyncio.gather(host.runtimes(), host.runtimes())
     assert first == second
-    checks = [line["runtime"] for line in logs if line["event"] == "checking_runtime"]
+    checks = [line["runtime"] for line in logs if line["event"] == "checking runtime"]
     assert checks == ["simulated"]

@@ -147,7 +147,7 @@ async def test_a_reader_that_raises_costs_neither_the_others_nor_the_death():
         await asyncio.wait_for(worker.kill(Death(FailureCode.RUNTIME_HUNG, "it hangs")), 30)
     assert worker.died.result().message == "it hangs"
     assert [error.kind for error in received if isinstance(error, InferenceError)] == ["timeout"]
-    assert "request_not_notified" in [line["event"] for line in logs]
+    assert "request not notified" in [line["event"] for line in logs]
 
 
 async def test_a_fault_while_a_message_is_handled_ends_the_worker_with_a_reason(monkeypatch):

@@ -197,7 +197,7 @@ def test_an_interrupt_while_it_starts_ends_it_with_130_and_no_trace(world: World
         if kind == "embedded":
             wait_until(lambda: bool(parent.children()), "the broker is being started")
         else:
-            wait_until(lambda: "broker_not_connected" in served.log.read_text(), "it tries")
+            wait_until(lambda: "broker not connected" in served.log.read_text(), "it tries")
         os.killpg(served.process.pid, signal.SIGINT)
         assert served.process.wait(20) == 130
         log = served.log.read_text()
