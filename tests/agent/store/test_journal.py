@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from agent.contract.failures import FailureCode
 from agent.core.ports import Journal
 from agent.errors import StoreError
 from agent.store.journal import FileJournal
+from tests.waiting import wait_until
 
 
 def test_what_was_saved_last_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -86,13 +86,10 @@ journal = FileJournal(Path(sys.argv[1]))
 for n in itertools.count():
     journal.save(b"%d " % n * 20_000)
 """
-    path = tmp_path / "journal"
-    newest = -1
-    for delay in (0.3, 0.35, 0.42, 0.5):
+    for saved in (1, 2, 5, 11):
+        path = tmp_path / f"journal-{saved}"
         process = subprocess.Popen([sys.executable, "-c", script, str(path)])
-        time.sleep(delay)
-        while not path.exists():
-            time.sleep(0.01)
+        wait_until(lambda path=path, saved=saved: path.exists() and int(path.read_bytes().split()[0]) >= saved)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         document = FileJournal(path).load()
@@ -100,5 +97,4 @@ for n in itertools.count():
         words = document.split()
         assert len(words) == 20_000
         assert len(set(words)) == 1
-        newest = max(newest, int(words[0]))
-    assert newest > 0
+        assert int(words[0]) >= saved
