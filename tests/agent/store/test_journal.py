@@ -89,7 +89,7 @@ for n in itertools.count():
     for saved in (1, 2, 5, 11):
         path = tmp_path / f"journal-{saved}"
         process = subprocess.Popen([sys.executable, "-c", script, str(path)])
-        wait_until(lambda path=path, saved=saved: path.exists() and int(path.read_bytes().split()[0]) >= saved)
+        wait_until(lambda path=path, saved=saved: int((FileJournal(path).load() or b"-1").split()[0]) >= saved)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         document = FileJournal(path).load()
