@@ -55,6 +55,15 @@ class Listener:
     received: Callable[[Message], None]
 
 
+@dataclass(slots=True)
+class _Owed:
+    """A message at QoS 1 that came; ``safe``: it may be acknowledged."""
+
+    mid: int
+    qos: int
+    safe: bool = False
+
+
 class Network:
     """Connects, reconnects with back-off, publishes within the broker's receive maximum.
 
@@ -75,8 +84,8 @@ class Network:
         self._reason = "not started"
         self._up = False
         self._connections = 0
-        #: Messages of this connection that are not acknowledged yet.
-        self._owed = 0
+        #: Messages of this connection that are not acknowledged yet, in the order in which they came.
+        self._owed: deque[_Owed] = deque()
         self._running = False
         self._stopping = threading.Event()
         self._work: deque[Callable[[], None]] = deque()
@@ -225,7 +234,7 @@ class Network:
     @property
     def _held_up(self) -> bool:
         """More is unacknowledged than the broker may have sent: then TCP stops it, for some brokers send on."""
-        return self._owed >= 2 * self._settings.receive_maximum
+        return len(self._owed) >= 2 * self._settings.receive_maximum
 
     def _wanted_events(self) -> int:
         read = 0 if self._held_up else selectors.EVENT_READ
@@ -373,7 +382,7 @@ class Network:
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
         self._reason, self._up = "", True
         self._connections += 1
-        self._owed = 0
+        self._owed.clear()
         self._client.on_log = None
         self._listener.connected()
 
@@ -419,17 +428,21 @@ class Network:
         self._listener.received(to_message(topic, message, acknowledge))
 
     def _acknowledger(self, mid: int, qos: int) -> Callable[[], None]:
-        """Sends the PUBACK once, and only on the connection that the message came by: ids are used again."""
-        owed, connection = [mid], self._connections
+        """Says that a message is safe; its PUBACK goes out once those of all earlier messages have.
 
-        self._owed += 1
+        They must go in the order in which the messages came (MQTT 5, section 4.6); rumqttd ends the connection
+        otherwise. One of a connection that has ended is not sent: the next one uses the same ids.
+        """
+        owed, connection = _Owed(mid, qos), self._connections
+        self._owed.append(owed)
 
-        def send() -> None:
-            if owed and self._up and connection == self._connections:
-                self._owed -= 1
-                self._client.ack(owed.pop(), qos)
+        def settle() -> None:
+            owed.safe = True
+            while self._up and connection == self._connections and self._owed and self._owed[0].safe:
+                first = self._owed.popleft()
+                self._client.ack(first.mid, first.qos)
 
-        return lambda: send() if threading.current_thread() is self._thread else self._do(send)
+        return lambda: settle() if threading.current_thread() is self._thread else self._do(settle)
 
     def _on_plain(self, topic: str, payload: bytes, retained: bool) -> None:
         """PUBLISH at QoS 0 without properties."""

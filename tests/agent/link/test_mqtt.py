@@ -128,6 +128,26 @@ def _remaining(length: int) -> bytes:
             return out
 
 
+async def test_whatever_is_safe_first_acknowledgements_go_in_the_order_of_the_messages(broker: Broker) -> None:
+    """A broker may end the connection otherwise (MQTT 5, section 4.6), and rumqttd does."""
+    got: list[Message] = []
+    name = topic("order")
+    async with connected(broker.url) as one, connected(broker.url, receive_maximum=50) as other:
+        await other.subscribe(name, got.append, manual_ack=True)
+        for turn in range(5):
+            for n in range(8):
+                await one.publish(name, b"%d" % n)
+            await until(lambda turn=turn: len(got) == 8 * (turn + 1))
+            new = got[8 * turn :]
+            random.Random(turn).shuffle(new)
+            for message in new:
+                assert message.acknowledge is not None
+                message.acknowledge()
+        await asyncio.sleep(0.3)
+        assert other.connected and other.reconnects == 0
+    assert len(got) == 40
+
+
 async def test_an_acknowledgement_from_before_a_reconnect_is_not_sent_on_the_new_connection(tmp_path: Path) -> None:
     got: list[Message] = []
     name = topic("safe")
