@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from agent.contract import topics
-from agent.contract.base import MalformedMessageError, WireModel, canonical_json, sha256_hex
+from agent.contract.base import MalformedMessageError, WireModel, canonical_json, sha256_hex, shown
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import (
     ArtifactFile,
@@ -28,6 +29,7 @@ from agent.contract.manifest import (
 )
 from agent.contract.messages import (
     ArtifactRef,
+    Boot,
     ChunkRange,
     Desired,
     Facts,
@@ -206,3 +208,52 @@ def test_other_topics_are_nobodys(topic: str):
 def test_the_properties_of_a_metadata_answer_are_strings_and_come_back():
     answer = MetadataAnswer(status=MetadataStatus.OK, name="1.root.json", offset=0, total=4711)
     assert MetadataAnswer.from_properties(answer.to_properties()) == answer
+
+
+@pytest.mark.parametrize(
+    ("said", "seen"),
+    [
+        ("plain text, ü and 木", "plain text, ü and 木"),
+        ("two\nlines\tand\r\u2028more", "two lines and  more"),
+        ("\x1b[2J\x07\x00", "\ufffd[2J\ufffd\ufffd"),
+        ("\u202egnp.exe\u200b", "\ufffdgnp.exe\ufffd"),
+        ("\ud800", "\ufffd"),
+        ("x" * 500, "x" * 127 + "…"),
+    ],
+)
+def test_text_of_a_device_is_shown_on_one_line_and_never_obeyed(said: str, seen: str):
+    assert Presence(device="pi-1", online=True, agent_version=said).agent_version == seen
+
+
+@given(st.text(max_size=300), st.integers(1, 200))
+def test_whatever_is_said_what_is_shown_is_printable_and_bounded(said: str, limit: int):
+    found = shown(said, limit)
+    assert len(found) <= limit
+    assert not any(unicodedata.category(char) in ("Cc", "Cf", "Cs") for char in found)
+    assert shown(found, limit) == found, "what was cleaned stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "field", "value"),
+    [
+        (Reported, "sequence", 2**63),
+        (Reported, "sequence", -1),
+        (HealthReport, "requests", 2**53),
+        (HealthReport, "worker_restarts", -1),
+        (HealthReport, "tpot_ms_p50", 1e300),
+        (HealthReport, "temperature_c", 99999.0),
+        (Facts, "memory_total_bytes", 10**30),
+    ],
+)
+def test_a_number_beyond_belief_is_no_message(leaf: type[WireModel], field: str, value: float):
+    example = next(message for message in EXAMPLES.values() if isinstance(message, leaf))
+    with pytest.raises(MalformedMessageError, match=field):
+        leaf.from_json(canonical_json(example.model_dump(mode="json") | {field: value}))
+
+
+def test_a_message_names_its_run_and_one_of_the_first_release_does_not():
+    boot = Boot(id="0123456789abcdef", number=3, counter=7)
+    said = Presence(device="pi-1", online=True, boot=boot)
+    assert Presence.from_json(said.to_json()) == said
+    assert b'"boot":{"counter":7,"id":"0123456789abcdef","number":3}' in said.to_json()
+    assert b"boot" not in Presence(device="pi-1", online=True).to_json()
