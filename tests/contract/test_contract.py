@@ -50,6 +50,7 @@ from agent.contract.messages import (
 GOLDEN = Path(__file__).parent / "golden"
 AT = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
 LATER = datetime(2026, 11, 24, 2, 0, tzinfo=UTC)
+BOOT = Boot(id="0123456789abcdef", number=1764028800000, counter=7)
 REF = ArtifactRef(id="phi-onnx_genai-int4-cpu-0123456789ab", digest="ab" * 32)
 FILES = (
     ArtifactFile(path="genai_config.json", size=2, sha256=sha256_hex(b"{}"), chunks=((2, sha256_hex(b"{}")),)),
@@ -87,6 +88,8 @@ EXAMPLES: dict[str, WireModel] = {
         proof=Proof(runtime="onnx_genai", load_s=0.5, ttft_ms=26, tpot_ms=16),
         failure=Failure(code=FailureCode.STORE_DISK_FULL, message="needs 9 bytes, 3 are free"),
     ),
+    "presence_boot": Presence(device="pi-1", online=True, at=AT, agent_version="0.2.0", boot=BOOT),
+    "health_boot": HealthReport(device="pi-1", at=AT, window_s=60, boot=BOOT),
     "health": HealthReport(device="pi-1", at=AT, window_s=300, requests=3, ttft_ms_p50=26.5),
     "want": Want(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
     "metadata_want": MetadataWant(device="pi-1", name="3.targets.json", offset=131072),
