@@ -17,6 +17,10 @@ from fleet.store.protocol import Listing
 HALF_MADE = ".building-"
 
 
+class _UnreadableError(StoreError):
+    """The disk did not answer, which says nothing about the bytes; the next attempt may read them."""
+
+
 class FolderStore:
     """An ``ArtifactStore`` over a folder. Builds go on while it is read: a new artifact appears in one rename."""
 
@@ -24,6 +28,7 @@ class FolderStore:
         self.root = folder
         self._by_digest: dict[str, Manifest] = {}
         self._changed_ns = -1
+        self._all_readable = True
 
     def folder(self, artifact: str) -> Path:
         """Where an artifact is, whether or not it is there."""
@@ -39,13 +44,20 @@ class FolderStore:
         Raises:
             StoreError: the folder cannot be read.
         """
-        manifests, damaged = [], []
+        return self._scan()[0]
+
+    def _scan(self) -> tuple[Listing, bool]:
+        """The listing, and whether the disk answered for each of them."""
+        manifests, damaged, readable = [], [], True
         for folder in self._folders():
             try:
                 manifests.append(_read(folder / "manifest.json"))
+            except _UnreadableError as error:
+                damaged.append(str(error))
+                readable = False
             except StoreError as error:
                 damaged.append(str(error))
-        return Listing(tuple(manifests), tuple(damaged))
+        return Listing(tuple(manifests), tuple(damaged)), readable
 
     def get(self, artifact: str) -> Manifest | None:
         """The manifest of the artifact with this id, or None.
@@ -58,7 +70,7 @@ class FolderStore:
             if not folder.exists():
                 return None
         except OSError as error:
-            raise StoreError(f"{folder}: cannot be read: {error.strerror or error}") from None
+            raise _UnreadableError(_unreadable(folder, error)) from None
         manifest = _read(folder / "manifest.json")
         self._check_lengths(manifest)
         return manifest
@@ -88,14 +100,18 @@ class FolderStore:
                 raise StoreError(f"{path} is not what was built; {_again(path, manifest)}")
 
     def open(self, digest: str) -> LocalArtifact | None:
-        """A reader of the artifact with this digest, or None. The folder is listed only when it has changed.
+        """A reader of the artifact with this digest, or None.
+
+        The folder is listed when it has changed, and again for what is not found while the disk has not answered for
+        every manifest.
 
         Raises:
             StoreError: the folder cannot be read.
         """
         changed_ns = self._folder_changed_ns()
-        if changed_ns != self._changed_ns:
-            self._by_digest = {manifest.digest: manifest for manifest in self.list().manifests}
+        if changed_ns != self._changed_ns or (digest not in self._by_digest and not self._all_readable):
+            listing, self._all_readable = self._scan()
+            self._by_digest = {manifest.digest: manifest for manifest in listing.manifests}
             self._changed_ns = changed_ns
         manifest = self._by_digest.get(digest)
         return LocalArtifact(manifest, self.files(manifest.id)) if manifest else None
@@ -129,11 +145,15 @@ class FolderStore:
         try:
             size = path.stat().st_size if path.is_file() else None
         except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+            raise _UnreadableError(_unreadable(path, error)) from None
         if size is None:
             raise StoreError(f"{path} is missing; {_again(path, manifest)}")
         if size != entry.size:
             raise StoreError(f"{path} has {size} bytes, its manifest says {entry.size}; {_again(path, manifest)}")
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path}: cannot be read: {error.strerror or error}"
 
 
 def _digest(path: Path) -> str:
@@ -141,7 +161,7 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise _UnreadableError(_unreadable(path, error)) from None
 
 
 def _again(path: Path, manifest: Manifest) -> str:
@@ -152,9 +172,9 @@ def _again(path: Path, manifest: Manifest) -> str:
 def _read(path: Path) -> Manifest:
     try:
         return Manifest.from_json(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing; remove its folder and build it again") from None
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be read: {error.strerror or error}; remove its folder and build it again"
-        ) from None
+        raise _UnreadableError(_unreadable(path, error)) from None
     except MalformedMessageError as error:
         raise StoreError(f"{path}: {error}; remove its folder and build it again") from None

@@ -147,3 +147,29 @@ def test_whichever_call_the_disk_refuses_it_is_told_and_nothing_is_half_written(
     assert refused or name == "list", "each call that the disk refuses is told"
     assert open_files() == opened
     FolderStore(tmp_path / "artifacts").verify(manifest)
+
+
+def test_an_artifact_whose_manifest_could_not_be_read_once_is_found_at_the_next_look(tmp_path: Path):
+    manifest = put(tmp_path / "artifacts")
+    found: list[object] = []
+
+    def prepare() -> Callable[[], object]:
+        store = FolderStore(tmp_path / "artifacts")
+        found.append(store)
+        return lambda: store.open(manifest.digest)
+
+    for call, _, _ in each_fault(tmp_path, prepare):
+        store = found[-1]
+        assert isinstance(store, FolderStore)
+        assert store.open(manifest.digest) is not None, f"it stays away after {call}"
+
+
+def test_a_damaged_manifest_is_not_read_again_for_every_digest_that_somebody_makes_up(store: FolderStore):
+    put(store.root)
+    (store.root / "damaged").mkdir()
+    (store.root / "damaged" / "manifest.json").write_text("{")
+    assert store.open("0" * 64) is None
+    (store.root / "damaged" / "manifest.json").chmod(0)
+    (store.root / "damaged" / "manifest.json").unlink()  # whoever looks into it now would tell another error
+    assert store.open("1" * 64) is None
+    assert store._all_readable
