@@ -147,16 +147,20 @@ class DeviceCA:
             if found:
                 revoked += [{**entry, "revoked": now} for entry in found]
                 self._save_revoked(revoked)
+            if found or self._crl_lacks(revoked):
                 self._write_crl(*self._ca(), revoked)
             return len(found)
 
     def refresh_crl(self) -> bool:
-        """Sign ``crl.pem`` again when half of its time is over: brokers refuse everybody once it has expired."""
+        """Sign ``crl.pem`` again when half of its time is over, or when it lacks a certificate that was revoked.
+
+        Brokers refuse everybody once it has expired.
+        """
         with self._locked():
-            crl = x509.load_pem_x509_crl((self._folder / "crl.pem").read_bytes())
-            due = crl.next_update_utc is None or crl.next_update_utc - self._clock() < timedelta(days=CRL_DAYS / 2)
+            ends, revoked = self._crl().next_update_utc, self._revoked()
+            due = ends is None or ends - self._clock() < timedelta(days=CRL_DAYS / 2) or self._crl_lacks(revoked)
             if due:
-                self._save_revoked(self._revoked())
+                self._save_revoked(revoked)
                 self._write_crl(*self._ca(), self._revoked())
             return due
 
@@ -214,6 +218,14 @@ class DeviceCA:
 
     def _save_revoked(self, revoked: Sequence[dict[str, str]]) -> None:
         write_atomic(self._folder / "revoked.json", self._live(revoked))
+
+    def _crl(self) -> x509.CertificateRevocationList:
+        return x509.load_pem_x509_crl((self._folder / "crl.pem").read_bytes())
+
+    def _crl_lacks(self, revoked: Sequence[dict[str, str]]) -> bool:
+        """Whether a revocation was written down and the list was not: the disk refused, or the process was killed."""
+        listed, now = {entry.serial_number for entry in self._crl()}, self._clock().isoformat()
+        return any(int(entry["serial"], 16) not in listed for entry in revoked if entry["expires"] > now)
 
     def _live(self, entries: Sequence[dict[str, str]]) -> bytes:
         """Without those that have expired: nobody accepts them any more."""

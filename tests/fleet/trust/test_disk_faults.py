@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from fleet.errors import FleetError
 from fleet.home import Home
@@ -98,3 +99,5 @@ def _the_ca_works(home: Home) -> None:
     ca.enrol("pi-3")
     assert ca.revoke("pi-1") in (0, 1)
     assert ca.revoke("pi-1") == 0
+    listed = x509.load_pem_x509_crl((home.ca / "crl.pem").read_bytes())
+    assert len(list(listed)) == 1, "the broker is told, also when the disk had refused the list"
