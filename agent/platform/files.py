@@ -35,6 +35,11 @@ def reason(error: OSError, folder: Path) -> str:
     return error.strerror or str(error)
 
 
+def explained(error: OSError, folder: Path) -> str:
+    """The error with the file that it names; where the disk is full, also what to do."""
+    return reason(error, folder) if is_disk_full(error) else str(error)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = PUBLIC) -> None:
     """Replace ``path``; a crash leaves the old file or the new one. The mode holds from the first byte on.
 

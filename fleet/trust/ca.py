@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from agent.contract.base import DeviceId, sha256_hex
-from agent.platform.files import PRIVATE, remove_leftovers, write_atomic
+from agent.platform.files import PRIVATE, explained, remove_leftovers, write_atomic
 from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
@@ -75,8 +75,13 @@ class DeviceCA:
 
     @property
     def exists(self) -> bool:
-        """Whether ``init`` was completed."""
-        return (self._folder / "ca.pem").exists()
+        """Whether ``init`` was completed.
+
+        Raises:
+            RepositoryError: the folder cannot be looked at.
+        """
+        with _boundary(self._folder):
+            return (self._folder / "ca.pem").exists()
 
     def init(self, name: str = "phifleet device CA") -> None:
         """A new CA, good for ten years.
@@ -280,7 +285,10 @@ def _boundary(folder: Path) -> Iterator[None]:
         raise RepositoryError(
             f"another process has held the lock of {folder} for 30 s: wait for it, or end it"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        why = explained(error, folder)
+        raise RepositoryError(f"the device CA in {folder} cannot be read or written: {why}") from error
+    except ValueError as error:
         raise RepositoryError(f"the device CA in {folder} cannot be read or written: {error}") from error
 
 

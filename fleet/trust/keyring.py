@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,13 @@ class Keyring:
         """A new Ed25519 key as a PEM file of mode 0600, entered in the file; its public half."""
         signer = CryptoSigner.generate_ed25519()
         key = signer.public_key
-        name = f"{role}-{key.keyid[:12]}.pem"
-        write_atomic(self._folder / name, signer.private_bytes, PRIVATE)
-        return self.add(role, FILE_SCHEME + name, key)
+        path = self._folder / f"{role}-{key.keyid[:12]}.pem"
+        try:
+            write_atomic(path, signer.private_bytes, PRIVATE)
+            return self.add(role, FILE_SCHEME + path.name, key)
+        except BaseException:
+            self._delete_unless_entered(path, key.keyid)
+            raise
 
     def add(self, role: str, uri: str, key: Key) -> Key:
         """Enter a key whose private half is elsewhere, such as in an HSM or a KMS."""
@@ -74,15 +79,20 @@ class Keyring:
         self._save(document)
         return key
 
-    def remove(self, keyids: Iterable[str]) -> None:
-        """Forget keys that hold no role any more, and delete their files."""
+    def keep_only(self, keyids: Collection[str]) -> None:
+        """Forget every other key, as one that holds no role any more.
+
+        Its file is deleted first: after a crash or a refusing disk the key is still entered, and the next call deletes
+        the rest.
+        """
         document = self._load()
-        gone = [document.keys.pop(keyid) for keyid in keyids if keyid in document.keys]
-        self._save(document)
-        for entry in gone:
-            path = self._file_of(entry.uri)
+        gone = [keyid for keyid in document.keys if keyid not in keyids]
+        for keyid in gone:
+            path = self._file_of(document.keys.pop(keyid).uri)
             if path is not None:
                 path.unlink(missing_ok=True)
+        if gone:
+            self._save(document)
 
     def signer(self, keyid: str) -> Signer:
         """Opens the private half.
@@ -101,6 +111,11 @@ class Keyring:
             raise
         except Exception as error:  # each kind of signer raises its own: network, PIN, file
             raise RepositoryError(f"cannot open the {entry.role} key {keyid[:12]} at {entry.uri}: {error}") from error
+
+    def _delete_unless_entered(self, path: Path, keyid: str) -> None:
+        with suppress(OSError, RepositoryError):
+            if keyid not in self._load().keys:
+                path.unlink(missing_ok=True)
 
     def _file_of(self, uri: str) -> Path | None:
         if not uri.startswith(FILE_SCHEME):

@@ -21,6 +21,7 @@ from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError as TufError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
+from agent.contract.base import MalformedMessageError
 from agent.contract.director import DIRECTOR_TARGET, ISSUED_AT_FIELD, DirectorKeys
 from agent.platform.files import remove_leftovers, write_atomic
 from fleet.errors import RepositoryError
@@ -29,6 +30,7 @@ from fleet.trust.keyring import Keyring
 #: A device in the middle of a download may still want what was current a moment ago.
 KEPT_VERSIONS = 16
 
+_ROOT = re.compile(r"\d+\.root\.json")
 _VERSIONED = re.compile(r"(?P<version>\d+)\.(?:snapshot|targets)\.json")
 
 
@@ -101,33 +103,53 @@ class Release:
         write_atomic(self._config, expiry.model_dump_json(indent=2).encode())
 
     def newest_root(self) -> int:
-        """Version, 0 without one."""
-        return max((int(path.name.split(".")[0]) for path in self.metadata.glob("*.root.json")), default=0)
+        """Version, 0 without one.
+
+        Raises:
+            OSError: the folder is there and cannot be read.
+        """
+        try:
+            names = [path.name for path in self.metadata.iterdir()]
+        except FileNotFoundError:
+            return 0
+        return max((int(name.split(".")[0]) for name in names if _ROOT.fullmatch(name)), default=0)
 
     def load(self) -> Signatures:
         """The release that devices see now; needs no lock, as what it refers to never changes.
 
         Raises:
-            RepositoryError: no repository here, or a file is damaged.
+            RepositoryError: no repository here, or a file is missing or damaged.
+            OSError: a file cannot be read.
         """
         version = self.newest_root()
         if version == 0:
             raise RepositoryError(f"{self.metadata.parent} holds no repository: run `phifleet init`")
         try:
-            root = Metadata[Root].from_file(str(self.metadata / f"{version}.root.json"))
-            timestamp = Metadata[Timestamp].from_file(str(self.metadata / "timestamp.json"))
+            root = Metadata[Root].from_bytes(self._read(f"{version}.root.json"))
+            timestamp = Metadata[Timestamp].from_bytes(self._read("timestamp.json"))
             snapshot_version = timestamp.signed.snapshot_meta.version
-            snapshot = Metadata[Snapshot].from_file(str(self.metadata / f"{snapshot_version}.snapshot.json"))
+            snapshot = Metadata[Snapshot].from_bytes(self._read(f"{snapshot_version}.snapshot.json"))
             targets_version = snapshot.signed.meta["targets.json"].version
-            targets = Metadata[Targets].from_file(str(self.metadata / f"{targets_version}.targets.json"))
-        except (TufError, OSError, KeyError) as error:
+            targets = Metadata[Targets].from_bytes(self._read(f"{targets_version}.targets.json"))
+        except (TufError, FileNotFoundError, KeyError) as error:
             raise RepositoryError(f"{self.metadata} is damaged: {error}; restore it from a backup") from error
         return Signatures(root, timestamp, snapshot, targets)
 
+    def _read(self, name: str) -> bytes:
+        return (self.metadata / name).read_bytes()
+
     def director(self, targets: Targets) -> DirectorKeys:
-        """The director's keys that devices accept now."""
-        target = targets.targets[DIRECTOR_TARGET]
-        return DirectorKeys.from_json((self.targets / target.get_prefixed_paths()[0]).read_bytes())
+        """The director's keys that devices accept now.
+
+        Raises:
+            RepositoryError: the file is missing or damaged.
+            OSError: it cannot be read.
+        """
+        try:
+            target = targets.targets[DIRECTOR_TARGET]
+            return DirectorKeys.from_json((self.targets / target.get_prefixed_paths()[0]).read_bytes())
+        except (MalformedMessageError, FileNotFoundError, KeyError) as error:
+            raise RepositoryError(f"{self.targets} is damaged: {error}; restore it from a backup") from error
 
     def write_target(self, target: TargetFile, data: bytes) -> None:
         """Put a target's bytes under the name that its hash gives."""

@@ -28,11 +28,11 @@ from agent.contract.base import canonical_json
 from agent.contract.director import DIRECTOR_TARGET, DirectorKeys
 from agent.contract.manifest import Manifest, manifest_target
 from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired
-from agent.platform.files import remove_leftovers, sync_folder
+from agent.platform.files import explained, remove_leftovers, sync_folder
 from fleet.errors import RepositoryError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
-from fleet.trust.keyring import Keyring
+from fleet.trust.keyring import KeyEntry, Keyring
 from fleet.trust.release import Expiry, Release, Signatures, blank, signing
 
 DIRECTOR = "director"
@@ -77,8 +77,13 @@ class Repository:
 
     @property
     def exists(self) -> bool:
-        """Whether ``init`` was completed."""
-        return self._home.tuf.is_dir()
+        """Whether ``init`` was completed.
+
+        Raises:
+            RepositoryError: the folder cannot be looked at.
+        """
+        with _boundary(self._home):
+            return self._home.tuf.is_dir()
 
     def init(self, *, root_keys: int = 3, root_threshold: int = 2, expiry: Expiry | None = None) -> None:
         """Make keys for every role and version 1 of all metadata.
@@ -101,6 +106,8 @@ class Repository:
         keys = {
             role: [self._keyring.create(role) for _ in range(root_keys if role == Root.type else 1)] for role in ROLES
         }
+        # Of an attempt that the disk or a signal ended.
+        self._keyring.keep_only({key.keyid for of_role in keys.values() for key in of_role})
         files.save_expiry(expiry or Expiry())
         state = blank(keys, root_threshold, self._clock())
         root, data = files.sign_root(state.root.signed, state.root.signed)
@@ -181,14 +188,20 @@ class Repository:
             old = _matching(role, list(self._holders(state, role)), keyid)
             if external is not None and len(old) != 1:
                 raise RepositoryError(f"role {role} has {len(old)} keys: name the one that {external[0]} replaces")
-            new = [self._keyring.add(role, *external)] if external else [self._keyring.create(role) for _ in old]
             try:
+                new = [self._keyring.add(role, *external)] if external else [self._keyring.create(role) for _ in old]
                 self._replace(state, role, old, new)
             except BaseException:
-                self._keyring.remove(key.keyid for key in new)
+                with suppress(OSError, RepositoryError):
+                    self._forget_unused_keys()
                 raise
-            self._keyring.remove(old)
+            self._forget_unused_keys()
             return tuple(key.keyid for key in new)
+
+    def _forget_unused_keys(self) -> None:
+        """What holds a role is read anew: an error after the last rename came too late to undo the rotation."""
+        state = self._files.load()
+        self._keyring.keep_only({keyid for role in ROLES for keyid in self._holders(state, role)})
 
     def _replace(self, state: Signatures, role: str, old: Sequence[str], new: Sequence[Key]) -> None:
         if role == DIRECTOR:
@@ -217,8 +230,8 @@ class Repository:
             RepositoryError: no repository here.
         """
         with _boundary(self._home):
-            newest = self._files.newest_root()
-        data = self.read(f"{newest}.root.json")
+            version = self._files.newest_root()
+        data = self.read(f"{version}.root.json")
         if data is None:
             raise RepositoryError(f"{self._home.root} holds no repository: run `phifleet init`")
         return data
@@ -240,38 +253,34 @@ class Repository:
             RepositoryError: the repository cannot be read, or too few director keys can be opened.
         """
         with _boundary(self._home):
-            keys = self._files.director(self._load().targets.signed)
-            envelope = Envelope(desired.to_json(), DESIRED_PAYLOAD_TYPE, {})
-            for signer in self._files.signers(DIRECTOR, keys.keys, keys.threshold):
-                with signing(DIRECTOR, signer):
-                    envelope.sign(signer)
-            return canonical_json(envelope.to_dict())
+            keys = self._files.director(self._files.load().targets.signed)
+            signers = self._files.signers(DIRECTOR, keys.keys, keys.threshold)
+        envelope = Envelope(desired.to_json(), DESIRED_PAYLOAD_TYPE, {})
+        for signer in signers:
+            with signing(DIRECTOR, signer):
+                envelope.sign(signer)
+        return canonical_json(envelope.to_dict())
 
     def status(self) -> tuple[RoleStatus, ...]:
         """Versions, expiries and keys of every role.
 
         Raises:
-            RepositoryError: the repository cannot be read.
+            RepositoryError: no repository here, or it cannot be read.
         """
         with _boundary(self._home):
-            return self._status()
+            state, entries = self._files.load(), self._keyring.entries()
+            return tuple(self._status_of(state, entries, role) for role in ROLES)
 
-    def _status(self) -> tuple[RoleStatus, ...]:
-        state, entries = self._load(), self._keyring.entries()
-        rows = []
-        for role in ROLES:
-            signed = None if role == DIRECTOR else state.of(role).signed
-            keyids = self._holders(state, role)
-            rows.append(
-                RoleStatus(
-                    role=role,
-                    version=signed.version if signed else 0,
-                    expires=signed.expires if signed else None,
-                    threshold=self._threshold(state, role),
-                    keys={keyid: entries[keyid].uri if keyid in entries else "elsewhere" for keyid in keyids},
-                )
-            )
-        return tuple(rows)
+    def _status_of(self, state: Signatures, entries: Mapping[str, KeyEntry], role: str) -> RoleStatus:
+        signed = None if role == DIRECTOR else state.of(role).signed
+        keyids = self._holders(state, role)
+        return RoleStatus(
+            role=role,
+            version=signed.version if signed else 0,
+            expires=signed.expires if signed else None,
+            threshold=self._threshold(state, role),
+            keys={keyid: entries[keyid].uri if keyid in entries else "elsewhere" for keyid in keyids},
+        )
 
     def _holders(self, state: Signatures, role: str) -> Sequence[str]:
         if role == DIRECTOR:
@@ -321,7 +330,9 @@ def _boundary(home: Home) -> Iterator[None]:
             f"another process has held {home.root / 'trust.lock'} for too long: wait for it, or end it"
         ) from None
     except OSError as error:
-        raise RepositoryError(f"the repository in {home.root} cannot be read or written: {error}") from error
+        raise RepositoryError(
+            f"the repository in {home.root} cannot be read or written: {explained(error, home.root)}"
+        ) from error
 
 
 def _matching(role: str, keyids: list[str], prefix: str | None) -> list[str]:

@@ -418,7 +418,7 @@ def test_a_full_disk_leaves_the_old_release(repository: Repository, home: Home, 
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limit[1]))
     try:
-        with pytest.raises(RepositoryError, match=r"cannot be read or written: .*File too large"):
+        with pytest.raises(RepositoryError, match=r"cannot be read or written: .* is full; make room there"):
             repository.publish(make_manifest(b"2"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
