@@ -7,7 +7,7 @@ from sqlalchemy import select
 from agent.contract.manifest import Manifest
 from fleet.registry.database import Database
 from fleet.registry.models import ArtifactRow, WithdrawalRow
-from fleet.registry.rows import Actor, add_audit
+from fleet.registry.rows import Actor, add_audit, insert_if_new
 
 
 class Artifacts:
@@ -19,36 +19,34 @@ class Artifacts:
     def record(self, manifest: Manifest, actor: Actor, forced: str | None = None) -> None:
         """The manifest is a TUF target now. ``forced``: why it was published past the quality gate."""
         with self._database.write() as session:
-            if session.get(ArtifactRow, manifest.digest) is not None:
+            row = {
+                "digest": manifest.digest,
+                "id": manifest.id,
+                "model": manifest.model.name,
+                "toolchain": manifest.toolchain.value,
+                "precision": manifest.precision.value,
+                "target": manifest.target.value,
+                "profile": manifest.profile,
+                "size": manifest.size,
+                "published_at": actor.at,
+            }
+            if not insert_if_new(session, ArtifactRow, row):
                 return
-            session.add(
-                ArtifactRow(
-                    digest=manifest.digest,
-                    id=manifest.id,
-                    model=manifest.model.name,
-                    toolchain=manifest.toolchain.value,
-                    precision=manifest.precision.value,
-                    target=manifest.target.value,
-                    profile=manifest.profile,
-                    size=manifest.size,
-                    published_at=actor.at,
-                )
-            )
             add_audit(session, actor, "artifact.publish", manifest.id, {"digest": manifest.digest, "forced": forced})
 
     def withdraw(self, digest: str, reason: str | None, actor: Actor) -> bool:
         """From now on the artifact is not published; False where that was recorded before."""
         with self._database.write() as session:
-            if session.get(WithdrawalRow, digest) is not None:
+            row = {"digest": digest, "at": actor.at, "who": actor.who, "reason": reason}
+            if not insert_if_new(session, WithdrawalRow, row):
                 return False
-            session.add(WithdrawalRow(digest=digest, at=actor.at, who=actor.who, reason=reason))
             add_audit(session, actor, "artifact.withdraw", digest, {"reason": reason})
             return True
 
     def reinstate(self, digest: str, actor: Actor) -> bool:
         """The artifact may be published again; False where it was not withdrawn."""
         with self._database.write() as session:
-            row = session.get(WithdrawalRow, digest)
+            row = session.get(WithdrawalRow, digest, with_for_update=True)
             if row is None:
                 return False
             session.delete(row)

@@ -209,6 +209,8 @@ _ADVICE = {
     "could not receive data": "the connection to the database server was lost",
     "server closed the connection": "the database server was stopped or has crashed; see its log",
     "terminating connection": "the database server is being stopped",
+    "duplicate key value|UNIQUE constraint failed": "another process wrote the same at this moment; do it again",
+    "deadlock detected": "another process changed the same at this moment; do it again",
 }
 
 

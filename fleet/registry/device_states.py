@@ -10,14 +10,13 @@ from typing import Any
 
 import structlog
 from sqlalchemy import bindparam, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from agent.contract.messages import Facts, HealthReport, Presence, Reported
 from fleet.core import boots
 from fleet.core.freshness import next_interval_s
 from fleet.registry.models import DeviceRow, HealthRow
-from fleet.registry.rows import in_chunks
+from fleet.registry.rows import in_chunks, insert_those_new
 
 Report = Presence | Facts | Reported | HealthReport
 
@@ -187,10 +186,5 @@ def store_states(session: Session, states: Iterable[DeviceState]) -> None:
         statement = update(table).where(table.c.id == bindparam("_device"))  # type: ignore[arg-type]
         connection.execute(statement.values({name: bindparam(name) for name in columns}), values)
     if figures:
-        connection.execute(_insert_new(connection.dialect.name), figures)
-
-
-def _insert_new(dialect: str) -> Any:
-    """Two reports of one moment are one."""
-    kind = postgresql if dialect == "postgresql" else sqlite
-    return kind.insert(HealthRow.__table__).on_conflict_do_nothing()
+        # Two reports of one moment are one.
+        insert_those_new(session, HealthRow, figures)

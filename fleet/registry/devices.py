@@ -14,7 +14,16 @@ from fleet.core import deployments as core
 from fleet.errors import UsageError
 from fleet.registry.database import Database
 from fleet.registry.models import DeviceRow
-from fleet.registry.rows import Actor, add_audit, apply, device_row, in_chunks, outstanding, put_in_outbox
+from fleet.registry.rows import (
+    Actor,
+    add_audit,
+    apply,
+    device_row,
+    in_chunks,
+    insert_if_new,
+    outstanding,
+    put_in_outbox,
+)
 
 _BARRED = or_(DeviceRow.removed_at.is_not(None), DeviceRow.revoked_at.is_not(None))
 
@@ -34,12 +43,10 @@ class Devices:
             UsageError: it is there already.
         """
         with self._database.write() as session:
-            row = session.get(DeviceRow, device, with_for_update=True)
-            if row is not None and row.removed_at is None:
+            new = insert_if_new(session, DeviceRow, {"id": device, "profile": profile.name, "added_at": actor.at})
+            row = session.get_one(DeviceRow, device, with_for_update=True)
+            if not new and row.removed_at is None:
                 raise UsageError(f"device {device} is there already; remove it first, or choose another id")
-            if row is None:
-                row = DeviceRow(id=device, added_at=actor.at)
-                session.add(row)
             row.profile, row.profile_document = profile.name, document
             row.added_at, row.removed_at, row.revoked_at, row.cleared = actor.at, None, None, False
             row.facts = row.reported = row.health = row.last_seen = None

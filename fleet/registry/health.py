@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Float, cast, delete, func, insert, select
+from sqlalchemy import Float, cast, delete, func, select
 from sqlalchemy.orm import Session
 
 from fleet.registry.database import Database
 from fleet.registry.models import HealthRollupRow, HealthRow
+from fleet.registry.rows import insert_those_new
 
 #: How long a report is kept as it came, and a roll-up after that.
 KEPT = timedelta(hours=48)
@@ -83,11 +84,7 @@ def roll_up(session: Session, device: str, now: datetime) -> None:
     ).mappings()
     made = {row["at"]: {"device": device, **row} for row in rows}
     if made:
-        there = select(HealthRollupRow.at).where(HealthRollupRow.device == device, HealthRollupRow.at.in_(made))
-        known = set(session.scalars(there))
-        fresh = [row for at, row in made.items() if at not in known]
-        if fresh:
-            session.execute(insert(HealthRollupRow), fresh)
+        insert_those_new(session, HealthRollupRow, list(made.values()))
         session.execute(delete(HealthRow).where(*old))
     expired = (HealthRollupRow.device == device, HealthRollupRow.at < _bucket(now - ROLLUP_KEPT))
     session.execute(delete(HealthRollupRow).where(*expired))

@@ -20,7 +20,7 @@ from fleet.core.rollouts import STATES, Rollout, State, decide
 from fleet.errors import UsageError
 from fleet.registry.database import Database
 from fleet.registry.models import DeploymentRow, DeviceRow, HealthRow, RolloutDeviceRow, RolloutRow
-from fleet.registry.rows import Actor, add_audit, in_chunks
+from fleet.registry.rows import Actor, add_audit, in_chunks, insert_if_new
 
 #: How long one controller alone moves a rollout; it renews the lease with each step.
 LEASE = timedelta(seconds=30)
@@ -65,19 +65,17 @@ class Rollouts:
             UsageError: one with this id is there.
         """
         with self._database.write() as session:
-            if session.get(RolloutRow, rollout.id) is not None:
+            row = {
+                "id": rollout.id,
+                "state": rollout.state.value,
+                "priority": rollout.spec.priority,
+                "created_at": actor.at,
+                "created_by": actor.who,
+                "updated_at": actor.at,
+                "document": rollout.model_dump(mode="json"),
+            }
+            if not insert_if_new(session, RolloutRow, row):
                 raise UsageError(f"rollout {rollout.id} is there already; choose another name")
-            session.add(
-                RolloutRow(
-                    id=rollout.id,
-                    state=rollout.state.value,
-                    priority=rollout.spec.priority,
-                    created_at=actor.at,
-                    created_by=actor.who,
-                    updated_at=actor.at,
-                    document=rollout.model_dump(mode="json"),
-                )
-            )
             add_audit(session, actor, "rollout.create", rollout.id, rollout.spec.model_dump(mode="json"))
 
     def get(self, rollout: str) -> RolloutRow:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import func, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import DeclarativeBase, Session
 
 from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure
@@ -98,16 +99,35 @@ def outstanding(session: Session, devices: Sequence[str]) -> list[DeploymentRow]
     return found
 
 
+def insert_if_new(session: Session, model: type[DeclarativeBase], row: Mapping[str, Any]) -> bool:
+    """Insert the row unless its key is there; returns whether it was inserted.
+
+    Who looks first and then inserts is overtaken by another process between the two. This waits for the other one's
+    transaction, and then leaves what it has written alone.
+    """
+    # RETURNING, as not every driver counts the rows of an INSERT.
+    statement = _upsert(session, model).on_conflict_do_nothing().returning(*model.__table__.primary_key)
+    return session.connection().execute(statement, dict(row)).first() is not None
+
+
+def insert_those_new(session: Session, model: type[DeclarativeBase], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The same for many, in the order of their keys, as locks are taken."""
+    session.connection().execute(_upsert(session, model).on_conflict_do_nothing(), list(rows))
+
+
 def put_in_outbox(session: Session, devices: Sequence[str], at: datetime) -> None:
     """The broker is to be told what the tables say of these devices now; who publishes an earlier state is not done."""
     for some in in_chunks(sorted(set(devices))):
-        there = set(session.scalars(select(OutboxRow.device).where(OutboxRow.device.in_(some)).with_for_update()))
-        if there:
-            changed = {"version": OutboxRow.version + 1, "due_at": at, "attempts": 0}
-            session.execute(update(OutboxRow).where(OutboxRow.device.in_(sorted(there))).values(**changed))
-        new = [{"device": device, "version": 1, "due_at": at, "attempts": 0} for device in some if device not in there]
-        if new:
-            session.execute(insert(OutboxRow), new)
+        rows = [{"device": device, "version": 1, "due_at": at, "attempts": 0} for device in some]
+        changed = {"version": OutboxRow.version + 1, "due_at": at, "attempts": 0}
+        put = _upsert(session, OutboxRow).on_conflict_do_update(index_elements=[OutboxRow.device], set_=changed)
+        session.connection().execute(put, rows)
+
+
+def _upsert(session: Session, model: type[DeclarativeBase]) -> Any:
+    """SQL has no word for it that both databases know; SQLAlchemy keeps each one's own."""
+    kind = postgresql if session.connection().dialect.name == "postgresql" else sqlite
+    return kind.insert(model.__table__)
 
 
 def to_core(row: DeploymentRow) -> core.Deployment:
