@@ -34,7 +34,7 @@ from agent.trust.identity import Identity
 
 
 def compose(settings: AgentSettings, who: Identity) -> Body:
-    """An agent of the real parts."""
+    """Return an agent of the real parts."""
     state = AgentState()
     host_events: asyncio.Queue[HostEvent] = asyncio.Queue()
     boot = next_boot(settings.state_dir, SystemClock().now())
@@ -100,7 +100,7 @@ def _link_settings(settings: AgentSettings, who: Identity, boot: Boot) -> LinkSe
 
 
 def host_settings(settings: AgentSettings) -> HostSettings:
-    """The model host's part of the settings."""
+    """Return the model host's part of the settings."""
     return HostSettings(
         load_timeout_s=settings.load_timeout_s,
         hang_s=settings.hang_timeout_s,
@@ -112,7 +112,7 @@ def host_settings(settings: AgentSettings) -> HostSettings:
 
 
 def endpoint_config(settings: AgentSettings) -> EndpointConfig:
-    """The endpoint's part of the settings."""
+    """Return the endpoint's part of the settings."""
     keys = tuple(
         ApiKey(key.name, key.secret.get_secret_value(), key.requests_per_minute, key.concurrent)
         for key in settings.api_keys

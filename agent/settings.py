@@ -95,7 +95,7 @@ class AgentSettings(BaseSettings):
 
 
 def load(flags: dict[str, Any], file: Path | None) -> tuple[AgentSettings, dict[str, str]]:
-    """The settings, and where each value came from; flags that are None count as not given.
+    """Return the settings, and where each value came from; flags that are None count as not given.
 
     Raises:
         ConfigError: a value is wrong, or a name unknown; the message names it, its source and what is allowed.

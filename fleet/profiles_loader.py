@@ -20,7 +20,7 @@ def profile_paths() -> dict[str, Path]:
 
 
 def list_profiles() -> list[DeviceProfile]:
-    """Every profile that comes with phifleet, sorted by name.
+    """Return every profile that comes with phifleet, sorted by name.
 
     Raises:
         ProfileError: one of them is wrong.
@@ -29,7 +29,7 @@ def list_profiles() -> list[DeviceProfile]:
 
 
 def load_profile(name_or_path: str | Path) -> DeviceProfile:
-    """A profile by its name, or from a file: anything that ends in ``.toml`` or has a folder in it.
+    """Return a profile by its name, or from a file: anything that ends in ``.toml`` or has a folder in it.
 
     Raises:
         ProfileError: unknown (names near matches and all names), unreadable, or wrong.
@@ -44,7 +44,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 
 
 def read_profile(path: Path) -> DeviceProfile:
-    """The profile in one file.
+    """Return the profile in one file.
 
     Raises:
         ProfileError: the file cannot be read, or is no profile.

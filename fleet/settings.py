@@ -106,13 +106,13 @@ class FleetSettings(BaseSettings):
 
 
 def default_files() -> tuple[Path, Path]:
-    """The machine's file and the user's, which are read when nothing names one; they need not be there."""
+    """Return the machine's file and the user's, which are read when nothing names one; they need not be there."""
     user = Path(platformdirs.user_config_dir("phifleet", appauthor=False)) / FILE_NAME
     return system_file(FILE_NAME), user
 
 
 def load(flags: dict[str, Any], file: Path | None) -> tuple[FleetSettings, dict[str, str]]:
-    """The settings, and where each value came from; flags that are None count as not given.
+    """Return the settings, and where each value came from; flags that are None count as not given.
 
     Raises:
         UsageError: a value is wrong, or a name unknown; the message names it, its source and what is allowed.

@@ -40,7 +40,7 @@ class Conversation:
             self._messages.pop()
 
     def say(self, text: str) -> Iterator[str]:
-        """The answer, piece by piece.
+        """Yield the answer, piece by piece.
 
         Raises:
             AgentError: the endpoint refuses or goes away; with its own words.
@@ -95,7 +95,7 @@ class Conversation:
 
 
 def _stream(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The events of an answer.
+    """Yield the events of an answer.
 
     Raises:
         AgentError: the stream ended before the answer did, or has an error or no JSON in it.

@@ -40,7 +40,7 @@ class NotRunningError(AgentError):
 
 
 def settings_of(outer: Outer, **flags: Any) -> AgentSettings:
-    """The settings as the running agent reads them.
+    """Return the settings as the running agent reads them.
 
     Raises:
         ConfigError: a value is wrong.
@@ -100,7 +100,7 @@ def _control(state_dir: Path) -> tuple[int, str]:
 
 
 def _not_permitted(path: Path, consequence: str = "") -> AgentError:
-    """What every command says of a file that this user may not read."""
+    """Return what every command says of a file that this user may not read."""
     return AgentError(
         f"{path} may not be read by this user{', ' if consequence else ''}{consequence}; "
         "run the command as the agent's user, for example with sudo -u phifleet-agent"
@@ -129,7 +129,7 @@ def status(outer: Outer, /, state_dir: Path | None, as_json: bool) -> None:
 
 
 def _remembered(state_dir: Path) -> dict[str, Any] | None:
-    """What the journal says, in short."""
+    """Return what the journal says, in short."""
     document = FileJournal(state_dir / "journal").load()
     if document is None:
         return None
@@ -299,7 +299,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 
 def _own_key(settings: AgentSettings) -> str | None:
-    """A key that is there to be read; None where none is asked for.
+    """Return a key that is there to be read; None where none is asked for.
 
     Raises:
         AgentError: only digests of keys are there.
@@ -316,7 +316,7 @@ Ctrl-C stops an answer, Ctrl-D ends the conversation."""
 
 
 def _prompts(conversation: Conversation) -> Iterator[str]:
-    """What goes to the model: lines that begin with a slash are commands, and never do."""
+    """Yield what goes to the model: lines that begin with a slash are commands, and never do."""
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # line editing and history, where the platform has them

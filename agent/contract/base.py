@@ -80,7 +80,7 @@ class WireModel(BaseModel):
 
 
 def explain(error: ValidationError, *, quote: bool = True) -> str:
-    """One line naming each wrong field, what was wrong and, unless it may be secret, what stood there (``quote``)."""
+    """Return one line that names each wrong field, what was wrong and, unless it may be secret, what stood there."""
     parts = []
     for problem in error.errors(include_url=False)[:5]:
         where = ".".join(str(step) for step in problem["loc"])
@@ -104,5 +104,5 @@ def canonical_json(value: Any) -> bytes:
 
 
 def sha256_hex(data: bytes) -> str:
-    """SHA-256 of ``data`` in lower case hex."""
+    """Return SHA-256 of ``data`` in lower case hex."""
     return hashlib.sha256(data).hexdigest()

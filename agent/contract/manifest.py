@@ -126,7 +126,7 @@ class MemoryNeed(WireModel):
     overhead_bytes: Bytes
 
     def at_context(self, tokens: int) -> int:
-        """Bytes needed with a context of ``tokens``."""
+        """Return the bytes needed with a context of ``tokens``."""
         return self.weights_bytes + self.kv_bytes_per_token * tokens + self.overhead_bytes
 
 
@@ -212,7 +212,7 @@ class Manifest(WireModel):
 
 
 def artifact_digest(name: str, files: tuple[ArtifactFile, ...]) -> str:
-    """SHA-256 over the canonical ``[id, [[path, size, sha256], ...]]``, sorted by path.
+    """Return SHA-256 over the canonical ``[id, [[path, size, sha256], ...]]``, sorted by path.
 
     The id is in it because the same files may be two artifacts, for two contexts or targets, and wherever an artifact
     is stored, signed or ordered, its digest is its key.
@@ -222,5 +222,5 @@ def artifact_digest(name: str, files: tuple[ArtifactFile, ...]) -> str:
 
 
 def manifest_target(digest: str) -> str:
-    """The TUF target path under which the manifest of an artifact is published."""
+    """Return the TUF target path under which the manifest of an artifact is published."""
     return f"artifacts/{digest}.json"

@@ -30,7 +30,9 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     opened: bool = True,
 ) -> str:
-    """The prompt, special tokens written out; ``opened`` if the assistant's turn is to come. ``now`` is for its dates.
+    """Return the prompt, special tokens written out; ``opened`` if the assistant's turn is to come.
+
+    ``now`` is for its dates.
 
     Raises:
         TemplateFailedError: the template is broken, or refuses the messages.

@@ -30,27 +30,27 @@ def presence(device: str) -> str:
 
 
 def facts(device: str) -> str:
-    """What the device is and which runtimes it has proven, retained."""
+    """Return what the device is and which runtimes it has proven, retained."""
     return f"{PREFIX}/devices/{device}/facts"
 
 
 def desired(device: str) -> str:
-    """The signed order for one device, retained."""
+    """Return the signed order for one device, retained."""
     return f"{PREFIX}/devices/{device}/desired"
 
 
 def reported(device: str) -> str:
-    """The state of the device's deployment, retained."""
+    """Return the state of the device's deployment, retained."""
     return f"{PREFIX}/devices/{device}/reported"
 
 
 def health(device: str) -> str:
-    """How well inference runs."""
+    """Return how well inference runs."""
     return f"{PREFIX}/devices/{device}/health"
 
 
 def metadata(device: str) -> str:
-    """The response topic of one device's metadata requests."""
+    """Return the response topic of one device's metadata requests."""
     return f"{PREFIX}/devices/{device}/metadata"
 
 
@@ -60,22 +60,22 @@ def want(digest: str) -> str:
 
 
 def shared_chunk(digest: str, index: int) -> str:
-    """A chunk for every device that follows this artifact."""
+    """Return a chunk for every device that follows this artifact."""
     return f"{PREFIX}/artifacts/{digest}/chunks/{index}"
 
 
 def shared_chunks(digest: str) -> str:
-    """The filter of all shared chunks of an artifact."""
+    """Return the filter of all shared chunks of an artifact."""
     return f"{PREFIX}/artifacts/{digest}/chunks/+"
 
 
 def own_chunk(device: str, digest: str, index: int) -> str:
-    """A chunk for one device alone."""
+    """Return a chunk for one device alone."""
     return f"{PREFIX}/devices/{device}/chunks/{digest}/{index}"
 
 
 def own_chunks(device: str, digest: str) -> str:
-    """The filter of one device's own chunks of an artifact."""
+    """Return the filter of one device's own chunks of an artifact."""
     return f"{PREFIX}/devices/{device}/chunks/{digest}/+"
 
 
@@ -92,6 +92,6 @@ def parse_chunk(topic: str) -> tuple[str, int] | None:
 
 
 def parse_want(topic: str) -> str | None:
-    """The digest of a want topic, or None."""
+    """Return the digest of a want topic, or None."""
     match = _WANT_TOPIC.match(topic)
     return match["digest"] if match else None

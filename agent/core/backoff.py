@@ -35,6 +35,6 @@ class Backoff:
         return Backoff(1 if stable else self.failures + 1)
 
     def delay_s(self, policy: BackoffPolicy, share: float) -> float:
-        """Seconds to wait before the next attempt; ``share`` is a random number in [0, 1)."""
+        """Return the seconds to wait before the next attempt; ``share`` is a random number in [0, 1)."""
         doublings = min(max(self.failures - 1, 0), 32)
         return min(policy.cap_s, policy.base_s * 2.0**doublings) * share

@@ -46,7 +46,7 @@ class ChunkTable:
         return len(self.sizes)
 
     def unique(self) -> Iterator[int]:
-        """Each number that is a first occurrence."""
+        """Yield each number that is a first occurrence."""
         return (index for index, first in enumerate(self.first) if first == index)
 
     def places(self, first: int) -> list[Place]:
@@ -54,5 +54,5 @@ class ChunkTable:
         return [self._places[first], *(self._places[index] for index in self._repeats.get(first, ()))]
 
     def occurrences(self, first: int) -> int:
-        """How many chunks of the artifact have these bytes."""
+        """Return how many chunks of the artifact have these bytes."""
         return 1 + len(self._repeats.get(first, ()))

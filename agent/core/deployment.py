@@ -152,7 +152,7 @@ class IllegalTransitionError(Exception):
 
 
 def decide(deployment: Deployment, event: Event, now: datetime) -> Decided:
-    """The next deployment, and what the daemon must do about it, in order.
+    """Return the next deployment, and what the daemon must do about it, in order.
 
     Raises:
         IllegalTransitionError: the present state does not know this event.
@@ -166,7 +166,7 @@ def decide(deployment: Deployment, event: Event, now: datetime) -> Decided:
 
 
 def case_of(deployment: Deployment, event: Event, now: datetime) -> Case:
-    """What the event means now."""
+    """Return what the event means now."""
     match event:
         case Ordered(order):
             return _case_of_order(deployment, order)
@@ -223,7 +223,7 @@ def _is_chosen(deployment: Deployment, digest: str) -> bool:
 
 
 def _restarts(deployment: Deployment, now: datetime) -> int:
-    """How many count against the deployment, with the one that just happened. 0 where they do not count."""
+    """Return how many count against the deployment, with the one that just happened. 0 where they do not count."""
     if not STATES[deployment.state].counts_restarts:
         return 0
     return deployment.restarts + (0 if _waits_for_window(deployment, now) else 1)
@@ -244,7 +244,7 @@ def _age(deployment: Deployment, now: datetime) -> Deployment:
 
 
 def deadline_s(deployment: Deployment, now: datetime) -> float:
-    """Seconds that the present state may take, from now."""
+    """Return the seconds that the present state may take, from now."""
     row, order = STATES[deployment.state], deployment.desired
     if order is None:
         return row.deadline_s or 0.0
@@ -259,7 +259,9 @@ def deadline_s(deployment: Deployment, now: datetime) -> float:
 
 
 def decide_unsaved(before: Deployment, event: Event, decided: Decided, failure: Failure, now: datetime) -> Decided:
-    """What to do about a decision that the journal refused with ``failure``: nothing new is begun without memory.
+    """Return what to do about a decision that the journal refused with ``failure``.
+
+    Nothing new is begun without memory.
 
     A new order is left for later. The success of a step is a failure, as the next state would be forgotten. What ends
     a deployment, or keeps the device serving, holds even so.
@@ -350,7 +352,7 @@ def _failure(deployment: Deployment, event: Event) -> Failure:
 
 
 def _lose(deployment: Deployment, event: Event, state: State, _now: datetime) -> Decided:
-    """The committed artifact is gone; the one before, if any, takes its place."""
+    """Put the one before, if any, in the place of the committed artifact, which is gone."""
     changes = {
         "state": state,
         "committed": deployment.previous,

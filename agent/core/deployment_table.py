@@ -156,7 +156,7 @@ TABLE: Mapping[Case, Mapping[State, State | None]] = MappingProxyType(
 
 
 def edges() -> list[tuple[State, Case, State]]:
-    """Every transition that the table allows, state by state."""
+    """Return every transition that the table allows, state by state."""
     return [(state, case, row[state]) for state in STATES for case, row in TABLE.items() if row[state] is not None]  # type: ignore[misc]
 
 
@@ -180,5 +180,5 @@ _NOT_THE_ARTIFACT = frozenset(
 
 
 def speaks_against_artifact(code: FailureCode) -> bool:
-    """Whether a failure is a verdict on the artifact; the others leave its bytes worth keeping."""
+    """Return whether a failure is a verdict on the artifact; the others leave its bytes worth keeping."""
     return code not in _NOT_THE_ARTIFACT

@@ -85,7 +85,9 @@ _NO_ROOM = frozenset({"busy", "unavailable"})
 
 
 def booking_of_request(error: str | None) -> Booking:
-    """How the request of an application counts; ``error`` is None or a kind of ``InferenceError``, or says that the
+    """Return how the request of an application counts.
+
+    ``error`` is None or a kind of ``InferenceError``, or says that the
     client went away or its own deadline passed. The client's mistakes do not count against the model."""
     if error is None:
         return Booking.ANSWERED
@@ -93,7 +95,7 @@ def booking_of_request(error: str | None) -> Booking:
 
 
 def booking_of_canary(error: str | None, *, misanswered: bool = False) -> Booking:
-    """How a signed probe counts: it has no client who could be at fault, so whatever refuses it is the model."""
+    """Return how a signed probe counts: it has no client who could be at fault, so whatever refuses it is the model."""
     if error is not None and (error in _NO_ROOM or error == _COUNTED_AS_DEATH):
         return Booking.NOT_COUNTED
     return Booking.FAILED if error is not None or misanswered else Booking.ANSWERED
@@ -121,7 +123,7 @@ class HealthWindow:
         self._restarts.clear()
 
     def vitals(self, now: float, memory_bytes: int = 0) -> Vitals:
-        """The figures as of ``now``; older samples are dropped."""
+        """Return the figures as of ``now``; older samples are dropped."""
         oldest = now - self.seconds
         while self._samples and self._samples[0].at < oldest:
             self._samples.popleft()
@@ -144,7 +146,7 @@ class HealthWindow:
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
-    """The nearest-rank percentile (``share`` in 0..100) of ``values``, or None of none."""
+    """Return the nearest-rank percentile (``share`` in 0..100) of ``values``, or None of none."""
     ordered = sorted(values)
     if not ordered:
         return None
@@ -153,7 +155,7 @@ def percentile(values: Iterable[float], share: float) -> float | None:
 
 
 def breach(vitals: Vitals, limits: HealthLimits, min_requests: int = 3) -> Failure | None:
-    """The first limit that the figures are outside of, as a failure with both numbers; None when inside all.
+    """Return the first limit that the figures are outside of, as a failure with both numbers; None when inside all.
 
     Speed and error share say nothing below ``min_requests`` requests; restarts and memory always count.
     """
@@ -193,7 +195,7 @@ class Judge:
     failure: Failure | None = None
 
     def judge(self, vitals: Vitals, limits: HealthLimits) -> Judge:
-        """The judge after one more window."""
+        """Return the judge after one more window."""
         found = breach(vitals, limits)
         if found is None:
             return self._acquit(vitals)

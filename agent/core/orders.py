@@ -26,5 +26,5 @@ def after_refusal(code: FailureCode) -> AfterRefusal:
 
 
 def keys_may_be_new(code: FailureCode) -> bool:
-    """Whether to refresh the metadata and check once more: the director's keys may be new to this device."""
+    """Return whether to refresh the metadata and check once more: the director's keys may be new to this device."""
     return code in _KEYS_MAY_BE_NEW

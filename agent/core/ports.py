@@ -90,7 +90,7 @@ class Trust(Protocol):
     """Nothing is believed before it went through here."""
 
     def verify_desired(self, payload: bytes, newest_sequence: int) -> Desired:
-        """The order in a ``SignedDesired`` payload. Offline and without IO beyond the trust store.
+        """Return the order in a ``SignedDesired`` payload. Offline and without IO beyond the trust store.
 
         Raises:
             agent.errors.TrustError: signature, expiry, replay, another device, or malformed.
@@ -106,7 +106,7 @@ class Trust(Protocol):
         ...
 
     async def manifest(self, ref: ArtifactRef) -> Manifest:
-        """The verified manifest of an artifact; refreshes metadata first.
+        """Return the verified manifest of an artifact; refreshes metadata first.
 
         Raises:
             agent.errors.TrustError: not found, not signed, or not the digest that was asked for.
@@ -122,7 +122,7 @@ class ArtifactStore(Protocol):
     """Artifacts on disk, content-addressed."""
 
     def path(self, digest: str) -> Path | None:
-        """Folder of a complete, verified artifact, or None.
+        """Return the folder of a complete, verified artifact, or None.
 
         Raises:
             agent.errors.StoreError: the disk does not say.
@@ -188,11 +188,11 @@ class ModelHost(Protocol):
     """Runs models in worker processes and gives the active one to the endpoint."""
 
     async def runtimes(self) -> Sequence[RuntimeFact]:
-        """Each runtime known, usable or not and why."""
+        """Return each runtime known, usable or not and why."""
         ...
 
     def displaces(self, manifest: Manifest) -> bool:
-        """Whether there is no memory for it beside what serves, so that proving it stops the serving."""
+        """Return whether there is no memory for it beside what serves, so that proving it stops the serving."""
         ...
 
     async def prove(self, manifest: Manifest, folder: Path) -> Proof:
@@ -213,7 +213,7 @@ class ModelHost(Protocol):
         ...
 
     def active(self) -> ModelInfo | None:
-        """What serves now."""
+        """Return what serves now."""
         ...
 
 
@@ -221,15 +221,15 @@ class Inference(Protocol):
     """What the endpoint sees of the model host."""
 
     def active(self) -> ModelInfo | None:
-        """What serves now, or None."""
+        """Return what serves now, or None."""
         ...
 
     def active_manifest(self) -> Manifest | None:
-        """The signed facts of what serves now."""
+        """Return the signed facts of what serves now."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
-        """Events of one request, ending with a ``DoneEvent``. Closing the iterator cancels the generation.
+        """Yield events of one request, ending with a ``DoneEvent``. Closing the iterator cancels the generation.
 
         Raises:
             agent.core.inference.InferenceError: it cannot be served.
@@ -237,7 +237,7 @@ class Inference(Protocol):
         ...
 
     def count_tokens(self, text: str) -> Awaitable[int]:
-        """Tokens of ``text`` for the active model."""
+        """Return the number of tokens of ``text`` for the active model."""
         ...
 
 
@@ -245,7 +245,7 @@ class Journal(Protocol):
     """Crash-safe memory of the deployment: one small document, replaced atomically."""
 
     def load(self) -> bytes | None:
-        """What was saved last, or None. A damaged file is set aside and counts as None."""
+        """Return what was saved last, or None. A damaged file is set aside and counts as None."""
         ...
 
     def save(self, document: bytes) -> None:

@@ -63,7 +63,7 @@ class Measured:
 
 
 def constrain(variants: Sequence[Manifest], has: Resources) -> tuple[tuple[Manifest, ...], tuple[Refusal, ...]]:
-    """Those that may run, in the order given, and the others with the reason."""
+    """Return those that may run, in the order given, and the others with the reason."""
     fit, refused = [], []
     for manifest in variants:
         reason = why_not(manifest, has)
@@ -97,7 +97,7 @@ def why_not(manifest: Manifest, has: Resources) -> str | None:
 
 
 def fastest(passed: Sequence[Measured]) -> Measured:
-    """The shortest typical answer; within the noise, the one that comes first.
+    """Return the shortest typical answer; within the noise, the one that comes first.
 
     Raises:
         ValueError: nothing passed.

@@ -22,7 +22,7 @@ class RestartPolicy:
     max_s: float = 30.0
 
     def pause_s(self, deaths: int) -> float:
-        """The pause before the next start: none after the first death, then doubling up to ``max_s``."""
+        """Return the pause before the next start: none after the first death, then doubling up to ``max_s``."""
         if deaths <= 1:
             return 0.0
         # 2 ** 64 pauses are past any maximum, and a larger exponent would not fit a float.
@@ -45,7 +45,10 @@ class GiveUp:
 
 
 def counts_as_death(code: FailureCode) -> bool:
-    """Whether the end of a worker says something against its model: all do, but for one that was told to leave."""
+    """Return whether the end of a worker says something against its model.
+
+    All do, but for one that was told to leave.
+    """
     return code is not FailureCode.CANCELLED
 
 

@@ -131,11 +131,11 @@ class TransferCore:
         )
 
     def stalled(self, now: float) -> bool:
-        """Whether no chunk with the right bytes came for too long."""
+        """Return whether no chunk with the right bytes came for too long."""
         return not self.complete and self.silent_s(now) >= self._stall_s
 
     def silent_s(self, now: float) -> float:
-        """Seconds since the last chunk with the right bytes, or since the start."""
+        """Return the seconds since the last chunk with the right bytes, or since the start."""
         return now - self._last_good
 
     def arrived(self, index: int, outcome: Outcome, size: int, *, shared: bool, now: float) -> None:
@@ -159,7 +159,7 @@ class TransferCore:
             self._have(index)
 
     def tick(self, now: float) -> list[Request]:
-        """What to ask for at ``now``, if anything. Call after each batch of chunks, and a few times a second."""
+        """Return what to ask for at ``now``, if anything. Call after each batch of chunks, and a few times a second."""
         if self.complete:
             return []
         self._find_overtaken(now)
@@ -176,7 +176,7 @@ class TransferCore:
         return requests
 
     def bytes_until_useful(self) -> int:
-        """How many bytes must come before another ``tick`` can ask for more, or has nothing left to ask for."""
+        """Return how many bytes must come before another ``tick`` can ask for more, or has nothing left to ask for."""
         room = self._window - self.in_flight_bytes
         return max(1, min(self.in_flight_bytes, self._window // 4 - room))
 

@@ -118,7 +118,7 @@ class Agent:
         self._jobs = Jobs(self._all_jobs(), retry)
 
     def _all_jobs(self) -> tuple[Job, ...]:
-        """The one place that says what is vital: taking decisions about the model, which includes serving it."""
+        """Return the one place that says what is vital: taking decisions about the model, which includes serving it."""
         body = self._body
         return (
             Job("deployments", body.deployer.run, vital=True),

@@ -103,7 +103,7 @@ class Monitor:
         self._window.restarted(self._clock.monotonic())
 
     def vitals(self) -> Vitals:
-        """The figures now."""
+        """Return the figures now."""
         return self._window.vitals(self._clock.monotonic(), self._worker_memory())
 
     def look(self) -> Failure | None:

@@ -111,7 +111,7 @@ class Reporter:
         self.report()
 
     def presence(self, *, online: bool) -> Presence:
-        """The message; offline is what the will says."""
+        """Return the message; offline is what the will says."""
         at = self._clock.now() if online else None
         return Presence(device=self.identity.device, online=online, at=at, agent_version=self.identity.version)
 
@@ -141,7 +141,7 @@ class Reporter:
         self._put(topics.reported(self.identity.device), self.reported())
 
     def reported(self) -> Reported:
-        """The message as of now."""
+        """Return the message as of now."""
         state, active = self._state, self._active()
         deployment = state.deployment
         return Reported(

@@ -98,6 +98,9 @@ class Serving:
 
 
 def _limits(deployment: core.Deployment) -> HealthLimits:
-    """Those of the order that put there what serves; what serves after a rollback was ordered with others, now gone."""
+    """Return those of the order that put there what serves.
+
+    What serves after a rollback was ordered with others, now gone.
+    """
     ordered = deployment.desired if deployment.state is State.COMMITTED else None
     return ordered.limits if ordered else HealthLimits()

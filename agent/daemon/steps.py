@@ -122,7 +122,7 @@ class Steps:
         return info
 
     async def _damage(self, ref: ArtifactRef) -> str | None:
-        """What is wrong with the bytes on disk, or None; a damaged artifact is discarded, to be fetched anew."""
+        """Return what is wrong with the bytes on disk, or None; a damaged artifact is discarded, to be fetched anew."""
         store = self._parts.store
         async with self._disk_lock:
             try:

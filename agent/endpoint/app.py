@@ -43,7 +43,7 @@ def create_app(
     stats: StatsSource,
     on_finished: OnFinished | None = None,
 ) -> web.Application:
-    """The endpoint as an aiohttp application; ``EndpointServer`` listens with it.
+    """Return the endpoint as an aiohttp application; ``EndpointServer`` listens with it.
 
     ``stats`` is asked whenever metrics are scraped. ``on_finished`` is called for each sequence that is over.
 
@@ -101,7 +101,7 @@ def _routes(router: web.UrlDispatcher) -> None:
 
 
 def _gate(config: EndpointConfig) -> Middleware:
-    """Every request: host, origin, key, limits, the handler, and any failure as an error object."""
+    """Return what every request passes: host, origin, key, limits, the handler, and any failure as an error object."""
     keyring, cors = Keyring(config.keys), Cors(config.cors_origins)
 
     @web.middleware

@@ -285,7 +285,7 @@ class MqttLink:
 
 
 def filter_pattern(topic: str) -> re.Pattern[str]:
-    """What an MQTT filter matches (MQTT 5 section 4.7); a shared one, what comes after ``$share/<group>/``."""
+    """Return what an MQTT filter matches (MQTT 5 section 4.7); a shared one, what comes after ``$share/<group>/``."""
     inner = topic.split("/", 2)[2] if topic.startswith("$share/") else topic
     levels = inner.split("/")
     text = "/".join("[^/]*" if level == "+" else re.escape(level) for level in levels if level != "#")

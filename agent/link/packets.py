@@ -61,7 +61,7 @@ class LeanClient(Client):
 
 
 def make_client(settings: LinkSettings, address: Address) -> LeanClient:
-    """A client that knows where to connect, and has not yet.
+    """Return a client that knows where to connect, and has not yet.
 
     Raises:
         agent.errors.LinkError: a certificate cannot be used.
@@ -123,7 +123,7 @@ def publish_properties(publication: Publication) -> Properties | None:
 
 
 def to_message(topic: str, message: MQTTMessage, acknowledge: Callable[[], None] | None) -> Message:
-    """What the rest of the program sees of a publication."""
+    """Return what the rest of the program sees of a publication."""
     properties = message.properties
     pairs = getattr(properties, "UserProperty", None)
     return Message(

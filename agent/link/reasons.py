@@ -45,7 +45,7 @@ NO_WORD = (
 
 
 def of_exception(error: Exception, host: str, port: int) -> str:
-    """The text for what connecting raised."""
+    """Return the text for what connecting raised."""
     if isinstance(error, ssl.SSLCertVerificationError):
         check = _CHECK.get(error.verify_code, "")
         text = error.verify_message or error.reason or error
@@ -63,7 +63,7 @@ def of_exception(error: Exception, host: str, port: int) -> str:
 
 
 def of_log(line: str) -> str | None:
-    """The text for an alert of TLS that a line of the MQTT client's log tells of; None where it tells of none.
+    """Return the text for an alert of TLS that a line of the MQTT client's log tells of; None where it tells of none.
 
     With TLS 1.3 a broker refuses a client's certificate after the handshake, when the first bytes are read.
     """

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def hoisted(arguments: Sequence[str], options: Collection[str]) -> list[str]:
-    """The arguments with every one of the ``options``, each of which takes a value, moved to the front, in order.
+    """Return the arguments with every one of the ``options``, each of which takes a value, moved to the front.
 
     What follows ``--`` stays where it is, and so does an option at the end that lacks its value: its own error is told.
     """

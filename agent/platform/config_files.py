@@ -10,7 +10,7 @@ import platformdirs
 
 
 def system_file(name: str) -> Path:
-    """The machine's file of settings; it need not exist: ``/etc/phifleet/NAME`` on Linux."""
+    """Return the machine's file of settings; it need not exist: ``/etc/phifleet/NAME`` on Linux."""
     if sys.platform in ("win32", "darwin"):
         return Path(platformdirs.site_config_dir("phifleet", appauthor=False)) / name
     return Path("/etc/phifleet") / name

@@ -17,7 +17,7 @@ from agent.platform.files import free_bytes
 def collect(
     device: str, profile: str, version: str, folder: Path, runtimes: Sequence[RuntimeFact], at: datetime
 ) -> Facts:
-    """The facts message; ``folder`` is where artifacts go, so its file system counts. It need not exist yet."""
+    """Return the facts message; ``folder`` is where artifacts go, so its file system counts. It need not exist yet."""
     memory = psutil.virtual_memory()
     return Facts(
         device=device,
@@ -50,7 +50,7 @@ _HOTTEST_C = 1000.0
 
 
 def temperature_c() -> float | None:
-    """The hottest sensor in degrees Celsius, where the host has any."""
+    """Return the hottest sensor in degrees Celsius, where the host has any."""
     sensors = getattr(psutil, "sensors_temperatures", None)  # Linux and FreeBSD only
     if sensors is None:
         return None
@@ -64,7 +64,7 @@ def temperature_c() -> float | None:
 
 
 def throttled() -> bool | None:
-    """Whether the kernel throttled a core for heat since it booted, where it counts that (x86 Linux)."""
+    """Return whether the kernel throttled a core for heat since it booted, where it counts that (x86 Linux)."""
     counters = list(Path("/sys/devices/system/cpu").glob("cpu*/thermal_throttle/core_throttle_count"))
     if not counters:
         return None

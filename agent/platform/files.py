@@ -23,7 +23,7 @@ _NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the disk, or this user's share of it, is full: by number, or by the system's words where a library
+    """Return whether the disk, or this user's share of it, is full: by number, or by the system's words where a library
     hands on no number."""
     return (isinstance(error, OSError) and error.errno in _FULL) or _NO_SPACE in str(error)
 
@@ -36,7 +36,7 @@ def reason(error: OSError, folder: Path) -> str:
 
 
 def explained(error: OSError, folder: Path) -> str:
-    """The error with the file that it names; where the disk is full, also what to do."""
+    """Return the error with the file that it names; where the disk is full, also what to do."""
     return reason(error, folder) if is_disk_full(error) else str(error)
 
 
@@ -160,7 +160,7 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def is_hole(descriptor: int, offset: int, size: int) -> bool:
-    """Whether the file system knows that nothing was ever written in this range; False where it cannot tell."""
+    """Return whether the file system knows that nothing was ever written in this range; False where it cannot tell."""
     if not hasattr(os, "SEEK_DATA"):
         return False
     try:

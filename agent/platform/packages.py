@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def install_command(extra: str) -> str:
-    """The command that installs ``extra`` beside this very interpreter, run where the wheel of phifleet lies."""
+    """Return the command that installs ``extra`` beside this very interpreter, run where the wheel of phifleet lies."""
     try:
         found = version("phifleet")
     except PackageNotFoundError:  # run from a folder of sources that is not installed

@@ -12,7 +12,9 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def available_bytes(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
-    """Bytes that can be had without swapping: the machine's, or what a container's limit or systemd's MemoryMax leaves
+    """Return the bytes that can be had without swapping.
+
+    The machine's, or what a container's limit or systemd's MemoryMax leaves
     if that is less. The paths are those of Linux; elsewhere they are not there."""
     return max(0, min([int(psutil.virtual_memory().available), *_rooms(cgroups, own)]))
 

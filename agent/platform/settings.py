@@ -43,7 +43,7 @@ def load(
     *,
     foreign: Collection[str] = (),
 ) -> tuple[Settings, dict[str, str]]:
-    """The settings, and by name where each value came from; later layers go before earlier ones.
+    """Return the settings, and by name where each value came from; later layers go before earlier ones.
 
     ``prefix`` begins the names of environment variables; ``foreign`` are prefixes of another program's. Flags that are
     None were not given.
@@ -71,7 +71,7 @@ def load(
 
 
 def read_toml(path: Path, *, needed: bool = True) -> dict[str, Any]:
-    """The values of a file; none of one that is not there and need not be.
+    """Return the values of a file; none of one that is not there and need not be.
 
     Raises:
         SettingsError: it is missing, cannot be read, or is not TOML.
@@ -91,7 +91,7 @@ def read_toml(path: Path, *, needed: bool = True) -> dict[str, Any]:
 
 
 def layers_of(named: Path | None, defaults: Iterable[Path]) -> Layers:
-    """A file that is named takes the place of the default ones, which need not exist.
+    """Return a file that is named takes the place of the default ones, which need not exist.
 
     Raises:
         SettingsError: one cannot be read.
@@ -102,7 +102,7 @@ def layers_of(named: Path | None, defaults: Iterable[Path]) -> Layers:
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that is no setting: the nearest one, or all there are."""
+    """Return what to say of a name that is no setting: the nearest one, or all there are."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
@@ -135,7 +135,7 @@ def _mistyped(kind: type[BaseSettings], prefix: str, foreign: Collection[str]) -
 
 
 def _is_nearly(name: str, prefix: str) -> bool:
-    """Whether the variable's name begins with a misspelling of the prefix, such as PHIFLEET_AGNET_ or PHIFLET_."""
+    """Return whether the variable's name begins with a misspelling of the prefix, such as PHIFLEET_AGNET_."""
     words, meant = name.split("_"), prefix.rstrip("_").split("_")
     if len(words) <= len(meant) or words[: len(meant)] == meant:
         return False

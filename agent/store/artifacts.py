@@ -52,7 +52,7 @@ class ArtifactStore:
         self._lock = threading.Lock()
 
     def path(self, digest: str) -> Path | None:
-        """Folder of the files of a complete artifact, or None.
+        """Return the folder of the files of a complete artifact, or None.
 
         Raises:
             agent.errors.StoreError: the disk does not say.
@@ -146,7 +146,7 @@ class ArtifactStore:
         _log.info("artifact set apart", digest=folder.name)
 
     def _leftovers(self) -> list[Path]:
-        """What unfinished transfers left over and no transfer fills now, the oldest first."""
+        """Return what unfinished transfers left over and no transfer fills now, the oldest first."""
         with store_errors("look into", self._partial):
             found = [folder for folder in _folders(self._partial) if folder.name not in self._transferring]
             return sorted(found, key=_last_begun)
@@ -281,7 +281,7 @@ def _verify_file(path: Path, file: ArtifactFile, stop: Stop) -> None:
 
 
 def _allocated(folder: Path) -> int:
-    """Bytes that the disk has given to the files below ``folder``, or promised them."""
+    """Return the bytes that the disk has given to the files below ``folder``, or promised them."""
     total = 0
     for path in folder.rglob("*") if folder.exists() else ():
         if path.is_file():

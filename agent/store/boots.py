@@ -19,7 +19,7 @@ log = structlog.get_logger(component=__name__)
 
 
 def next_boot(folder: Path, now: datetime) -> Boot:
-    """The identity of this run: its number is above every number that this state folder has given out.
+    """Return the identity of this run: its number is above every number that this state folder has given out.
 
     The clock's milliseconds are the number where they are larger, so that a device whose folder was lost goes on
     above its past. A folder that cannot be written costs no start: the clock alone decides then, and that is logged.

@@ -21,7 +21,7 @@ def store_errors(doing: str, path: Path) -> Iterator[None]:
 
 
 def explained(error: OSError, doing: str, path: Path) -> StoreError:
-    """The ``StoreError`` for an ``OSError``; a full disk has a code of its own."""
+    """Return the ``StoreError`` for an ``OSError``; a full disk has a code of its own."""
     text = f"cannot {doing} {path}: {error.strerror or error}"
     if not files.is_disk_full(error):
         return StoreError(text)

@@ -19,7 +19,7 @@ class FileJournal:
         self._path = path
 
     def load(self) -> bytes | None:
-        """What was saved last, or None. A damaged file is set aside as ``<name>.damaged`` and counts as None."""
+        """Return what was saved last, or None. A damaged file is set aside as ``<name>.damaged`` and counts as None."""
         with store_errors("read", self._path):
             try:
                 stored = self._path.read_bytes()

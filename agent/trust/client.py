@@ -53,7 +53,9 @@ class TrustClient:
         self._remembering = threading.Lock()
 
     def verify_desired(self, payload: bytes, newest_sequence: int) -> Desired:
-        """The order in a ``SignedDesired`` payload, by the director's keys as last verified. No network; blocking.
+        """Return the order in a ``SignedDesired`` payload, by the director's keys as last verified.
+
+        No network; blocking.
 
         The order must have a larger sequence number than ``newest_sequence``. One that was accepted before and
         comes again (the broker retains it) is not checked for expiry, and costs no cryptography.
@@ -84,7 +86,7 @@ class TrustClient:
         await self._in_thread(lambda fetcher: self._refresh(fetcher, None))
 
     async def manifest(self, ref: ArtifactRef) -> Manifest:
-        """The verified manifest of an artifact; refreshes first, and then looks at the order again.
+        """Return the verified manifest of an artifact; refreshes first, and then looks at the order again.
 
         Raises:
             TrustError: not found, not signed, not what was asked for, or the order turns out to be too old.

@@ -10,6 +10,6 @@ from agent.platform.files import is_disk_full, reason
 
 
 def disk_error(error: OSError, path: Path) -> TrustError:
-    """The ``TrustError`` for an ``OSError`` at ``path``; a full disk has a code of its own."""
+    """Return the ``TrustError`` for an ``OSError`` at ``path``; a full disk has a code of its own."""
     code = FailureCode.STORE_DISK_FULL if is_disk_full(error) else FailureCode.STORE_IO
     return TrustError(f"the trust store cannot be used at {path}: {reason(error, path.parent)}", code)

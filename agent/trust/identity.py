@@ -35,7 +35,7 @@ class Identity:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """A bundle file.
+    """Return a bundle file.
 
     Raises:
         ConfigError: missing, readable by others, damaged, or of another version; says which field.
@@ -89,7 +89,7 @@ def _keep(path: Path, data: bytes) -> None:
 
 
 def load(state_folder: Path) -> Identity:
-    """The identity imported before.
+    """Return the identity imported before.
 
     Raises:
         ConfigError: none, or damaged.

@@ -18,7 +18,7 @@ from agent.errors import TrustError
 
 
 def verified_order(signed: SignedDesired, keys: DirectorKeys | None) -> Desired:
-    """The order, when at least the threshold of the director's keys has signed it.
+    """Return the order, when at least the threshold of the director's keys has signed it.
 
     Raises:
         TrustError: a signature is wrong or by an unknown key, or what is signed is no order.

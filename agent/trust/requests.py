@@ -66,7 +66,7 @@ class MetadataRequests:
         self.ignored = 0
 
     async def segment(self, name: str, offset: int) -> Segment:
-        """One segment, asked for again when no answer comes.
+        """Return one segment, asked for again when no answer comes.
 
         Raises:
             NotFoundError: the fleet has no such file.

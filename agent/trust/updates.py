@@ -59,7 +59,7 @@ class Updates:
         return updater
 
     def target(self, updater: Updater, path: str) -> bytes:
-        """A target's bytes, from disk where they are those that are signed now.
+        """Return a target's bytes, from disk where they are those that are signed now.
 
         Raises:
             TrustError: not in the signed targets, or its bytes do not come as signed.
@@ -82,7 +82,9 @@ class Updates:
             return kept.read_bytes()
 
     def director(self) -> DirectorKeys | None:
-        """The director's keys as far as this device knows, verified from the root of trust on; None without them.
+        """Return the director's keys as far as this device knows, verified from the root of trust on.
+
+        None without them.
 
         Expiry is not looked at: an order is only the first step, and the next one refreshes.
         """

@@ -118,7 +118,7 @@ def compare_command(
 
 
 def _listed(home: Home) -> Listing:
-    """Every artifact; what cannot be read is told.
+    """Return every artifact; what cannot be read is told.
 
     Raises:
         UsageError: the home is not there, such as one that was mistyped.
@@ -146,7 +146,7 @@ def _of_one_model(chosen: list[Manifest], model: str | None) -> list[Manifest]:
 
 
 def row(manifest: Manifest) -> dict[str, Any]:
-    """What is listed of an artifact; None where it was not measured."""
+    """Return what is listed of an artifact; None where it was not measured."""
     quality, speed = manifest.quality, manifest.speed
     measured = ("kl_divergence", "kl_divergence_p99", "perplexity", "perplexity_ratio", "same_top_token")
     timed = ("ttft_ms", "tpot_ms", "peak_memory_bytes")

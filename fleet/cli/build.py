@@ -63,7 +63,7 @@ def sample_model(folder: Path, weights_from: Path | None, as_json: bool) -> None
 
 
 def describe_sample(report: SampleReport) -> list[str]:
-    """What was made, in lines for people."""
+    """Return what was made, in lines for people."""
     if report.logits_difference is None:
         checks = ["  its weights are, byte for byte, those whose logits were compared with the source's"]
     else:
@@ -148,7 +148,7 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
 
 
 def _legal(checkpoint: Checkpoint, profile: DeviceProfile, recipes: list[Recipe], *, everything: bool) -> list[Recipe]:
-    """The recipes to build: all that the planner allows, or the first of them.
+    """Return the recipes to build: all that the planner allows, or the first of them.
 
     Raises:
         ProfileError: it allows none; says why.

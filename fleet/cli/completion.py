@@ -39,7 +39,7 @@ def devices(ctx: click.Context, _parameter: click.Parameter, incomplete: str) ->
 
 
 def profiles(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Names of the profiles that come with phifleet."""
+    """Return names of the profiles that come with phifleet."""
     from fleet.profiles_loader import profile_paths
 
     found: list[str] = []

@@ -42,7 +42,7 @@ class Context:
         return Home(self.settings.home)
 
     def overlay(self, **flags: Any) -> Context:
-        """The same with more flags; those that are None were not given.
+        """Return the same with more flags; those that are None were not given.
 
         Raises:
             UsageError: a setting is wrong.

@@ -103,7 +103,7 @@ def _live(console: Console) -> Iterator[Live]:
 
 
 def _views(fleet: Fleet, deployments: Sequence[DeploymentRow]) -> list[DeviceView]:
-    """The devices as they are now, each beside the deployment that is followed."""
+    """Return the devices as they are now, each beside the deployment that is followed."""
     view = fleet_view(fleet.registry, datetime.now(UTC), [row.device for row in deployments])
     return [replace(device, deployment=row) for device, row in zip(view.devices, deployments, strict=True)]
 

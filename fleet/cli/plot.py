@@ -107,7 +107,7 @@ def _name_points(figure: Any, axes: Any, measured: Sequence[Manifest]) -> None:
 
 
 def _label(manifest: Manifest) -> str:
-    """What tells it from the others: type or algorithm where the recipe has one, else the precision."""
+    """Return what tells it from the others: type or algorithm where the recipe has one, else the precision."""
     recipe = manifest.recipe
     named = [str(recipe[name]) for name in ("type", "algorithm", "mixed") if isinstance(recipe.get(name), str)]
     named = [name for name in named if name != "default"]

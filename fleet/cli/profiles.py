@@ -84,6 +84,6 @@ def _refusal(profile: DeviceProfile, recipe: Recipe) -> Refusal | None:
 
 
 def recipe_names(profile: DeviceProfile) -> str:
-    """The profile's recipes in a line, each once, such as ``llamacpp int4 cpu, mlx int8 metal``."""
+    """Return the profile's recipes in a line, each once, such as ``llamacpp int4 cpu, mlx int8 metal``."""
     names = [f"{recipe.toolchain} {recipe.precision} {recipe.target}" for recipe in profile.recipes]
     return ", ".join(dict.fromkeys(names))

@@ -233,7 +233,7 @@ def _control(context: Context, name: str, event: Event) -> None:
 
 
 def _spec(fleet: Fleet, given: dict[str, Any]) -> RolloutSpec:
-    """The options as a rollout's specification.
+    """Return the options as a rollout's specification.
 
     Raises:
         UsageError: an artifact is not there, or the options contradict each other.

@@ -62,7 +62,7 @@ def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool
 
 
 def screen(view: FleetView, width: int) -> RenderableType:
-    """The controllers, the table, and below it why something failed: a reason is longer than any column."""
+    """Return the controllers, the table, and below it why something failed: a reason is longer than any column."""
     lines = [_controller_line(controller) for controller in view.controllers]
     if not view.controllers:
         lines = [Text("controller: none has ever run on this database; start `phifleet serve`", "yellow")]
@@ -82,7 +82,7 @@ def _controller_line(view: ControllerView) -> Text:
 
 
 def table(views: Sequence[DeviceView], width: int) -> RenderableType:
-    """One line a device."""
+    """Return one line a device."""
     made = Table(box=None, pad_edge=False)
     wide = width >= WIDE
     for name in ("device", "", "state", "progress", *(("digest", "runtime") if wide else ())):
@@ -156,7 +156,7 @@ def _state(view: DeviceView) -> str | Text:
 
 
 def progress_text(progress: dict[str, Any] | None) -> str:
-    """Such as ``63% of 86.0 MiB, 41.2 MiB/s``."""
+    """Return text such as ``63% of 86.0 MiB, 41.2 MiB/s``."""
     if not progress or not progress["bytes_total"]:
         return ""
     total, seconds = progress["bytes_total"], progress["seconds"]

@@ -95,7 +95,7 @@ class Judged:
 
 
 def judge(runs: Runs, boot: Boot | None, topic: str, *, live: bool, at: float) -> Judged:
-    """Whether a message is newer than what is recorded.
+    """Return whether a message is newer than what is recorded.
 
     ``topic`` is the last level of its topic, ``live`` False for what the broker had retained, ``at`` the controller's
     time in seconds.

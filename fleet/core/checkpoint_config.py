@@ -26,7 +26,7 @@ _FOREIGN = (
 
 
 def refusals(config: Mapping[str, Any], shape: ModelShape) -> Iterator[str]:
-    """Each field that no toolchain here builds, with its value and what to do; none: the network is known."""
+    """Yield each field that no toolchain here builds, with its value and what to do; none: the network is known."""
     if config.get("quantization_config") is not None:
         yield "quantization_config: it is quantized already; take the checkpoint that this was made from"
     yield from _rope(config, shape)

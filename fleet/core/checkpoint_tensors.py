@@ -60,7 +60,7 @@ class _Compared:
 
 
 def expected(shape: ModelShape, *, attention_bias: bool = False, head_bias: bool = False) -> dict[str, Shape]:
-    """Every tensor of the network, by name; the biases are PhiMoE's, where its configuration says so."""
+    """Return every tensor of the network, by name; the biases are PhiMoE's, where its configuration says so."""
     found: dict[str, Shape] = {"model.embed_tokens.weight": (shape.vocabulary_size, shape.hidden)}
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
@@ -71,7 +71,10 @@ def expected(shape: ModelShape, *, attention_bias: bool = False, head_bias: bool
 
 
 def read(found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, tied: bool) -> Reading:
-    """How ``found``, as stored, is to be read as ``wanted``; its problems are sentences, each with what to do."""
+    """Return how ``found``, as stored, is to be read as ``wanted``.
+
+    Its problems are sentences, each with what to do.
+    """
     stored = {name: size for name, size in found.items() if not _COMPUTED.search(name)}
     foreign = _foreign(stored)
     if foreign:

@@ -158,7 +158,7 @@ def due_at(deployment: Deployment) -> datetime | None:
 
 
 def decide(deployment: Deployment, event: Event) -> Deployment:
-    """The deployment after the event.
+    """Return the deployment after the event.
 
     Raises:
         TransitionError: the table does not allow it; nothing has changed.

@@ -113,13 +113,13 @@ class GroupEvidence:
     first_failed: int = 0
 
     def with_pair(self, before: Figures, after: Figures, gate: Gate) -> Self:
-        """The same with one more device."""
+        """Return the same with one more device."""
         compared = compare(before, after, gate)
         signs = {metric: self.signs.get(metric, Signs()) + compared.get(metric, Signs()) for metric in Metric}
         return type(self)(MappingProxyType(signs), self.ended, self.failed, self.first_failed)
 
     def with_outcomes(self, failed: Iterable[bool], gate: Gate) -> Self:
-        """The same with deployments that have ended, in the order in which they did."""
+        """Return the same with deployments that have ended, in the order in which they did."""
         outcomes = list(failed)
         left = max(0, gate.cap_of - self.ended)
         return type(self)(
@@ -160,7 +160,7 @@ class Verdict:
 
 
 def compare(before: Figures, after: Figures, gate: Gate) -> dict[Metric, Signs]:
-    """One device's comparisons; without those that have too few requests, or no figure, on a side."""
+    """Return one device's comparisons; without those that have too few requests, or no figure, on a side."""
     if min(before.requests, after.requests) < gate.min_requests:
         return {}
     found: dict[Metric, Signs] = {}
@@ -180,7 +180,7 @@ def compare(before: Figures, after: Figures, gate: Gate) -> dict[Metric, Signs]:
 
 
 def judge(evidence: Mapping[str, GroupEvidence], gate: Gate) -> Verdict:
-    """Whether to stop on what is known now; ``evidence`` by the name of each group."""
+    """Return whether to stop on what is known now; ``evidence`` by the name of each group."""
     groups = max(1, len(evidence))
     findings = [finding for name, group in evidence.items() for finding in _findings(name, group, gate, groups)]
     return Verdict(tuple(sorted(findings, key=lambda finding: (not finding.stops, -finding.e / finding.bound))))
@@ -206,13 +206,16 @@ def failure_e_value(failed: int, ended: int, healthy_share: float) -> float:
 
 
 def bound(metric: Metric | None, gate: Gate, groups: int) -> float:
-    """What e must reach; ``metric`` None: deployments, which have a twentieth of alpha, and the metrics the rest."""
+    """Return what e must reach.
+
+    ``metric`` None: deployments, which have a twentieth of alpha, and the metrics the rest.
+    """
     part = 0.05 if metric is None else 0.95 * _PARTS[metric]
     return groups / (gate.alpha * part)
 
 
 def detectable(devices: int, gate: Gate, groups: int = 1, noise: float = 0.05) -> float | None:
-    """The smallest slowdown per token, such as 0.2 for 20%, that nine waves in ten of so many devices find.
+    """Return the smallest slowdown per token, such as 0.2 for 20%, that nine waves in ten of so many devices find.
 
     ``noise`` is the spread of a figure on one side, as a share of it. None: such a wave finds none that is tried.
     """

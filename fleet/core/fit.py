@@ -14,7 +14,10 @@ _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
 def incompatibilities(manifest: Manifest, profile: DeviceProfile, facts: Facts | None) -> tuple[str, ...]:
-    """Each reason why the artifact should not go to such a device; none: it fits. Without facts the profile decides."""
+    """Return each reason why the artifact should not go to such a device; none: it fits.
+
+    Without facts the profile decides.
+    """
     reasons = [*_profile_misfits(manifest, profile)]
     if facts is not None:
         reasons += _fact_misfits(manifest, profile, facts)
@@ -49,7 +52,7 @@ def gate_incompatibilities(manifest: Manifest, profile: DeviceProfile) -> tuple[
 
 
 def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
-    """What the profile has not: the accelerator, the recipe, the memory, the disk."""
+    """Yield what the profile has not: the accelerator, the recipe, the memory, the disk."""
     if manifest.target is not Target.CPU and manifest.target not in profile.accelerators:
         there = ", ".join(["cpu", *profile.accelerators])
         yield f"it was built for {manifest.target}, and profile {profile.name} has {there}"

@@ -34,23 +34,23 @@ class ControllerPulse:
 
 
 def age_s(at: datetime | None, now: datetime) -> float | None:
-    """Seconds since; never negative, as clocks of two machines differ."""
+    """Return the seconds since; never negative, as clocks of two machines differ."""
     return None if at is None else max(0.0, (now - at).total_seconds())
 
 
 def is_stale(at: datetime | None, interval_s: float | None, now: datetime) -> bool:
-    """Whether what came at ``at`` has missed its intervals; also where it never came."""
+    """Return whether what came at ``at`` has missed its intervals; also where it never came."""
     age = age_s(at, now)
     return age is None or age > STALE_INTERVALS * (interval_s or DEFAULT_INTERVAL_S)
 
 
 def is_running(pulse: ControllerPulse, now: datetime) -> bool:
-    """Whether the controller can be taken to run now."""
+    """Return whether the controller can be taken to run now."""
     return not pulse.stopped and not is_stale(pulse.seen_at, pulse.interval_s, now)
 
 
 def presence(online: bool, received_at: datetime | None, pulses: Iterable[ControllerPulse], now: datetime) -> Presence:
-    """What is known of a device's connection.
+    """Return what is known of a device's connection.
 
     Presence is retained at the broker, and its will is the broker's: it holds as long as a controller is connected
     to the broker that it was received from. A record from before that connection says nothing about now.
@@ -65,7 +65,7 @@ def presence(online: bool, received_at: datetime | None, pulses: Iterable[Contro
 
 
 def next_interval_s(before: float | None, gap_s: float) -> float:
-    """How far apart reports come, from the last gap.
+    """Return how far apart reports come, from the last gap.
 
     A device that was away for an hour does not report once an hour: an interval grows by doubling at most.
     """

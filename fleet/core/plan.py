@@ -48,12 +48,12 @@ class Candidate:
 
 
 def candidates(shape: ModelShape, profile: DeviceProfile, resolve: Resolve | None = None) -> tuple[Candidate, ...]:
-    """Every recipe of the profile, judged, in its order of preference. Nothing is built or read."""
+    """Return every recipe of the profile, judged, in its order of preference. Nothing is built or read."""
     return tuple(judge(shape, profile, recipe, resolve) for recipe in profile.recipes)
 
 
 def judge(shape: ModelShape, profile: DeviceProfile, recipe: Recipe, resolve: Resolve | None = None) -> Candidate:
-    """One recipe, which need not be of the profile's own."""
+    """Return one recipe, which need not be of the profile's own."""
     context = min(profile.context, shape.max_context)
     options, wrong = _resolved(recipe, resolve)
     # Of options that are refused there is no size: that of the defaults is shown.
@@ -72,7 +72,7 @@ def judge(shape: ModelShape, profile: DeviceProfile, recipe: Recipe, resolve: Re
 
 
 def first_legal(found: tuple[Candidate, ...]) -> Candidate:
-    """The one to build.
+    """Return the one to build.
 
     Raises:
         ProfileError: all are refused; says why of each.
@@ -87,7 +87,7 @@ def first_legal(found: tuple[Candidate, ...]) -> Candidate:
 
 
 def describe(recipe: Recipe) -> str:
-    """Such as ``openvino int4 npu (symmetric=True)``."""
+    """Return text such as ``openvino int4 npu (symmetric=True)``."""
     options = ", ".join(f"{name}={value}" for name, value in recipe.options.items())
     return f"{recipe.toolchain} {recipe.precision} {recipe.target}" + (f" ({options})" if options else "")
 
@@ -114,7 +114,7 @@ def as_json(candidate: Candidate) -> dict[str, Any]:
 def choose_recipes(
     profile: DeviceProfile, toolchain: str | None = None, precision: str | None = None, target: str | None = None
 ) -> list[Recipe]:
-    """The profile's recipes that match what is named, in its order of preference; None matches all.
+    """Return the profile's recipes that match what is named, in its order of preference; None matches all.
 
     Raises:
         ProfileError: none matches; lists what the profile has.
@@ -131,7 +131,9 @@ def choose_recipes(
 
 
 def recipe_number(profile: DeviceProfile, number: int) -> Recipe:
-    """The profile's recipe with this number, from 1 in its order of preference: for those that differ in options only.
+    """Return the profile's recipe with this number, from 1 in its order of preference.
+
+    It tells recipes apart that differ in options only.
 
     Raises:
         ProfileError: there are fewer; lists them.

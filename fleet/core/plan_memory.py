@@ -62,7 +62,7 @@ def kv_element_bytes(recipe: Recipe) -> int:
 
 
 def memory_need(shape: ModelShape, recipe: Recipe, size: int, context: int) -> MemoryNeed:
-    """What loading an artifact of ``size`` bytes takes, for a context of up to ``context`` tokens."""
+    """Return what loading an artifact of ``size`` bytes takes, for a context of up to ``context`` tokens."""
     runtime = RUNTIMES[recipe.toolchain]
     piece = runtime.prompt_piece
     if piece > 1 and shape.longrope and context > shape.original_context:

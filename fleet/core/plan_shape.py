@@ -46,7 +46,7 @@ class ModelFile(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], origin: str) -> Self:
-        """The fields in ``values``; ``origin`` is the file's name, for messages.
+        """Return the fields in ``values``; ``origin`` is the file's name, for messages.
 
         Raises:
             ModelError: a field is missing or wrong; names file and field, and what stood there.
@@ -129,7 +129,7 @@ class Vocabulary:
 
     @classmethod
     def guess(cls, size: int) -> Vocabulary:
-        """A byte-level BPE of ``size`` tokens: seven bytes a token, and a merge for nearly each."""
+        """Return a byte-level BPE of ``size`` tokens: seven bytes a token, and a merge for nearly each."""
         return cls(text_bytes=7 * size, merges=size, merge_bytes=9 * size, file_bytes=72 * size)
 
 
@@ -189,7 +189,7 @@ class ModelShape:
         return None if self.tied else Matrix("output", self.vocabulary_size, self.hidden)
 
     def linears(self) -> Iterator[Matrix]:
-        """Every matrix of every layer, q, k, v and gate, up fused where the architecture has them so."""
+        """Yield every matrix of every layer, q, k, v and gate, up fused where the architecture has them so."""
         for layer in range(self.layers):
             yield from self._layer(layer)
 
@@ -212,7 +212,9 @@ class ModelShape:
             yield Matrix("ffn_down", hidden, inner, layer=layer)
 
     def misfit(self, group: int, offered: Iterable[int] = ()) -> str | None:
-        """What is wrong with groups of so many weights, and what of ``offered`` fits; None where all rows divide.
+        """Return what is wrong with groups of so many weights, and what of ``offered`` fits.
+
+        None where all rows divide.
 
         A group of -1 is a whole row.
         """
@@ -249,7 +251,7 @@ class ModelShape:
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """The first that config.json names, or a few words on what is there instead."""
+    """Return the first that config.json names, or a few words on what is there instead."""
     match config.get("architectures"):
         case [str(first), *_]:
             return first
@@ -262,7 +264,9 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 def shape_of(
     config: Mapping[str, Any], *, name: str, origin: str = "config.json", vocabulary: Vocabulary | None = None
 ) -> ModelShape:
-    """The shape in a config.json, of the hub's spelling or of transformers 5's; ``origin`` is the file, for messages.
+    """Return the shape in a config.json, of the hub's spelling or of transformers 5's.
+
+    ``origin`` is the file, for messages.
 
     Raises:
         ModelError: the architecture is no Phi that has a planner, or a size is missing or wrong.

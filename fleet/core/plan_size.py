@@ -20,7 +20,7 @@ _SMALL_FILES = 8_000
 
 
 def predicted_bytes(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any] | None = None) -> int:
-    """Bytes of all the artifact's files. ``options`` are the toolchain's; else the recipe's and defaults."""
+    """Return the bytes of all the artifact's files. ``options`` are the toolchain's; else the recipe's and defaults."""
     given = {**recipe.options, **(options or {})}
     return {
         Toolchain.LLAMACPP: _gguf,
@@ -42,7 +42,7 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_order(table: Mapping[str, Any] | Iterable[Sequence[Any]] | None) -> Iterable[Sequence[Any]]:
-    """The pairs of an option that is a table, also as it was ``recorded``."""
+    """Return the pairs of an option that is a table, also as it was ``recorded``."""
     return table.items() if isinstance(table, Mapping) else table or ()
 
 
@@ -62,12 +62,12 @@ _BASE = {"Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K"}
 
 
 def block_of(kind: str) -> int:
-    """Weights that a block of this type has: rows are whole blocks."""
+    """Return weights that a block of this type has: rows are whole blocks."""
     return _GGML[kind][1]
 
 
 def ggml_type(matrix: Matrix, shape: ModelShape, kind: str, options: Mapping[str, Any]) -> str:
-    """The type llama.cpp gives a tensor in a file of type ``kind`` (llama-quant.cpp, llama_tensor_get_type)."""
+    """Return the type llama.cpp gives a tensor in a file of type ``kind`` (llama-quant.cpp, llama_tensor_get_type)."""
     override = _override(matrix, shape, options)
     wanted = override or _ggml_wanted(matrix, shape, kind, calibrated=bool(options.get("calibration")))
     return _FALLBACK[wanted] if wanted in _FALLBACK and matrix.columns % 256 else wanted
@@ -229,7 +229,7 @@ def _openvino_adapters(matrix: Matrix) -> int:
 
 
 def _openvino_int8(matrix: Matrix, options: Mapping[str, Any]) -> int:
-    """One scale of FP16 for a row, and a zero point of a byte unless symmetric."""
+    """Return one scale of FP16 for a row, and a zero point of a byte unless symmetric."""
     zero = 0 if options.get("symmetric", False) else 1
     return (matrix.columns + 2 + zero) * matrix.rows * matrix.count
 
@@ -257,7 +257,7 @@ def _mlx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
 
 
 def _mlx_bytes(matrix: Matrix, shape: ModelShape, recipe: Recipe, options: Mapping[str, Any], group: int) -> float:
-    """A scale and a bias of FP16 for each group."""
+    """Return a scale and a bias of FP16 for each group."""
     named = next((bits for part, bits in in_order(options.get("bits_of")) if part in _mlx_name(matrix)), None)
     bits = 8 if recipe.precision is Precision.INT8 else named or _mlx_bits(matrix, shape, options.get("mixed"))
     return matrix.weights * (bits / 8 + 4 / group)

@@ -15,7 +15,7 @@ from fleet.errors import ProfileError
 
 
 def parse_profile(text: str, name: str) -> DeviceProfile:
-    """The profile in ``text``; ``name`` is the file's, for messages.
+    """Return the profile in ``text``; ``name`` is the file's, for messages.
 
     Raises:
         ProfileError: not TOML, or a field is missing, unknown or wrong; names file, field and what is allowed.
@@ -32,7 +32,7 @@ def parse_profile(text: str, name: str) -> DeviceProfile:
 
 
 def unknown_profile(name: str, known: Iterable[str]) -> ProfileError:
-    """The error for a name that no profile has: near matches first, then all names."""
+    """Return the error for a name that no profile has: near matches first, then all names."""
     names = sorted(known)
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     near += [other for other in names if name and name.lower() in other and other not in near]

@@ -15,5 +15,5 @@ class RetryPolicy:
     most_s: float = 300.0
 
     def wait_s(self, failures: int) -> float:
-        """How long to wait after so many failures in a row, of which there is at least one."""
+        """Return how long to wait after so many failures in a row, of which there is at least one."""
         return min(self.most_s, self.first_s * 2.0 ** min(max(failures - 1, 0), _MOST_DOUBLINGS))

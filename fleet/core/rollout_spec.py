@@ -32,7 +32,7 @@ class Wave(Frozen):
         return self
 
     def take(self, all_devices: int) -> int | None:
-        """How many devices it is to have at most; None where its selector says which."""
+        """Return how many devices it is to have at most; None where its selector says which."""
         if self.devices is not None:
             return self.devices
         return max(1, round(all_devices * self.percent / 100)) if self.percent is not None else None

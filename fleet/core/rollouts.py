@@ -211,12 +211,12 @@ _PAST: Mapping[type[Event], str] = MappingProxyType(
 
 
 def plan(rollout_id: str, spec: RolloutSpec, at: datetime) -> Rollout:
-    """A new rollout, not started."""
+    """Return a new rollout, not started."""
     return Rollout(id=rollout_id, spec=spec, entered_at=at)
 
 
 def decide(rollout: Rollout, event: Event, at: datetime) -> tuple[Rollout, tuple[Effect, ...]]:
-    """The rollout after the event, and what is to be done.
+    """Return the rollout after the event, and what is to be done.
 
     Raises:
         TransitionError: the event cannot come in this state.
@@ -235,7 +235,7 @@ def decide(rollout: Rollout, event: Event, at: datetime) -> tuple[Rollout, tuple
 
 
 def edges() -> Iterable[tuple[State, Case, State]]:
-    """Every transition that there is, without those that change nothing."""
+    """Return every transition that there is, without those that change nothing."""
     for case, cells in TABLE.items():
         for state, following in cells.items():
             if case is not Case.NOTHING:

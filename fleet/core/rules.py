@@ -34,11 +34,11 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def option(self, name: str, default: Any) -> Any:
-        """An option of the recipe, or the toolchain's default."""
+        """Return an option of the recipe, or the toolchain's default."""
         return self.options.get(name, self.recipe.options.get(name, default))
 
     def is_(self, toolchain: Toolchain, *targets: Target) -> bool:
-        """Whether the recipe is this toolchain's, for one of these targets if any are named."""
+        """Return whether the recipe is this toolchain's, for one of these targets if any are named."""
         return self.recipe.toolchain is toolchain and (not targets or self.recipe.target in targets)
 
 
@@ -62,7 +62,7 @@ class Rule:
 
 
 def refusals(case: Case) -> tuple[Refusal, ...]:
-    """Every rule that refuses the case, in the table's order; none: it is legal."""
+    """Return every rule that refuses the case, in the table's order; none: it is legal."""
     found = ((rule, rule.check(case)) for rule in RULES)
     return tuple(Refusal(rule.name, reason, rule.source) for rule, reason in found if reason)
 

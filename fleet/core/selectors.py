@@ -139,7 +139,7 @@ def parse(text: str) -> Selector:
 
 
 def unparse(selector: Selector) -> str:
-    """The selector as text, which reads back as the same."""
+    """Return the selector as text, which reads back as the same."""
     match selector:
         case Compare(attribute, operator, value):
             return f"{attribute}{operator}{_quoted(value)}"
@@ -156,7 +156,7 @@ def unparse(selector: Selector) -> str:
 
 
 def attributes(selector: Selector) -> frozenset[str]:
-    """What it reads: a device has to be looked at again only when one of these changes."""
+    """Return what it reads: a device has to be looked at again only when one of these changes."""
     match selector:
         case Compare(attribute) | In(attribute) | Has(attribute):
             return frozenset({attribute})
@@ -167,7 +167,7 @@ def attributes(selector: Selector) -> frozenset[str]:
 
 
 def matches(selector: Selector, facts: Facts) -> bool:
-    """Whether a device is meant."""
+    """Return whether a device is meant."""
     match selector:
         case Compare(attribute, operator, value):
             return _compare(attribute, operator, value, facts.get(attribute))
@@ -185,7 +185,7 @@ def matches(selector: Selector, facts: Facts) -> bool:
 
 
 def kind_of(attribute: str) -> Kind:
-    """How its values are compared; labels are text."""
+    """Return how its values are compared; labels are text."""
     return ATTRIBUTES.get(attribute, Kind.TEXT)
 
 
@@ -215,7 +215,7 @@ def _glob(value: str) -> str:
 
 
 def _ordered(attribute: str, value: str | float) -> tuple[float, ...] | None:
-    """What values are ordered by; None for what is no number or version."""
+    """Return what values are ordered by; None for what is no number or version."""
     if kind_of(attribute) is Kind.NUMBER:
         try:
             return (float(value),)

@@ -56,7 +56,7 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """Every cell, variant by variant."""
+    """Yield every cell, variant by variant."""
     for variant in VARIANTS:
         for toolchain in Toolchain:
             for target in (*BUILDS[toolchain], *_ASKED.get(toolchain, ())):
@@ -65,7 +65,7 @@ def cells() -> Iterator[Cell]:
 
 
 def cell(variant: Variant, toolchain: Toolchain, precision: Precision, target: Target) -> Cell:
-    """One cell: legal at the longest of the lengths at which models change, or refused by the first rule."""
+    """Return one cell: legal at the longest of the lengths at which models change, or refused by the first rule."""
     recipe = Recipe(toolchain=toolchain, precision=precision, target=target)
     shape = variant.shape
     lengths = {shape.max_context, min(shape.max_context, shape.original_context), shape.sliding_window or 0}

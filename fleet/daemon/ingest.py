@@ -140,7 +140,7 @@ class Ingest:
         self._health[device] = received
 
     def _take(self, most: int) -> tuple[list[Received], list[Callable[[], None]]]:
-        """What is to be written next, in the order in which it came, and whom to tell when it was."""
+        """Return what is to be written next, in the order in which it came, and whom to tell when it was."""
         with self._lock:
             taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
             devices = [device for device, _ in zip(self._health, range(most - len(taken)), strict=False)]

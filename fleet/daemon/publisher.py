@@ -100,7 +100,7 @@ class Publisher:
         return bool(taken)
 
     def _wait(self, claim: Claim) -> timedelta:
-        """A broker that is away says nothing about this publication: then all wait for it, and none for longer."""
+        """Return how long to wait; while the broker is away, nothing was said about this publication in particular."""
         return timedelta(seconds=self._policy.wait_s(claim.attempts + 1) if self._link.connected else 0.0)
 
     async def _publish(self, claim: Claim) -> str | None:

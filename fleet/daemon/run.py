@@ -92,7 +92,10 @@ def _upgrade(settings: FleetSettings) -> None:
 
 
 def link_settings(settings: FleetSettings, role: str) -> LinkSettings:
-    """How the controller connects. Each process is a client of its own: a second one must not push the first out."""
+    """Return how the controller connects.
+
+    Each process is a client of its own: a second one must not push the first out.
+    """
     return LinkSettings(
         url=settings.broker_url,
         client_id=f"phifleet-{role}-{secrets.token_hex(4)}",

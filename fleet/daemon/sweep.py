@@ -94,7 +94,7 @@ class Sweep:
             _log.warning("orders at the broker differ from the table, publishing again", devices=wrong)
 
     async def _read(self, devices: Sequence[str]) -> tuple[int, int]:
-        """How many messages there were, and how many devices whose retained order is not the table's."""
+        """Return how many messages there were, and how many devices whose retained order is not the table's."""
         expected = await asyncio.to_thread(self._registry.outbox.expected, devices, self._clock())
         ordered = [device for device, order in expected.items() if order is not None]
         names = [topic(device) for device in devices for topic in _REPORTS]

@@ -70,7 +70,7 @@ class EmbeddedBroker:
         return self._broker is not None and bool(self._broker.is_running)
 
     def start(self, timeout_s: float = 10.0) -> Self:
-        """Blocks until it accepts connections.
+        """Block until it accepts connections.
 
         Raises:
             fleet.errors.BrokerError: the port is in use, the package is missing, or it did not come up.

@@ -72,7 +72,7 @@ class MetadataSource(Protocol):
     """What the server needs of ``fleet.trust``: a name is looked up in a list, never joined to a path unchecked."""
 
     def read(self, name: str) -> bytes | None:
-        """The bytes, or None where there is no such file."""
+        """Return the bytes, or None where there is no such file."""
         ...
 
 
@@ -149,7 +149,7 @@ class MetadataServer:
 
 
 def segment_of(want: MetadataWant, data: bytes | None) -> tuple[MetadataAnswer, bytes]:
-    """The answer to a request, and its payload: always as much as fits, so that a short segment is a fault."""
+    """Return the answer to a request, and its payload: always as much as fits, so that a short segment is a fault."""
     if data is None:
         return MetadataAnswer(status=MetadataStatus.NOT_FOUND, name=want.name, offset=want.offset), b""
     answer = MetadataAnswer(status=MetadataStatus.OK, name=want.name, offset=want.offset, total=len(data))

@@ -36,7 +36,7 @@ class Outcome:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """The object of ``phifleet demo --json``."""
+        """Return the object of ``phifleet demo --json``."""
         progress, health = self.reported.progress, self.health
         return {
             "answer": self.answer,

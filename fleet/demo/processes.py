@@ -52,7 +52,7 @@ class Process:
             raise ProcessEndedError(f"the {self.name} ended with {code}; its last words:\n{self.tail()}")
 
     def tail(self) -> str:
-        """The last lines of its log."""
+        """Return the last lines of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
 
@@ -77,7 +77,7 @@ def running(process: Process) -> Iterator[Process]:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody has now."""
+    """Return a TCP port of loopback that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -85,7 +85,7 @@ def free_port() -> int:
 
 
 def port_is_free(port: int) -> bool:
-    """Whether loopback's TCP port can be listened on."""
+    """Return whether loopback's TCP port can be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

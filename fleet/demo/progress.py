@@ -29,7 +29,7 @@ class DemoProgress(Protocol):
         ...
 
     def step(self, title: str) -> AbstractContextManager[Step]:
-        """The next step, until the block ends."""
+        """Return the next step, until the block ends."""
         ...
 
     def outcome(self, outcome: Outcome) -> None:

@@ -188,7 +188,7 @@ class _Demo:
 
 
 def _profile(options: DemoOptions) -> DeviceProfile:
-    """The x86 IoT box, or an AI PC where the precision is not for IoT; the recipe is the one asked for."""
+    """Return the x86 IoT box, or an AI PC where the precision is not for IoT; the recipe is the one asked for."""
     # The gate would ask for a measured loss, which takes longer than the rest of the demo together.
     profile = load_profile(PROFILE).model_copy(update={"quality": QualityGate()})
     toolchain = options.toolchain or installed_toolchain()
@@ -209,7 +209,9 @@ def _profile(options: DemoOptions) -> DeviceProfile:
 
 
 def installed_toolchain() -> Toolchain:
-    """The recommended format where its toolchain is installed; else MLX, which needs neither PyTorch nor a compiler.
+    """Return the recommended format where its toolchain is installed.
+
+    Else MLX, which needs neither PyTorch nor a compiler.
 
     Raises:
         UsageError: neither is installed.

@@ -56,7 +56,7 @@ class Slow:
     share: float
 
     def holds(self, artifact: str, profile: str) -> bool:
-        """Whether it concerns a device of this profile on this artifact."""
+        """Return whether it concerns a device of this profile on this artifact."""
         return artifact.startswith(self.artifact) and self.profile in ("*", profile)
 
 
@@ -115,7 +115,7 @@ class SimulatedDevice:
         self.next_step_s = now_s
 
     def step(self, at: datetime, now_s: float) -> list[DeviceMessage]:
-        """The next state on the way of its order, if it is time."""
+        """Return the next state on the way of its order, if it is time."""
         if self._order is None or self.next_step_s is None or now_s < self.next_step_s:
             return []
         behaviour = self._behaviour

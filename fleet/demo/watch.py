@@ -39,22 +39,22 @@ class Watch:
             process.check()
 
     def online(self) -> bool:
-        """The device's agent is connected."""
+        """Return whether the device's agent is connected."""
         return self._row().online
 
     def reported(self) -> Reported:
-        """The device's last report; an idle one before there is any."""
+        """Return the device's last report; an idle one before there is any."""
         found = self._row().reported
         return Reported.model_validate(found or {"device": self._device, "state": "idle", "at": "1970-01-01T00:00:00Z"})
 
     def health(self) -> HealthReport | None:
-        """The device's last health report that has figures in it."""
+        """Return the device's last health report that has figures in it."""
         found = self._row().health
         report = HealthReport.model_validate(found) if found else None
         return report if report is not None and report.requests and report.tpot_ms_p50 else None
 
     def judged_health(self) -> HealthReport | None:
-        """The same, once it has a verdict: a report may tell of the first requests before they were judged."""
+        """Return the same, once it has a verdict: a report may tell of the first requests before they were judged."""
         report = self.health()
         return report if report is not None and report.verdict != "unknown" else None
 

@@ -75,7 +75,7 @@ def deploy(
 
 
 def select_devices(registry: Registry, devices: Sequence[str], profile: str | None = None) -> list[DeviceRow]:
-    """The devices that are named, and all of a profile.
+    """Return the devices that are named, and all of a profile.
 
     Raises:
         UsageError: one is not there, no device has the profile, or nothing was named.
@@ -93,7 +93,7 @@ def select_devices(registry: Registry, devices: Sequence[str], profile: str | No
 
 
 def profile_of(device: DeviceRow) -> DeviceProfile:
-    """The device's profile: as it came with phifleet, or as it was when the device was added from a file.
+    """Return the device's profile: as it came with phifleet, or as it was when the device was added from a file.
 
     Raises:
         ProfileError: the profile is no longer there.
@@ -106,7 +106,7 @@ def profile_of(device: DeviceRow) -> DeviceProfile:
 def follow(
     registry: Registry, deployments: Sequence[str], timeout_s: float | None = None
 ) -> Iterator[list[DeploymentRow]]:
-    """The deployments as they are now, a few times a second, until all are over or the time is up.
+    """Yield the deployments as they are now, a few times a second, until all are over or the time is up.
 
     What comes last is how they ended.
     """
@@ -173,7 +173,10 @@ def make_order(
     actor: Actor,
     validity_s: float,
 ) -> Desired:
-    """The order for one device, to be signed; ``identity`` is its id, the sequence number, and the deployment's id."""
+    """Return the order for one device, to be signed.
+
+    ``identity`` is its id, the sequence number, and the deployment's id.
+    """
     device, sequence, deployment = identity
     return Desired(
         device=device,

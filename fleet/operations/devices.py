@@ -75,7 +75,7 @@ class Row:
 
 
 def read_rows(text: str, origin: str) -> list[Row]:
-    """The devices in CSV text with the columns ``device``, ``profile`` and any ``label.NAME``.
+    """Return the devices in CSV text with the columns ``device``, ``profile`` and any ``label.NAME``.
 
     Raises:
         UsageError: a column or a value is wrong; names every line that is.
@@ -176,7 +176,7 @@ def renew_bundle(
 
 
 def make_bundle(fleet: Fleet, device: str, profile: str, broker: str | None) -> Bundle:
-    """The bundle of one device: with a client certificate of the device CA where the broker speaks TLS.
+    """Return the bundle of one device: with a client certificate of the device CA where the broker speaks TLS.
 
     Raises:
         UsageError: the broker's URL or CA file cannot be used.
@@ -243,7 +243,7 @@ def revoke_device(fleet: Fleet, name: str, actor: Actor) -> Revocation:
 
 
 def only_here(broker: str) -> bool:
-    """Whether a broker's URL names this machine itself, which no other device can connect to."""
+    """Return whether a broker's URL names this machine itself, which no other device can connect to."""
     host = urlsplit(broker).hostname or ""
     try:
         return ip_address(host).is_loopback

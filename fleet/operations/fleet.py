@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def no_fleet(home: Home) -> str:
-    """What to say of a folder that holds no fleet."""
+    """Return what to say of a folder that holds no fleet."""
     return f"{home.root} holds no fleet; `phifleet init` makes one there, and --home names another folder"
 
 

@@ -302,7 +302,10 @@ def _refs(fleet: Fleet, digests: set[str]) -> dict[str, ArtifactRef]:
 def _candidates(
     registry: Registry, spec: RolloutSpec, manifests: Sequence[Manifest]
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """The devices that are meant and do not run one of the variants yet; and those that none fits, with the reasons."""
+    """Return the devices that are meant and do not run one of the variants yet.
+
+    Those that none fits come with the reasons.
+    """
     found = registry.inventory.select(parse(spec.selector))
     digests = {manifest.digest for manifest in manifests}
     rows = {row.id: row for row in registry.devices.all()} if found else {}
@@ -323,7 +326,7 @@ def _candidates(
 def _variant(
     row: DeviceRow, manifests: Sequence[Manifest], profiles: dict[str, DeviceProfile]
 ) -> tuple[Manifest | None, str]:
-    """The first variant that fits, or why none does."""
+    """Return the first variant that fits, or why none does."""
     profile = profile_of(row) if row.profile_document else profiles.setdefault(row.profile, profile_of(row))
     reasons: list[str] = []
     for manifest in manifests:
@@ -335,7 +338,7 @@ def _variant(
 
 
 def _take(registry: Registry, wave: Wave, left: Sequence[Candidate], total: int) -> list[Candidate]:
-    """What a wave takes of the devices that are left: spread over the cohorts, so that each can be judged."""
+    """Return what a wave takes of the devices that are left: spread over the cohorts, so that each can be judged."""
     if wave.selector is not None:
         meant = {one.device for one in registry.inventory.select(parse(wave.selector))}
         return [one for one in left if one.device in meant]
@@ -348,7 +351,7 @@ def _take(registry: Registry, wave: Wave, left: Sequence[Candidate], total: int)
 
 
 def _ranked(by_cohort: Mapping[str, Sequence[Candidate]]) -> list[tuple[tuple[float, str], Candidate]]:
-    """Each device with its place, as a share of its cohort: any beginning has each cohort in proportion."""
+    """Return each device with its place, as a share of its cohort: any beginning has each cohort in proportion."""
     return [
         (((index + 0.5) / len(members), one.device), one)
         for members in by_cohort.values()

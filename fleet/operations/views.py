@@ -67,7 +67,7 @@ class FleetView:
 
 
 def fleet_view(registry: Registry, at: datetime, names: Sequence[str] = ()) -> FleetView:
-    """The devices that are named, or all, by id.
+    """Return the devices that are named, or all, by id.
 
     Raises:
         UsageError: one is not there.
@@ -84,7 +84,7 @@ def fleet_view(registry: Registry, at: datetime, names: Sequence[str] = ()) -> F
 
 
 def describe_fleet(view: FleetView) -> dict[str, Any]:
-    """What `phifleet status --json` prints."""
+    """Return what `phifleet status --json` prints."""
     return {
         "at": view.at.isoformat(),
         "controller_running": view.running,
@@ -94,7 +94,7 @@ def describe_fleet(view: FleetView) -> dict[str, Any]:
 
 
 def describe_controller(view: ControllerView) -> dict[str, Any]:
-    """A controller."""
+    """Return a controller."""
     row = view.row
     return {
         "controller": row.id,
@@ -114,7 +114,7 @@ def describe_controller(view: ControllerView) -> dict[str, Any]:
 
 
 def describe_device(view: DeviceView) -> dict[str, Any]:
-    """A device, with its newest deployment; ages are seconds, None where nothing ever came."""
+    """Return a device, with its newest deployment; ages are seconds, None where nothing ever came."""
     row, deployment = view.device, view.deployment
     return {
         "device": row.id,
@@ -139,7 +139,7 @@ def describe_device(view: DeviceView) -> dict[str, Any]:
 
 
 def describe_deployment(row: DeploymentRow) -> dict[str, Any]:
-    """One deployment."""
+    """Return one deployment."""
     failure = {"code": row.failure_code, "message": row.failure_message} if row.failure_code else None
     return {
         "deployment": row.id,
@@ -163,7 +163,7 @@ def describe_deployment(row: DeploymentRow) -> dict[str, Any]:
 
 
 def age_text(seconds: float | None) -> str:
-    """Such as ``4 s``, ``12 min``, ``3 h``, ``9 d``."""
+    """Return text such as ``4 s``, ``12 min``, ``3 h``, ``9 d``."""
     if seconds is None:
         return "-"
     for limit, unit, name in ((120, 1, "s"), (120 * 60, 60, "min"), (48 * 3600, 3600, "h")):

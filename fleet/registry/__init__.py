@@ -9,7 +9,7 @@ __all__ = ["Actor", "Database", "Received", "Recorder", "Registry", "open_regist
 
 
 def open_registry(url: str, *, create: bool = True) -> Registry:
-    """The registry behind a database URL; with ``create`` its tables are made when the database is new.
+    """Return the registry behind a database URL; with ``create`` its tables are made when the database is new.
 
     Raises:
         fleet.errors.RegistryError: it cannot be opened, has another schema version, or is new and must not be made.

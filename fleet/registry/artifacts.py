@@ -44,7 +44,7 @@ class Artifacts:
             return True
 
     def reinstate(self, digest: str, actor: Actor) -> bool:
-        """The artifact may be published again; False where it was not withdrawn."""
+        """Let the artifact be published again; False where it was not withdrawn."""
         with self._database.write() as session:
             row = session.get(WithdrawalRow, digest, with_for_update=True)
             if row is None:

@@ -28,7 +28,7 @@ class Audit:
             add_audit(session, actor, action, subject, details)
 
     def broken(self) -> list[str]:
-        """What was changed or taken out since it was written, a sentence each.
+        """Return what was changed or taken out since it was written, a sentence each.
 
         Raises:
             RegistryError: the database cannot be used.
@@ -37,7 +37,7 @@ class Audit:
             return list(broken(session))
 
     def head(self) -> tuple[int, str]:
-        """How many entries there are, and the newest one's hash.
+        """Return how many entries there are, and the newest one's hash.
 
         Raises:
             RegistryError: the database cannot be used.
@@ -47,7 +47,7 @@ class Audit:
             return row.entries, row.hash
 
     def trail(self, limit: int = 100) -> list[AuditRow]:
-        """The newest entries, newest first.
+        """Return the newest entries, newest first.
 
         Raises:
             RegistryError: the database cannot be used.

@@ -62,7 +62,7 @@ def append_audit(session: Session) -> None:
 
 
 def broken(session: Session) -> Iterator[str]:
-    """What is wrong with the chain, a sentence each; nothing where every entry is as it was written."""
+    """Yield what is wrong with the chain, a sentence each; nothing where every entry is as it was written."""
     hashed, expected = chain.EMPTY, 1
     for row in session.scalars(select(AuditRow).order_by(AuditRow.id).execution_options(yield_per=_BATCH)):
         if row.id != expected:

@@ -15,7 +15,7 @@ EMPTY = "0" * 64
 def entry_hash(
     before: str, number: int, at: datetime, who: str, action: str, subject: str, details: Mapping[str, Any] | None
 ) -> str:
-    """SHA-256 over the canonical JSON of an entry and of the hash before it, in lower case hex.
+    """Return SHA-256 over the canonical JSON of an entry and of the hash before it, in lower case hex.
 
     The same entry has the same hash on every database: times are in UTC, to the microsecond.
     """

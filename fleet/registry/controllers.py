@@ -54,6 +54,6 @@ class Controllers:
             session.execute(update(ControllerRow).where(ControllerRow.id == controller).values(**values))
 
     def all(self) -> list[ControllerRow]:
-        """Those of the last days, the one that was heard of last first."""
+        """Return those of the last days, the one that was heard of last first."""
         with self._database.read() as session:
             return list(session.scalars(select(ControllerRow).order_by(ControllerRow.seen_at.desc())))

@@ -39,7 +39,7 @@ class Database:
 
     @classmethod
     def unchecked(cls, url: str, *, create: bool = False) -> Self:
-        """A database whatever its schema is, for those who look at that or change it."""
+        """Return a database whatever its schema is, for those who look at that or change it."""
         database = cls.__new__(cls)
         database._open(url, create)
         return database
@@ -56,7 +56,7 @@ class Database:
         self._where = self.url.render_as_string(hide_password=True)
 
     def schema_state(self) -> schema.SchemaState:
-        """What the database has.
+        """Return what the database has.
 
         Raises:
             RegistryError: the database cannot be used.

@@ -76,7 +76,7 @@ class Deployments:
             return rows
 
     def get(self, deployment: str) -> DeploymentRow:
-        """One deployment by its id.
+        """Return one deployment by its id.
 
         Raises:
             UsageError: no such deployment.
@@ -88,21 +88,24 @@ class Deployments:
         return row
 
     def newest(self) -> dict[str, DeploymentRow]:
-        """Each device's newest deployment, by device id."""
+        """Return each device's newest deployment, by device id."""
         with self._database.read() as session:
             query = select(DeploymentRow).join(DeviceRow, DeviceRow.id == DeploymentRow.device)
             newest = query.where(DeploymentRow.sequence == DeviceRow.sequence)
             return {row.device: row for row in session.scalars(newest)}
 
     def history(self, device: str, limit: int = 20) -> list[DeploymentRow]:
-        """A device's deployments, newest first."""
+        """Return a device's deployments, newest first."""
         with self._database.read() as session:
             query = select(DeploymentRow).where(DeploymentRow.device == device)
             return list(session.scalars(query.order_by(DeploymentRow.sequence.desc()).limit(limit)))
 
 
 def _next_sequence(device: DeviceRow) -> int:
-    """One more than was ever recorded or reported. A report that is beyond belief moves only its device's past."""
+    """Return one more than was ever recorded or reported.
+
+    A report that is beyond belief moves only its device's past.
+    """
     reported = int((device.reported or {}).get("sequence", 0))
     believed = reported if reported - device.sequence <= MOST_LOST_ORDERS else 0
     return max(device.sequence, believed) + 1

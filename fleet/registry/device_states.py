@@ -59,7 +59,7 @@ class DeviceState:
         self.changes["malformed"] = self.malformed
 
     def take(self, leaf: str, report: Report, at: datetime, *, retained: bool) -> bool:
-        """Whether the report is newer than what is recorded; then it is what is to be recorded."""
+        """Return whether the report is newer than what is recorded; then it is what is to be recorded."""
         judged = boots.judge(self.runs, report.boot, leaf, live=not retained, at=at.timestamp())
         if judged.runs is not self.runs:
             self.runs, self.changes["runs"] = judged.runs, judged.runs.to_json()
@@ -152,7 +152,7 @@ class DeviceState:
 
 
 def load_states(session: Session, devices: Collection[str]) -> dict[str, DeviceState]:
-    """Those of the devices that are in the fleet, locked in the order of their ids."""
+    """Return those of the devices that are in the fleet, locked in the order of their ids."""
     found: dict[str, DeviceState] = {}
     for some in in_chunks(sorted(devices)):
         query = select(*_READ).where(DeviceRow.id.in_(some), DeviceRow.removed_at.is_(None)).order_by(DeviceRow.id)

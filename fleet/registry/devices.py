@@ -101,7 +101,7 @@ class Devices:
             return actor.at
 
     def get(self, device: str) -> DeviceRow:
-        """One device.
+        """Return one device.
 
         Raises:
             UsageError: no such device; names those there are.
@@ -110,13 +110,13 @@ class Devices:
             return device_row(session, device)
 
     def has(self, device: str) -> bool:
-        """Whether a device is in the fleet."""
+        """Return whether a device is in the fleet."""
         with self._database.read() as session:
             row = session.get(DeviceRow, device)
             return row is not None and row.removed_at is None
 
     def all(self, profile: str | None = None) -> list[DeviceRow]:
-        """All that were not removed, by id; with ``profile``, those of that profile."""
+        """Return all that were not removed, by id; with ``profile``, those of that profile."""
         with self._database.read() as session:
             query = select(DeviceRow).where(DeviceRow.removed_at.is_(None)).order_by(DeviceRow.id)
             return list(session.scalars(query.where(DeviceRow.profile == profile) if profile else query))
@@ -127,7 +127,7 @@ class Devices:
             return frozenset(session.scalars(select(DeviceRow.id).where(_BARRED)))
 
     def to_clear(self) -> list[str]:
-        """Those of them whose retained messages may still be at the broker."""
+        """Return those of them whose retained messages may still be at the broker."""
         with self._database.read() as session:
             return list(session.scalars(select(DeviceRow.id).where(_BARRED, DeviceRow.cleared.is_(False))))
 
@@ -149,5 +149,5 @@ class Devices:
 
 
 def facts_of(row: DeviceRow) -> Facts | None:
-    """What the device has reported about itself, or None when it has not."""
+    """Return what the device has reported about itself, or None when it has not."""
     return Facts.model_validate(row.facts) if row.facts else None

@@ -28,7 +28,7 @@ class Health:
         self._database = database
 
     def of(self, device: str, limit: int = NEWEST) -> list[HealthRow]:
-        """A device's newest reports, newest first.
+        """Return a device's newest reports, newest first.
 
         Raises:
             RegistryError: the database cannot be used.
@@ -38,7 +38,7 @@ class Health:
             return list(session.scalars(query.limit(limit)))
 
     def rollups(self, device: str, limit: int = NEWEST) -> list[HealthRollupRow]:
-        """A device's five minutes, newest first; they begin where ``KEPT`` ends.
+        """Return a device's five minutes, newest first; they begin where ``KEPT`` ends.
 
         Raises:
             RegistryError: the database cannot be used.

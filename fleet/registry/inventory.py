@@ -32,7 +32,7 @@ class Inventory:
         self._database = database
 
     def select(self, selector: Selector) -> list[Found]:
-        """The devices that are meant, by id; neither those that were removed nor those that were revoked."""
+        """Return the devices that are meant, by id; neither those that were removed nor those that were revoked."""
         query = (
             select(
                 DeviceRow.id, DeviceRow.profile, DeviceRow.labels, DeviceRow.online, DeviceRow.agent_version,
@@ -72,7 +72,7 @@ def _read(rows: Any, models: dict[str, str]) -> Iterator[Found]:
 
 
 def _narrowed(selector: Selector) -> ColumnElement[bool]:
-    """A condition that holds for every device that is meant, and for as few others as is easily said."""
+    """Return a condition that holds for every device that is meant, and for as few others as is easily said."""
     match selector:
         case Compare(attribute, "=", value) if "*" not in value:
             column = _column(attribute)

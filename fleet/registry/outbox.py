@@ -107,7 +107,7 @@ class OutboxTable:
             put_in_outbox(session, devices, at)
 
     def waiting(self) -> int:
-        """How many devices wait to be told."""
+        """Return how many devices wait to be told."""
         with self._database.read() as session:
             return session.scalar(select(func.count()).select_from(OutboxRow)) or 0
 

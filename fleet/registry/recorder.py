@@ -157,7 +157,7 @@ class Recorder:
 
 
 def _deployments(session: Session, read: Sequence[_Read]) -> dict[str, DeploymentRow]:
-    """Those that the batch reports on, locked in the order of their ids."""
+    """Return those that the batch reports on, locked in the order of their ids."""
     named = sorted({one.report.deployment for one in read if isinstance(one.report, Reported)})
     found: dict[str, DeploymentRow] = {}
     for some in in_chunks(named):

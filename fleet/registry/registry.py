@@ -36,7 +36,7 @@ class Registry:
         self.inventory = Inventory(database)
 
     def shared(self, name: str) -> str:
-        """What all controllers of this database share under a name.
+        """Return what all controllers of this database share under a name.
 
         Raises:
             RegistryError: the database cannot be used, or has no such value.

@@ -88,7 +88,7 @@ class Rollouts:
             return _row(session, rollout)
 
     def all(self, limit: int = 100) -> list[RolloutRow]:
-        """The newest first."""
+        """Return the newest first."""
         with self._database.read() as session:
             return list(session.scalars(select(RolloutRow).order_by(RolloutRow.created_at.desc()).limit(limit)))
 
@@ -120,7 +120,7 @@ class Rollouts:
             _row(session, rollout, lock=True).findings = dict(findings)
 
     def claim(self, owner: str, at: datetime) -> list[str]:
-        """Those that this controller is to move now: no other holds them."""
+        """Return those that this controller is to move now: no other holds them."""
         free = or_(RolloutRow.lease_until.is_(None), RolloutRow.lease_until <= at, RolloutRow.lease_owner == owner)
         query = select(RolloutRow).where(RolloutRow.state.in_(_ACTIVE), free).order_by(RolloutRow.created_at)
         with self._database.read() as session:
@@ -185,7 +185,7 @@ class Rollouts:
             return list(session.scalars(query.order_by(RolloutDeviceRow.wave, RolloutDeviceRow.device).limit(most)))
 
     def ordered_since(self, rollout: str, at: datetime) -> int:
-        """How many were ordered since then."""
+        """Return how many were ordered since then."""
         query = select(func.count()).select_from(RolloutDeviceRow)
         with self._database.read() as session:
             return (
@@ -323,7 +323,7 @@ class Rollouts:
 
 
 def read(row: RolloutRow) -> Rollout:
-    """The row as the pure core sees it."""
+    """Return the row as the pure core sees it."""
     return Rollout.model_validate(row.document)
 
 
@@ -377,7 +377,7 @@ def _to_figures(row: Any) -> Figures:
 
 
 def _ms(column: Any, sqlite: bool) -> Any:
-    """A moment as the milliseconds that health has."""
+    """Return a moment as the milliseconds that health has."""
     if sqlite:
         return cast(func.strftime("%s", column), Integer) * 1000
     return func.extract("epoch", column) * 1000

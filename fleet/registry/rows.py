@@ -38,7 +38,7 @@ class Actor:
 
 
 def in_chunks(values: Iterable[T], size: int = MANY) -> Iterator[list[T]]:
-    """The values, at most ``size`` at a time."""
+    """Yield the values, at most ``size`` at a time."""
     rest = iter(values)
     while chunk := list(itertools.islice(rest, size)):
         yield chunk
@@ -57,7 +57,7 @@ def device_row(session: Session, device: str, *, lock: bool = False) -> DeviceRo
 
 
 def device_rows(session: Session, devices: Sequence[str], *, lock: bool = False) -> list[DeviceRow]:
-    """The same for many, in the order named, each once. They are locked in the order of their ids.
+    """Return the same for many, in the order named, each once. They are locked in the order of their ids.
 
     Raises:
         UsageError: one is not there; names those there are.
@@ -70,7 +70,7 @@ def device_rows(session: Session, devices: Sequence[str], *, lock: bool = False)
 
 
 def orderable_rows(session: Session, devices: Sequence[str], *, lock: bool = False) -> list[DeviceRow]:
-    """The same, if none of them was revoked.
+    """Return the same, if none of them was revoked.
 
     Raises:
         UsageError: one is not there, or was revoked.
@@ -83,7 +83,7 @@ def orderable_rows(session: Session, devices: Sequence[str], *, lock: bool = Fal
 
 
 def revoked_text(revoked_at: datetime) -> str:
-    """What an operator reads of a revoked device."""
+    """Return what an operator reads of a revoked device."""
     return (
         f"revoked since {revoked_at:%Y-%m-%d %H:%M} UTC; to have it back, `phifleet device remove` it and "
         "`phifleet device add` it with a new bundle"
@@ -91,7 +91,7 @@ def revoked_text(revoked_at: datetime) -> str:
 
 
 def outstanding(session: Session, devices: Sequence[str]) -> list[DeploymentRow]:
-    """The deployments of these devices that are not over, locked in the order of their ids."""
+    """Return the deployments of these devices that are not over, locked in the order of their ids."""
     found: list[DeploymentRow] = []
     for some in in_chunks(sorted(set(devices))):
         query = select(DeploymentRow).where(DeploymentRow.device.in_(some), DeploymentRow.stage.in_(OUTSTANDING))
@@ -131,7 +131,7 @@ def _upsert(session: Session, model: type[DeclarativeBase]) -> Any:
 
 
 def to_core(row: DeploymentRow) -> core.Deployment:
-    """The row as the pure core sees it."""
+    """Return the row as the pure core sees it."""
     failure = None
     if row.failure_code:
         failure = Failure(code=FailureCode(row.failure_code), message=row.failure_message or "")

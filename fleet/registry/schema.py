@@ -35,7 +35,7 @@ class SchemaState:
 
 
 def state(connection: Connection) -> SchemaState:
-    """What the database has.
+    """Return what the database has.
 
     Raises:
         RegistryError: it was made by a phifleet before 0.1.0.
@@ -107,7 +107,7 @@ def _refusal(found: SchemaState, where: str) -> str:
 
 
 def revisions() -> list[str]:
-    """All that this phifleet knows, the oldest first."""
+    """Return all that this phifleet knows, the oldest first."""
     from alembic.script import ScriptDirectory
 
     script = ScriptDirectory.from_config(_config(None))

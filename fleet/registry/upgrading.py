@@ -62,7 +62,9 @@ def upgrade(url: str, at: datetime, revision: str = "head") -> Upgrade:
 
 
 def upgrade_own_file(url: str, at: datetime) -> Upgrade | None:
-    """What a controller does at its start: its own SQLite file is brought up to date, a server's database is not.
+    """Return what a controller does at its start.
+
+    Its own SQLite file is brought up to date, a server's database is not.
 
     Others may work with a server's database, so there an operator decides when. Returns None where nothing was done.
 

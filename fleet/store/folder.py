@@ -35,11 +35,11 @@ class FolderStore:
         return self.root / artifact
 
     def files(self, artifact: str) -> Path:
-        """The folder that a manifest's paths are relative to."""
+        """Return the folder that a manifest's paths are relative to."""
         return self.root / artifact / "files"
 
     def list(self) -> Listing:
-        """Every artifact, sorted by id.
+        """Return every artifact, sorted by id.
 
         Raises:
             StoreError: the folder cannot be read.
@@ -47,7 +47,7 @@ class FolderStore:
         return self._scan()[0]
 
     def _scan(self) -> tuple[Listing, bool]:
-        """The listing, and whether the disk answered for each of them."""
+        """Return the listing, and whether the disk answered for each of them."""
         manifests, damaged, readable = [], [], True
         for folder in self._folders():
             try:
@@ -60,7 +60,7 @@ class FolderStore:
         return Listing(tuple(manifests), tuple(damaged)), readable
 
     def get(self, artifact: str) -> Manifest | None:
-        """The manifest of the artifact with this id, or None.
+        """Return the manifest of the artifact with this id, or None.
 
         Raises:
             StoreError: it cannot be read, or a file is missing or has another length than was built.
@@ -100,7 +100,7 @@ class FolderStore:
                 raise StoreError(f"{path} is not what was built; {_again(path, manifest)}")
 
     def open(self, digest: str) -> LocalArtifact | None:
-        """A reader of the artifact with this digest, or None.
+        """Return a reader of the artifact with this digest, or None.
 
         The folder is listed when it has changed, and again for what is not found while the disk has not answered for
         every manifest.

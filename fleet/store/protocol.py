@@ -49,7 +49,7 @@ class ArtifactStore(Protocol):
     """Holds artifacts: a manifest, and the files that it describes."""
 
     def list(self) -> Listing:
-        """Every artifact, sorted by id.
+        """Return every artifact, sorted by id.
 
         Raises:
             StoreError: the store itself cannot be read.
@@ -57,7 +57,7 @@ class ArtifactStore(Protocol):
         ...
 
     def get(self, artifact: str) -> Manifest | None:
-        """The manifest of the artifact with this id, or None.
+        """Return the manifest of the artifact with this id, or None.
 
         Raises:
             StoreError: it cannot be read, or a file is missing or has another length than was built.
@@ -81,7 +81,9 @@ class ArtifactStore(Protocol):
         ...
 
     def open(self, digest: str) -> ArtifactReader | None:
-        """A reader of the artifact with this digest, or None. Cheap when called often for a digest that is not there.
+        """Return a reader of the artifact with this digest, or None.
+
+        Cheap when called often for a digest that is not there.
 
         Raises:
             StoreError: the store itself cannot be read.
@@ -90,7 +92,7 @@ class ArtifactStore(Protocol):
 
 
 def find(store: ArtifactStore, text: str) -> Manifest:
-    """The artifact whose id or digest is ``text``, or begins with it, if only one does.
+    """Return the artifact whose id or digest is ``text``, or begins with it, if only one does.
 
     Raises:
         UsageError: there is none, or there are several; names near matches.

@@ -107,7 +107,7 @@ class DeviceCA:
             write_atomic(self._folder / "ca.pem", certificate.public_bytes(Encoding.PEM))
 
     def ca_pem(self) -> str:
-        """The CA's certificate, for brokers and bundles.
+        """Return the CA's certificate, for brokers and bundles.
 
         Raises:
             RepositoryError: no CA here.
@@ -116,7 +116,7 @@ class DeviceCA:
             return self._ca()[0].public_bytes(Encoding.PEM).decode()
 
     def enrol(self, device: str, days: float = DEVICE_DAYS) -> Credentials:
-        """A new key and client certificate, CN = device id. To renew is to enrol again; the old one stays good.
+        """Return a new key and client certificate, CN = device id. To renew is to enrol again; the old one stays good.
 
         Raises:
             UsageError: the device id is not one.
@@ -228,7 +228,10 @@ class DeviceCA:
         return x509.load_pem_x509_crl((self._folder / "crl.pem").read_bytes())
 
     def _crl_lacks(self, revoked: Sequence[dict[str, str]]) -> bool:
-        """Whether a revocation was written down and the list was not: the disk refused, or the process was killed."""
+        """Return whether a revocation was written down and the list was not.
+
+        The disk refused, or the process was killed.
+        """
         listed, now = {entry.serial_number for entry in self._crl()}, self._clock().isoformat()
         return any(int(entry["serial"], 16) not in listed for entry in revoked if entry["expires"] > now)
 

@@ -61,7 +61,7 @@ class Keyring:
         return self._load().keys
 
     def create(self, role: str) -> Key:
-        """A new Ed25519 key as a PEM file of mode 0600, entered in the file; its public half."""
+        """Return a new Ed25519 key as a PEM file of mode 0600, entered in the file; its public half."""
         signer = CryptoSigner.generate_ed25519()
         key = signer.public_key
         path = self._folder / f"{role}-{key.keyid[:12]}.pem"

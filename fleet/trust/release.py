@@ -45,7 +45,7 @@ class Expiry(BaseModel):
     timestamp: float = Field(default=7.0, gt=0)
 
     def of(self, role: str) -> timedelta:
-        """How long a signature of ``role`` holds."""
+        """Return how long a signature of ``role`` holds."""
         return timedelta(days=getattr(self, role))
 
 
@@ -103,7 +103,7 @@ class Release:
         write_atomic(self._config, expiry.model_dump_json(indent=2).encode())
 
     def newest_root(self) -> int:
-        """Version, 0 without one.
+        """Return version, 0 without one.
 
         Raises:
             OSError: the folder is there and cannot be read.
@@ -115,7 +115,7 @@ class Release:
         return max((int(name.split(".")[0]) for name in names if _ROOT.fullmatch(name)), default=0)
 
     def load(self) -> Signatures:
-        """The release that devices see now; needs no lock, as what it refers to never changes.
+        """Return the release that devices see now; needs no lock, as what it refers to never changes.
 
         Raises:
             RepositoryError: no repository here, or a file is missing or damaged.
@@ -139,7 +139,7 @@ class Release:
         return (self.metadata / name).read_bytes()
 
     def director(self, targets: Targets) -> DirectorKeys:
-        """The director's keys that devices accept now.
+        """Return the director's keys that devices accept now.
 
         Raises:
             RepositoryError: the file is missing or damaged.
@@ -214,7 +214,7 @@ class Release:
             signed.unrecognized_fields[ISSUED_AT_FIELD] = now.isoformat()
 
     def signers(self, role: str, keyids: Iterable[str], threshold: int) -> list[Signer]:
-        """All signers that can be opened.
+        """Return all signers that can be opened.
 
         Raises:
             RepositoryError: fewer than ``threshold``; says why of each that could not be opened.

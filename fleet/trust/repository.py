@@ -132,7 +132,7 @@ class Repository:
             return state.targets.signed.version
 
     def withdraw(self, digest: str) -> bool:
-        """No device will take this artifact any more; False if it was not published."""
+        """Return no device will take this artifact any more; False if it was not published."""
         with self._writing() as state:
             if state.targets.signed.targets.pop(manifest_target(digest), None) is None:
                 return False
@@ -224,7 +224,7 @@ class Repository:
         self._files.write_root(signed.signed, data)
 
     def root_bytes(self) -> bytes:
-        """The newest root: what a bundle embeds.
+        """Return the newest root: what a bundle embeds.
 
         Raises:
             RepositoryError: no repository here.
@@ -237,7 +237,7 @@ class Repository:
         return data
 
     def read(self, name: str) -> bytes | None:
-        """A file that devices may have, or None; any other name is None without a look at the disk."""
+        """Return a file that devices may have, or None; any other name is None without a look at the disk."""
         match = _SERVED.fullmatch(name)
         if match is None:
             return None
@@ -247,7 +247,7 @@ class Repository:
         return None
 
     def sign_desired(self, desired: Desired) -> bytes:
-        """A ``SignedDesired``: DSSE over the order, by as many director keys as the threshold asks for.
+        """Return a ``SignedDesired``: DSSE over the order, by as many director keys as the threshold asks for.
 
         Raises:
             RepositoryError: the repository cannot be read, or too few director keys can be opened.
@@ -262,7 +262,7 @@ class Repository:
         return canonical_json(envelope.to_dict())
 
     def status(self) -> tuple[RoleStatus, ...]:
-        """Versions, expiries and keys of every role.
+        """Return versions, expiries and keys of every role.
 
         Raises:
             RepositoryError: no repository here, or it cannot be read.

@@ -23,7 +23,7 @@ class WholeAnswer(Protocol):
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """The body."""
+        """Return the body."""
         ...
 
 
@@ -31,7 +31,7 @@ class StreamedAnswer(Protocol):
     """Gives the bytes to send for each event."""
 
     def add(self, index: int, event: GenerationEvent) -> bytes:
-        """What one event of sequence ``index`` makes; may be nothing."""
+        """Return what one event of sequence ``index`` makes; may be nothing."""
         ...
 
     def finish(self) -> bytes:
@@ -39,7 +39,7 @@ class StreamedAnswer(Protocol):
         ...
 
     def fail(self, error: ApiError) -> bytes:
-        """The last bytes of a stream that breaks off."""
+        """Return the last bytes of a stream that breaks off."""
         ...
 
 
@@ -65,7 +65,9 @@ async def reply_whole(
 async def reply_stream(
     request: web.Request, requests: Sequence[GenerationRequest], digest: str, prompt_param: str, answer: StreamedAnswer
 ) -> web.StreamResponse:
-    """The same as a stream. A failure before its first bytes keeps its status; a later one is sent by ``answer.fail``.
+    """Return the same as a stream.
+
+    A failure before its first bytes keeps its status; a later one is sent by ``answer.fail``.
 
     Raises:
         ConnectionError: the client is gone.

@@ -93,7 +93,7 @@ class _Holder:
 
 
 def is_open(path: str) -> bool:
-    """Whether a path is served without a key."""
+    """Return whether a path is served without a key."""
     return path in _OPEN or path.startswith(_OPEN_PREFIX)
 
 
@@ -127,7 +127,7 @@ class Cors:
         self._origins = frozenset(origins)
 
     def check(self, request: web.Request) -> str | None:
-        """The origin to allow, or None where the request comes from no foreign page.
+        """Return the origin to allow, or None where the request comes from no foreign page.
 
         Raises:
             ApiError: 403, a page of another origin asks.
@@ -142,7 +142,7 @@ class Cors:
         raise ApiError(403, f"the origin {origin[:128]!r} may not call this endpoint", code="origin_refused")
 
     def preflight(self, origin: str, wanted: str) -> web.Response:
-        """The answer to a browser that asks first; ``wanted`` are the headers that its page adds.
+        """Return the answer to a browser that asks first; ``wanted`` are the headers that its page adds.
 
         An origin that may call may add what it likes: clients name their version and platform in headers of their own.
         """

@@ -26,7 +26,7 @@ class ApiKey:
     concurrent: int | None = None
 
     def digest(self) -> bytes:
-        """SHA-256 of the key.
+        """Return SHA-256 of the key.
 
         Raises:
             ConfigError: it is empty, or ``sha256:`` is not followed by 64 hex digits.

@@ -28,7 +28,7 @@ class ConnectionGuard:
         self._open: set[GuardedConnection] = set()
 
     def opened(self, connection: GuardedConnection) -> bool:
-        """Whether it may stay."""
+        """Return whether it may stay."""
         if len(self._open) >= self.limits.connections and not self._evict():
             self._metrics.refused("limit")
             return False

@@ -88,7 +88,7 @@ def call(request: web.Request, prompt_param: str) -> Call:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body, which must be JSON by its Content-Type.
+    """Return the whole body, which must be JSON by its Content-Type.
 
     Raises:
         ApiError: 413 too large, 408 too slow, 415 not JSON or compressed, 429 too many at once.
@@ -122,7 +122,7 @@ async def read_body(request: web.Request) -> bytes:
 
 
 async def read_request(request: web.Request, model: type[Model]) -> Model:
-    """The body as its shape; what in it was not used is named in a header of the answer.
+    """Return the body as its shape; what in it was not used is named in a header of the answer.
 
     Raises:
         ApiError: as ``read_body``; or 400, naming the parameter that is wrong.

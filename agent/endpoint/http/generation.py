@@ -82,7 +82,7 @@ class Runner:
         self._timeout_s = request_timeout_s
 
     def model(self) -> ModelInfo:
-        """What serves now.
+        """Return what serves now.
 
         Raises:
             ApiError: 503: nothing does, and why.
@@ -93,7 +93,7 @@ class Runner:
         return info
 
     def manifest(self) -> Manifest:
-        """The signed facts of what serves now.
+        """Return the signed facts of what serves now.
 
         Raises:
             ApiError: 503: nothing does, and why.

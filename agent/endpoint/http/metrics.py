@@ -139,7 +139,7 @@ class Metrics:
         self._refused.labels(reason).inc()
 
     def render(self) -> bytes:
-        """The text format."""
+        """Return the text format."""
         return generate_latest(self.registry)
 
 

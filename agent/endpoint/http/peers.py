@@ -18,7 +18,7 @@ _UCRED = struct.Struct("3i")
 
 
 async def program_at(transport: asyncio.BaseTransport) -> str:
-    """A name for the program: its process where the system tells, else its user, else its connection or address.
+    """Return a name for the program: its process where the system tells, else its user, else its connection or address.
 
     A look into ``/proc`` takes milliseconds, so it runs in a thread; callers keep the answer for the connection.
     """
@@ -75,7 +75,7 @@ def _port(address: str) -> int:
 
 
 def _holder(user: int, inode: str) -> int | None:
-    """The process that has the socket open; None where we may not look into it."""
+    """Return the process that has the socket open; None where we may not look into it."""
     wanted = f"socket:[{inode}]"
     for folder in _PROC.iterdir():
         if not folder.name.isdigit():

@@ -19,13 +19,13 @@ _LOG = structlog.get_logger(component="endpoint")
 
 
 def json_reply(data: Any, status: int = 200) -> web.Response:
-    """A JSON body."""
+    """Return a JSON body."""
     body = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
     return web.Response(body=body, status=status, content_type="application/json")
 
 
 def error_reply(error: ApiError) -> web.Response:
-    """An error object with its status and headers."""
+    """Return an error object with its status and headers."""
     return web.Response(
         body=error.to_json(), status=error.status, content_type="application/json", headers=error.headers
     )

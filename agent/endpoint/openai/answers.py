@@ -12,7 +12,7 @@ from agent.endpoint.openai.tools import CallDelta, Delta, TextDelta, ToolParser
 
 
 def new_id(prefix: str) -> str:
-    """An identifier like OpenAI's: ``chatcmpl-...``."""
+    """Return an identifier like OpenAI's: ``chatcmpl-...``."""
     return f"{prefix}{secrets.token_hex(12)}"
 
 
@@ -50,7 +50,10 @@ def _candidate(one: TokenLogprob) -> dict[str, Any]:
 
 
 def _bytes(one: TokenLogprob) -> list[int] | None:
-    """The token's own bytes, so that those of several tokens make the text; None where the runtime does not tell."""
+    """Return the token's own bytes, so that those of several tokens make the text.
+
+    None where the runtime does not tell.
+    """
     if one.raw is not None:
         return list(one.raw)
     return None if "\ufffd" in one.token else list(one.token.encode())
@@ -150,7 +153,7 @@ class ChatChoice:
         return finish_reason(self.done, len(self.calls)) if self.done else "stop"
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole choice."""
+        """Return the whole choice."""
         text = "".join(self.text)
         message: dict[str, Any] = {
             "role": "assistant",

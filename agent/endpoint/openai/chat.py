@@ -33,7 +33,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
-    """The prompt, special tokens written out; nothing needs to be added to it, a BOS neither.
+    """Return the prompt, special tokens written out; nothing needs to be added to it, a BOS neither.
 
     ``messages`` are ``{"role": ..., "content": str}`` and, for assistants, ``tool_calls``; ``tools`` are OpenAI's
     ``{"type": "function", "function": {...}}``.
@@ -54,12 +54,12 @@ def _local_time() -> datetime:
 
 
 def knows_tools(template: str) -> bool:
-    """Whether a template does something with tools by itself."""
+    """Return whether a template does something with tools by itself."""
     return "tools" in template
 
 
 def neutralise(text: str) -> str:
-    """Text from outside with its control tokens (``<|end|>``) broken up, so that it cannot play another role."""
+    """Return text from outside with its control tokens (``<|end|>``) broken up, so that it cannot play another role."""
     if "<|" not in text:
         return text
     return _CONTROL.sub(lambda match: f"<{_WORD_JOINER}{match.group()[1:]}", text)

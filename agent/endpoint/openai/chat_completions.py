@@ -85,7 +85,7 @@ class ChatCompletion:
             self._choices[index].end(checked(event))
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer, once every sequence has ended."""
+        """Return the answer, once every sequence has ended."""
         return {
             "id": self._job.id,
             "object": "chat.completion",
@@ -109,7 +109,7 @@ class ChatStream:
         self._begun: set[int] = set()
 
     def add(self, index: int, event: GenerationEvent) -> bytes:
-        """The chunks that one event makes.
+        """Return the chunks that one event makes.
 
         Raises:
             ApiError: the sequence ended in an error.
@@ -123,11 +123,11 @@ class ChatStream:
         return out + self._end(choice, checked(event))
 
     def finish(self) -> bytes:
-        """The last chunks: the counts, where they were asked for, and the end."""
+        """Return the last chunks: the counts, where they were asked for, and the end."""
         return (self._encoder.usage(_usage(self._choices)) if self._job.include_usage else b"") + DONE
 
     def fail(self, error: ApiError) -> bytes:
-        """The error as the last event."""
+        """Return the error as the last event."""
         return error_event(error)
 
     def _token(self, choice: ChatChoice, event: TokenEvent) -> bytes:

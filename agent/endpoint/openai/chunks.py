@@ -12,17 +12,17 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(data: Any) -> bytes:
-    """An unnamed event."""
+    """Return an unnamed event."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 def named_event(name: str, data: Any) -> bytes:
-    """An event with a name, as the responses API has them."""
+    """Return an event with a name, as the responses API has them."""
     return b"event: " + name.encode() + b"\n" + event(data)
 
 
 def error_event(error: ApiError) -> bytes:
-    """A failure as the last event of a stream; no ``[DONE]`` follows."""
+    """Return a failure as the last event of a stream; no ``[DONE]`` follows."""
     return b"data: " + error.to_json() + b"\n\n"
 
 
@@ -53,5 +53,5 @@ class ChunkEncoder:
         return f'{self._head}"choices":[{json.dumps(choice, separators=(",", ":"))}]{self._tail}'.encode()
 
     def usage(self, usage: dict[str, Any]) -> bytes:
-        """The last chunk: no choices, and the counts."""
+        """Return the last chunk: no choices, and the counts."""
         return f'{self._head}"choices":[],"usage":{json.dumps(usage, separators=(",", ":"))}}}\n\n'.encode()

@@ -104,7 +104,7 @@ class Completion:
             self._choices[index].done = checked(event)
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer, once every sequence has ended."""
+        """Return the answer, once every sequence has ended."""
         return {
             "id": self._job.id,
             "object": "text_completion",
@@ -126,7 +126,7 @@ class CompletionStream:
         self._unsent = {choice.index: choice.text for choice in self._choices}
 
     def add(self, index: int, event: GenerationEvent) -> bytes:
-        """The chunks that one event makes.
+        """Return the chunks that one event makes.
 
         Raises:
             ApiError: the sequence ended in an error.
@@ -141,11 +141,11 @@ class CompletionStream:
         return self._encoder.choice({**end, "finish_reason": finish_reason(event, 0)})
 
     def finish(self) -> bytes:
-        """The last chunks: the counts, where they were asked for, and the end."""
+        """Return the last chunks: the counts, where they were asked for, and the end."""
         return (self._encoder.usage(_usage(self._choices, self._job)) if self._job.include_usage else b"") + DONE
 
     def fail(self, error: ApiError) -> bytes:
-        """The error as the last event."""
+        """Return the error as the last event."""
         return error_event(error)
 
     def _part(self, index: int, text: str, logprobs: CompletionLogprobs | None) -> bytes:

@@ -61,12 +61,12 @@ class ApiError(Exception):
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
 
     def to_json(self) -> bytes:
-        """The error object as UTF-8 JSON."""
+        """Return the error object as UTF-8 JSON."""
         return error_body(str(self), self.type, self.param, self.code)
 
 
 def error_body(message: str, type_: str, param: str | None = None, code: str | None = None) -> bytes:
-    """The error object as UTF-8 JSON."""
+    """Return the error object as UTF-8 JSON."""
     return json.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}}).encode()
 
 
@@ -95,7 +95,7 @@ def from_done(event: DoneEvent) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The deepest complaint about the first parameter that is wrong, named like ``messages[0].role``."""
+    """Return the deepest complaint about the first parameter that is wrong, named like ``messages[0].role``."""
     problems = error.errors(include_url=False, include_input=False)
     # A union complains once for each branch; the branch of another type says least.
     problems = [one for one in problems if one["loc"][:1] == problems[0]["loc"][:1]]

@@ -50,7 +50,7 @@ def messages(history: Iterable[Entry]) -> list[Message]:
 
 
 def page_of(listed: Sequence[Entry], query: Mapping[str, str]) -> dict[str, Any]:
-    """A page of items by the query's ``order``, ``after`` and ``limit``.
+    """Return a page of items by the query's ``order``, ``after`` and ``limit``.
 
     Raises:
         ApiError: 400 naming the one that is wrong.

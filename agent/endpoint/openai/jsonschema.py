@@ -122,7 +122,7 @@ def _follow(reference: str, root: Any) -> Any:
 
 
 def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked schema without references, so that it may stand inside another one."""
+    """Return a checked schema without references, so that it may stand inside another one."""
     expanded: dict[str, Any] = _inline(schema, schema)
     return expanded
 

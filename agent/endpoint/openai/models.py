@@ -26,7 +26,7 @@ def check_model(asked: str, info: ModelInfo) -> None:
 
 
 def model_object(info: ModelInfo, created: int) -> dict[str, Any]:
-    """An entry of ``/v1/models``; ``created`` in seconds since 1970."""
+    """Return an entry of ``/v1/models``; ``created`` in seconds since 1970."""
     return {
         "id": info.name,
         "object": "model",
@@ -41,7 +41,7 @@ def model_object(info: ModelInfo, created: int) -> dict[str, Any]:
 
 
 def loaded_facts(info: ModelInfo) -> dict[str, Any]:
-    """What was measured here when it was loaded, and what it can do."""
+    """Return what was measured here when it was loaded, and what it can do."""
     can = info.capabilities
     return {
         "model": info.name,
@@ -64,7 +64,7 @@ def loaded_facts(info: ModelInfo) -> dict[str, Any]:
 
 
 def signed_facts(manifest: Manifest) -> dict[str, Any]:
-    """What is under the signature."""
+    """Return what is under the signature."""
     return {
         "quantization": {
             "toolchain": manifest.toolchain,

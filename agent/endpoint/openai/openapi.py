@@ -69,7 +69,10 @@ _ERROR_SCHEMA: dict[str, Any] = {
 
 @lru_cache(maxsize=4)
 def description(names: tuple[str, ...] = (), *, strict: bool = False) -> dict[str, Any]:
-    """The whole document; ``names`` are what ``model`` may be now. ``strict``: unknown parameters are refused."""
+    """Return the whole document; ``names`` are what ``model`` may be now.
+
+    ``strict``: unknown parameters are refused.
+    """
     models = [(model, "validation") for model, _ in _POSTS.values()]
     _, shared = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type] # its literal type is private
     for model, _ in _POSTS.values():

@@ -14,7 +14,7 @@ from agent.endpoint.openai.shapes import ContentPart, Message
 
 
 def sequence(identifier: str, index: int, prompt: str, sampling: Sampling, client: str) -> GenerationRequest:
-    """One of several choices: each has a seed of its own, or they would all be the same."""
+    """Return one of several choices: each has a seed of its own, or they would all be the same."""
     if index and sampling.seed is not None:
         sampling = dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**32)
     return GenerationRequest(id=f"{identifier}-{index}", prompt=prompt, sampling=sampling, client=client)
@@ -26,7 +26,7 @@ def prompt_of(
     tools: Sequence[Mapping[str, Any]],
     param: str = "messages",
 ) -> str:
-    """The prompt that the manifest's chat template makes of ``messages``.
+    """Return the prompt that the manifest's chat template makes of ``messages``.
 
     Raises:
         ApiError: 400, the template refuses.
@@ -86,7 +86,7 @@ def _text(content: str | list[ContentPart] | None, where: str) -> str | None:
 
 
 def checked(done: DoneEvent) -> DoneEvent:
-    """The end of a sequence.
+    """Return the end of a sequence.
 
     Raises:
         ApiError: it ended in an error.

@@ -12,7 +12,7 @@ _UNTIL_THE_END: dict[str, Any] = {
 
 
 def replay(response: dict[str, Any], starting_after: int = -1) -> list[Event]:
-    """The events of a finished response, each text and each call's arguments in one delta.
+    """Return the events of a finished response, each text and each call's arguments in one delta.
 
     Those up to sequence number ``starting_after`` are left out. The numbers are of this replay: the first stream of the
     same response had one event for each token.

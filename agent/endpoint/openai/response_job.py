@@ -91,7 +91,7 @@ class WholeResponse:
             _ended(self._builder, event, self._on_end)
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer, once the sequence has ended."""
+        """Return the answer, once the sequence has ended."""
         return self._builder.response
 
 
@@ -104,7 +104,7 @@ class ResponseStream:
         self._opening = encoded(job.builder.begin())
 
     def add(self, index: int, event: GenerationEvent) -> bytes:
-        """The events that one of the model's makes; the two that open a stream come before the first.
+        """Return the events that one of the model's makes; the two that open a stream come before the first.
 
         Raises:
             ApiError: the sequence ended in an error.
@@ -132,7 +132,7 @@ def _ended(builder: ResponseBuilder, done: DoneEvent, on_end: Callable[[], None]
 
 
 def encoded(events: list[Event]) -> bytes:
-    """Events as server-sent ones."""
+    """Return events as server-sent ones."""
     return b"".join(named_event(name, data) for name, data in events)
 
 

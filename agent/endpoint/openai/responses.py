@@ -45,7 +45,7 @@ class ResponseBuilder:
         }
 
     def begin(self) -> list[Event]:
-        """The two events that open a stream."""
+        """Return the two events that open a stream."""
         return [
             self._event(name, response=dict(self.response)) for name in ("response.created", "response.in_progress")
         ]
@@ -175,7 +175,7 @@ class ResponseBuilder:
 
 
 def _covering(entries: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """The last entries, as many as ``text`` is made of: those before are of a call that has no text."""
+    """Return the last entries, as many as ``text`` is made of: those before are of a call that has no text."""
     left = len(text)
     for at in range(len(entries) - 1, -1, -1):
         left -= len(entries[at]["token"])

@@ -63,7 +63,7 @@ def for_response(request: ResponseRequest, info: ModelInfo, guidance: Guidance |
 
 
 def response_logprobs(request: ResponseRequest) -> int | None:
-    """How many alternatives of each token are asked for; None where no log probabilities are.
+    """Return how many alternatives of each token are asked for; None where no log probabilities are.
 
     Raises:
         ApiError: 400, a number is asked for of what is not included.
@@ -117,7 +117,9 @@ def _sampling(
 
 
 def effective_defaults(info: ModelInfo) -> dict[str, float | int]:
-    """What holds for each parameter that a request leaves out: as signed, but for what the runtime does not have.
+    """Return what holds for each parameter that a request leaves out.
+
+    As signed, but for what the runtime does not have.
 
     ``temperature`` is always in it; a parameter that is not in it is off.
     """
@@ -150,7 +152,7 @@ def format_guidance(
     param: str = "response_format",
     schema_at: str = "response_format.json_schema.schema",
 ) -> Guidance | None:
-    """The constraint of a ``response_format``; ``param`` and ``schema_at`` are what the API calls them.
+    """Return the constraint of a ``response_format``; ``param`` and ``schema_at`` are what the API calls them.
 
     Raises:
         ApiError: 400, the schema is none, or the runtime cannot constrain.

@@ -74,7 +74,7 @@ class BoundedStore(Generic[Value]):
         return None if held is None else held[0]
 
     def delete(self, client: str, identifier: str, now: float) -> bool:
-        """Whether it was there."""
+        """Return whether it was there."""
         self._tidy(now)
         held = self._held.pop((client, identifier), None)
         if held is not None:

@@ -89,7 +89,7 @@ _LIMITS = frozenset({"max_completion_tokens", "max_output_tokens", "max_tokens",
 
 
 def understand(model: type[Model], body: bytes, strictness: Strictness) -> tuple[Model, tuple[str, ...]]:
-    """A request body as its shape, and the names of the parameters in it that change nothing here.
+    """Return a request body as its shape, and the names of the parameters in it that change nothing here.
 
     Raises:
         ApiError: 400, naming the parameter.
@@ -102,7 +102,7 @@ def understand(model: type[Model], body: bytes, strictness: Strictness) -> tuple
 
 
 def header_value(unused: tuple[str, ...]) -> str:
-    """The names for a header: printable ASCII, and not more than a client would read."""
+    """Return the names for a header: printable ASCII, and not more than a client would read."""
     names = ["".join(char if " " < char <= "~" and char != "," else "?" for char in name) for name in unused]
     shown = [name[:_MOST_CHARACTERS] for name in names[:_MOST_NAMES]]
     return ", ".join([*shown, "..."] if len(names) > _MOST_NAMES else shown)
@@ -134,7 +134,7 @@ def _refusal(error: ValidationError) -> ApiError:
 def _repaired(
     model: type[Model], body: bytes, error: ValidationError, strictness: Strictness, unused: list[str]
 ) -> bytes | None:
-    """The body without what may be left out; None when nothing may."""
+    """Return the body without what may be left out; None when nothing may."""
     problems = error.errors(include_url=False)
     if any(problem["type"] == "json_invalid" for problem in problems):
         return None
@@ -153,7 +153,7 @@ def _repaired(
 
 
 def _place(data: Any, loc: tuple[Any, ...]) -> tuple[dict[str, Any] | None, str]:
-    """The object and key at a location, whose steps may also be names of a union's branches."""
+    """Return the object and key at a location, whose steps may also be names of a union's branches."""
     node, holder, key = data, None, ""
     for step in loc:
         if isinstance(node, dict) and step in node:
@@ -195,7 +195,7 @@ def _ignored(parsed: BaseModel, above: str = "") -> list[str]:
 
 
 def _says_ignored(field: FieldInfo) -> bool:
-    """Whether the shape's own description says so: the field's, or that of a branch of its union."""
+    """Return whether the shape's own description says so: the field's, or that of a branch of its union."""
     branches = [meta for branch in get_args(field.annotation) for meta in getattr(branch, "__metadata__", ())]
     described = [field, *(meta for meta in branches if isinstance(meta, FieldInfo))]
     return any((one.description or "").startswith("ignored") for one in described)

@@ -30,7 +30,7 @@ class ToolPlan:
     limit: int = 128
 
     def parser(self) -> ToolParser | None:
-        """A new one for each choice."""
+        """Return a new one for each choice."""
         return ToolParser(self.names, self.limit) if self.names else None
 
 
@@ -80,7 +80,10 @@ def _functions(tools: Sequence[Tool], where: str, *, checked: bool) -> list[dict
 
 
 def _described(function: Function, where: str) -> dict[str, Any]:
-    """A function as the prompt describes it: its schema constrains nothing, so whatever it is, it may be shown."""
+    """Return a function as the prompt describes it.
+
+    Its schema constrains nothing, so whatever it is, it may be shown.
+    """
     try:
         json.dumps(function.parameters, allow_nan=False)
     except ValueError:  # it could not be read again
@@ -90,7 +93,7 @@ def _described(function: Function, where: str) -> dict[str, Any]:
 
 
 def _constraining(function: Function, where: str) -> dict[str, Any]:
-    """A function whose schema constrains the answer: it must be one, and is shown without references."""
+    """Return a function whose schema constrains the answer: it must be one, and is shown without references."""
     parameters = function.parameters or _NOTHING
     check_schema(parameters, f"{where}.parameters")
     if parameters.get("type", "object") != "object":

@@ -57,7 +57,7 @@ class ToolParser:
         self.calls = 0
 
     def feed(self, text: str) -> list[Delta]:
-        """What is certain now."""
+        """Return what is certain now."""
         deltas: list[Delta] = []
         while text:
             text = self._text(text, deltas) if self._scanner is None else self._scan(text, deltas)
@@ -143,7 +143,7 @@ class ToolParser:
 
 
 def _partial(text: str) -> int:
-    """Length of the longest end of ``text`` that a mark begins with."""
+    """Return the length of the longest end of ``text`` that a mark begins with."""
     longest = max(len(mark) for mark in _MARKS) - 1
     for length in range(min(longest, len(text)), 0, -1):
         tail = text[-length:]
@@ -153,7 +153,7 @@ def _partial(text: str) -> int:
 
 
 def calls_schema(functions: Sequence[Mapping[str, Any]], *, several: bool) -> dict[str, Any]:
-    """The JSON schema of a list of calls of these functions, for constrained decoding."""
+    """Return the JSON schema of a list of calls of these functions, for constrained decoding."""
     schemas = [
         {
             "type": "object",
@@ -171,5 +171,5 @@ def calls_schema(functions: Sequence[Mapping[str, Any]], *, several: bool) -> di
 
 
 def calls_guidance(functions: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-    """The same as JSON text."""
+    """Return the same as JSON text."""
     return json.dumps(calls_schema(functions, several=several), ensure_ascii=False)

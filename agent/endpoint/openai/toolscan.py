@@ -68,7 +68,7 @@ class CallScanner:
         self._consumed = 0
 
     def feed(self, text: str) -> Iterator[CallEvent]:
-        """What ``text`` completes.
+        """Yield what ``text`` completes.
 
         Raises:
             ScanError: this is no list of calls.
@@ -144,7 +144,7 @@ class CallScanner:
         self._escaped = False
 
     def _inside(self, text: str, position: int) -> tuple[int, list[CallEvent]]:
-        """One value, or one key: to its end or to the end of the text."""
+        """Read one value, or one key: to its end or to the end of the text."""
         start = position
         while position < len(text):
             char = text[position]

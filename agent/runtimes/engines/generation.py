@@ -22,11 +22,11 @@ class Detokenizer(Protocol):
     """Text of a token, as far as it is complete."""
 
     def feed(self, token: int, /) -> str:
-        """Text that is complete now."""
+        """Return text that is complete now."""
         ...
 
     def flush(self) -> str:
-        """What is left."""
+        """Return what is left."""
         ...
 
 
@@ -105,7 +105,7 @@ class Generation:
 
 
 def check_fits(prompt_tokens: int, max_tokens: int, context: int) -> int:
-    """Tokens that may be generated, at most ``max_tokens``.
+    """Return the tokens that may be generated, at most ``max_tokens``.
 
     Raises:
         InferenceError: ``context_overflow``, with the counts, when the prompt leaves no room for a single token;
@@ -124,7 +124,7 @@ def check_fits(prompt_tokens: int, max_tokens: int, context: int) -> int:
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
-    """Length of the common beginning; by halves, since comparing slices is far quicker than comparing tokens."""
+    """Return the length of the common beginning, found by halves: slices are compared far quicker than tokens."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2

@@ -261,7 +261,7 @@ class LlamaCppEngine:
         return drawing
 
     def _share_room(self) -> dict[int, int]:
-        """Tokens of its prompt that each slot may add now, the one that has least left first."""
+        """Return the tokens of its prompt that each slot may add now, the one that has least left first."""
         left = {
             slot.number: len(slot.sequence.prompt) - len(slot.tokens)
             for slot in self._slots
@@ -276,7 +276,7 @@ class LlamaCppEngine:
         return shares
 
     def _next_tokens(self, sequence: _Sequence, slot: _Slot, share: int) -> tuple[list[int], bool]:
-        """What a sequence adds, and whether it draws afterwards."""
+        """Return what a sequence adds, and whether it draws afterwards."""
         if sequence.next is not None:
             token, sequence.next = sequence.next, None
             return [token], True

@@ -40,7 +40,7 @@ class Batch:
         return self.size - 1
 
     def struct(self) -> Any:
-        """What ``llama_decode`` takes."""
+        """Return what ``llama_decode`` takes."""
         self._struct.n_tokens = self.size
         return self._struct
 
@@ -62,7 +62,7 @@ class Log:
         lib.llama_log_set(self._callback, None)
 
     def last(self) -> str:
-        """The last errors."""
+        """Return the last errors."""
         return "; ".join(self._lines)
 
 

@@ -27,12 +27,12 @@ class Grammar:
             self._sampler = None
 
     def allows(self, token: int) -> bool:
-        """Whether it may come next; an end marker only where the grammar is complete."""
+        """Return whether it may come next; an end marker only where the grammar is complete."""
         self._one[0] = (token, 1.0, 0.0)
         return bool(self._apply(self._one)["logit"][0] > -1e30)
 
     def masked(self, logits: Any) -> Any:
-        """The logits, with minus infinity where the grammar forbids."""
+        """Return the logits, with minus infinity where the grammar forbids."""
         every = self._np.zeros(len(logits), self._type)
         every["id"] = self._np.arange(len(logits))
         every["logit"] = logits
@@ -54,7 +54,7 @@ class Grammar:
 
 
 def gbnf(kind: GuidanceKind, data: str) -> str:
-    """A grammar for any kind of guidance.
+    """Return a grammar for any kind of guidance.
 
     Raises:
         InferenceError: it cannot become one.

@@ -201,7 +201,7 @@ class MlxEngine:
         return draw
 
     def _draw(self, sequence: _Sequence, row: Any) -> int:
-        """The next token; an end marker where nothing may follow. Raising in here would end the whole batch."""
+        """Return the next token; an end marker where nothing may follow. Raising in here would end the whole batch."""
         guide = sequence.guide
         if guide is None:
             return int(sequence.sampler.draw(row).token)

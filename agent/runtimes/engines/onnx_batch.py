@@ -123,7 +123,7 @@ class BatchEngine:
         return len(self._files.encode(text))
 
     def stats(self) -> dict[str, float]:
-        """Tokens held in rows, of those that memory was planned for."""
+        """Return the tokens held in rows, of those that memory was planned for."""
         return {
             "active": sum(row.sequence is not None for row in self._rows),
             "waiting": len(self._waiting),
@@ -154,7 +154,7 @@ class BatchEngine:
         return True
 
     def _make_room(self, need: int, free: list[_Row]) -> bool:
-        """Whether the planned cache holds one more; rows that nobody uses are forgotten for it, oldest first."""
+        """Return whether the planned cache holds one more; rows that nobody uses are forgotten for it, oldest first."""
         taken = sum(row.sequence.need for row in self._rows if row.sequence)
         if taken and taken + need > self._capacity:
             return False
@@ -203,7 +203,7 @@ class BatchEngine:
         return events
 
     def _next_token(self, row: _Row) -> int:
-        """What goes into the row; one that only lies between has a token written after its last, where none is.
+        """Return what goes into the row; one that only lies between has a token written after its last, where none is.
 
         There is always room for one: the last token drawn for a sequence is never computed.
         """

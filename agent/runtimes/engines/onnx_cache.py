@@ -22,7 +22,7 @@ _SPIN_US = "50"
 
 
 def suits(files: OnnxFiles, context: int) -> bool:
-    """Whether this engine is for an artifact: the others go through the library's generators."""
+    """Return whether this engine is for an artifact: the others go through the library's generators."""
     plain = not {"pipeline", "sliding_window"} & set(files.decoder) and files.model.get("type") != "whisper"
     switches = files.longrope and context > LONGROPE_SWITCH
     return plain and not switches and files.graph_names(b"GroupQueryAttention")
@@ -63,7 +63,10 @@ class RowCache:
         self.piece = max(64, min(512, _LOGITS_BYTES // (4 * self.vocabulary))) if self._every else 512
 
     def decode(self, first: int, tokens: list[int], totals: list[int]) -> Any:
-        """One token for each of neighbouring rows; ``totals``: their lengths with it. Logits (rows, vocabulary)."""
+        """Return one token for each of neighbouring rows; ``totals``: their lengths with it.
+
+        Logits (rows, vocabulary).
+        """
         ids = self._np.array(tokens, self._np.int64).reshape(-1, 1)
         return self._run(first, ids, totals)[:, -1]
 

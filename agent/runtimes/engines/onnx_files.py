@@ -59,7 +59,7 @@ class OnnxFiles:
         return self.folder / str(self.decoder.get("filename", "model.onnx"))
 
     def graph_names(self, word: bytes) -> bool:
-        """Whether a name appears in the graph, weights aside."""
+        """Return whether a name appears in the graph, weights aside."""
         graph = self.graph
         return graph.is_file() and graph.stat().st_size < _GRAPH_LIMIT and word in graph.read_bytes()
 
@@ -84,7 +84,7 @@ class OnnxFiles:
         return Pieces(lambda tokens: str(self.tokenizer.decode(np.array(tokens, np.int32))), self.encode("a")[-1])
 
     def stream(self) -> TokenStream:
-        """A detokenizer for one sequence."""
+        """Return a detokenizer for one sequence."""
         return TokenStream(self.tokenizer.create_stream())
 
 
@@ -95,7 +95,7 @@ class TokenStream:
         self._stream = stream
 
     def feed(self, token: int, /) -> str:
-        """Text that is complete now."""
+        """Return text that is complete now."""
         return str(self._stream.decode(token))
 
     def flush(self) -> str:

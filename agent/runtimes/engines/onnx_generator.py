@@ -138,7 +138,7 @@ class GeneratorEngine:
         return len(self._files.encode(text))
 
     def stats(self) -> dict[str, float]:
-        """Tokens held in generators, of those that memory was planned for."""
+        """Return the tokens held in generators, of those that memory was planned for."""
         slots = [*self._idle, *(sequence.slot for sequence in self._active if sequence.slot)]
         return {
             "active": len(self._active),
@@ -220,7 +220,10 @@ class GeneratorEngine:
         return events
 
     def _piece(self, sequence: _Sequence, done: int) -> list[int]:
-        """The next part of the prompt. A LongRoPE prompt past the switch is begun in one piece that is past it."""
+        """Return the next part of the prompt.
+
+        A LongRoPE prompt past the switch is begun in one piece that is past it.
+        """
         size = _PREFILL_ALONE if len(self._active) == 1 else _PREFILL_SHARED
         if self._longrope and done == 0 and len(sequence.prompt) > LONGROPE_SWITCH:
             size = LONGROPE_SWITCH + 1

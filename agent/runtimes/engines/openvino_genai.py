@@ -133,7 +133,7 @@ class OpenVinoEngine:
                 self._drop(number)
 
     def step(self) -> Sequence[GenerationEvent]:
-        """One step of the pipeline's scheduler."""
+        """Take one step of the pipeline's scheduler."""
         if self._pipeline.has_non_finished_requests():
             self._pipeline.step()
         events, self._ended = self._ended, []
@@ -152,7 +152,7 @@ class OpenVinoEngine:
         return int(self._tokenizer.encode(text, add_special_tokens=False).input_ids.shape[1])
 
     def stats(self) -> dict[str, float]:
-        """The paged cache's use, as the pipeline reports it in percent."""
+        """Return the paged cache's use, as the pipeline reports it in percent."""
         metrics = self._pipeline.get_metrics()
         return {
             "active": float(metrics.scheduled_requests),
@@ -208,7 +208,7 @@ def properties(options: LoadOptions) -> dict[str, Any]:
 
 
 def end_tokens(config: Any, tokenizer: Any, source: ModelSource) -> frozenset[int]:
-    """The checkpoint's end markers and the chat template's."""
+    """Return the checkpoint's end markers and the chat template's."""
     ends = {int(token) for token in config.stop_token_ids} | {int(config.eos_token_id)}
     for text in source.stop_tokens:
         ids = tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]

@@ -79,7 +79,7 @@ class StaticEngine:
             self._ended.extend(entry[0].finish(FinishReason.CANCELLED))
 
     def step(self) -> Sequence[GenerationEvent]:
-        """What the streamer gave since the last one."""
+        """Return what the streamer gave since the last one."""
         events, self._ended = self._ended, []
         if self._thread is None:
             if self._waiting:
@@ -104,7 +104,7 @@ class StaticEngine:
         return int(self._tokenizer.encode(text, add_special_tokens=False).input_ids.shape[1])
 
     def stats(self) -> dict[str, float]:
-        """One sequence at most."""
+        """Return the slots in use: one sequence at most."""
         now = self._current
         used = now.prompt_tokens + now.completion_tokens if now else 0
         return {

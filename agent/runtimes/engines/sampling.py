@@ -139,7 +139,7 @@ class TokenSampler:
 
 
 def _nucleus(weights: Logits, top_p: float) -> NDArray[np.int64]:
-    """The fewest, likeliest entries that hold ``top_p`` of the weight; always at least one."""
+    """Return the fewest, likeliest entries that hold ``top_p`` of the weight; always at least one."""
     goal = float(weights.sum(dtype=np.float64)) * top_p
     size = min(_HEAD, len(weights))
     while True:
@@ -163,7 +163,7 @@ def _with_logprobs(token: int, logits: Logits, count: int) -> Drawn:
 
 
 def is_plain_greedy(sampling: Sampling) -> bool:
-    """Whether the likeliest token is all that is asked for, so that a runtime may take it itself."""
+    """Return whether the likeliest token is all that is asked for, so that a runtime may take it itself."""
     return (
         sampling.temperature <= 0
         and not sampling.logit_bias

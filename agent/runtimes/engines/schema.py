@@ -18,12 +18,12 @@ _MAX_DEPTH, _MAX_NODES = 32, 2000
 
 
 def text_of(kind: GuidanceKind, data: str) -> str:
-    """The schema that guidance by JSON stands for; guidance of another kind is left as it is."""
+    """Return the schema that guidance by JSON stands for; guidance of another kind is left as it is."""
     return '{"type":"object"}' if kind is GuidanceKind.JSON_OBJECT else data
 
 
 def read(text: str) -> Any:
-    """The schema in a text.
+    """Return the schema in a text.
 
     Raises:
         InferenceError: it is no JSON object or boolean, or has a definition that is nothing but itself.

@@ -15,11 +15,11 @@ class Utf8Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, piece: bytes) -> str:
-        """The text that is complete now."""
+        """Return the text that is complete now."""
         return self._decoder.decode(piece)
 
     def flush(self) -> str:
-        """What is left; bytes that never became a character turn into U+FFFD."""
+        """Return what is left; bytes that never became a character turn into U+FFFD."""
         return self._decoder.decode(b"", True)
 
 
@@ -37,18 +37,18 @@ class Pieces:
         self._known: dict[int, str] = {}
 
     def alone(self, token: int) -> str:
-        """What a token is at the very beginning."""
+        """Return what a token is at the very beginning."""
         return self._decode([token])
 
     def after(self, token: int) -> str:
-        """What a token adds to a text."""
+        """Return what a token adds to a text."""
         known = self._known.get(token)
         if known is None:
             known = self._known[token] = self.all_after([token])
         return known
 
     def all_after(self, tokens: Sequence[int]) -> str:
-        """What several tokens add."""
+        """Return what several tokens add."""
         return self._decode([self._neutral, *tokens])[self._before :]
 
 
@@ -64,7 +64,7 @@ class PieceStream:
         self._begun = False
 
     def feed(self, token: int, /) -> str:
-        """The text that is complete now."""
+        """Return the text that is complete now."""
         if not self._pending:
             text = self._pieces.after(token) if self._begun else self._pieces.alone(token)
             if not text.endswith(_REPLACEMENT):
@@ -78,7 +78,7 @@ class PieceStream:
         return text
 
     def flush(self) -> str:
-        """What is left, replacement characters included."""
+        """Return what is left, replacement characters included."""
         text = self._pieces.all_after(self._pending) if self._pending else ""
         self._pending = []
         return text
@@ -93,7 +93,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
-        """What may be shown now. After a match, ``matched`` is set and nothing more comes."""
+        """Return what may be shown now. After a match, ``matched`` is set and nothing more comes."""
         if self.matched is not None:
             return ""
         if not self._stop:
@@ -111,12 +111,12 @@ class StopStrings:
         return shown
 
     def flush(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """Return what was held back and turned out to be no stop string."""
         shown, self._held = ("", "") if self.matched is not None else (self._held, "")
         return shown
 
     def _beginning(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
+        """Return the length of the longest end of the held text that a stop string begins with."""
         longest = min(len(self._held), max(len(word) for word in self._stop) - 1)
         for size in range(longest, 0, -1):
             tail = self._held[-size:]

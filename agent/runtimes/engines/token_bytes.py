@@ -19,7 +19,10 @@ class TokenBytes:
         self._known: dict[int, bytes] | None = None
 
     def of(self, token: int, text: str) -> bytes | None:
-        """Bytes of a token whose text, decoded alone, is ``text``; None where they are just that text's, or unknown."""
+        """Return the bytes of a token whose text, decoded alone, is ``text``.
+
+        None where they are just that text's, or unknown.
+        """
         if _REPLACEMENT not in text:
             return None
         if self._known is None:
@@ -28,7 +31,7 @@ class TokenBytes:
 
 
 def read_pieces(file: Path) -> dict[int, bytes]:
-    """Bytes of each token in a ``tokenizer.json``; none where there is no such file, or it cannot be read."""
+    """Return the bytes of each token in a ``tokenizer.json``; none where that cannot be read."""
     try:
         tokenizer = json.loads(file.read_text("utf-8"))
         words = tokenizer["model"]["vocab"]

@@ -173,7 +173,7 @@ def _check(module: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The worker's entry point."""
+    """Run the worker; its entry point."""
     parser = argparse.ArgumentParser(prog="agent.runtimes.engines.worker")
     parser.add_argument("module", help="module that has a RUNTIME")
     parser.add_argument("--check", action="store_true", help="import it, print what it has, leave")

@@ -65,7 +65,7 @@ class Checker:
 
 
 def read_cache(file: Path | None) -> dict[str, Any]:
-    """What was kept; a damaged or missing file is an empty one."""
+    """Return what was kept; a damaged or missing file is an empty one."""
     if file is None:
         return {}
     try:
@@ -91,7 +91,7 @@ def _is_answer(kept: Any) -> bool:
 
 
 def environment(spec: RuntimeSpec) -> str:
-    """All that a measurement depends on: a new package, Python, kernel or driver is a new environment."""
+    """Return all that a measurement depends on: a new package, Python, kernel or driver is a new environment."""
     packages = ",".join(f"{name}={version}" for name, version in (versions(spec) or {}).items())
     return f"{spec.module};{packages};{platform.python_version()};{platform.release()};{_drivers()}"
 

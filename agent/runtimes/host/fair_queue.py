@@ -75,7 +75,7 @@ class FairQueue(Generic[T]):
         return self._size >= self._limit
 
     def push(self, item: T, *, priority: int = 0, client: str = "", short: bool = False, now: float = 0.0) -> bool:
-        """Whether it was taken. ``now`` in seconds, of the clock that ``pop`` is called with."""
+        """Return whether it was taken. ``now`` in seconds, of the clock that ``pop`` is called with."""
         if self.full:
             return False
         level = self._levels.setdefault(priority, (_Turns(), _Turns()))
@@ -84,7 +84,10 @@ class FairQueue(Generic[T]):
         return True
 
     def pop(self, now: float = 0.0, *, short_only: bool = False) -> T | None:
-        """The next one, or None where there is none; with ``short_only`` the next short one, whatever was before it."""
+        """Return the next one, or None where there is none.
+
+        With ``short_only`` the next short one, whatever was before it.
+        """
         for priority in sorted(self._levels):
             short, long = self._levels[priority]
             aged = bool(long) and now - long.next().since >= self._age_s and not short_only

@@ -32,11 +32,11 @@ class LoadedModel:
     info: ModelInfo
 
     def of(self, manifest: Manifest) -> bool:
-        """Whether it is this artifact."""
+        """Return whether it is this artifact."""
         return self.manifest.digest == manifest.digest
 
     async def again(self) -> LoadedModel:
-        """The same in another worker; raises as ``load_model`` does."""
+        """Return the same in another worker; raises as ``load_model`` does."""
         return await load_model(self.spec, self.manifest, self.folder, self.kv_tokens, self.settings)
 
 

@@ -66,30 +66,30 @@ class WorkerHost:
         self._reason = "no model is deployed"
 
     async def runtimes(self) -> Sequence[RuntimeFact]:
-        """Each runtime known, usable or why not; a check runs in a process of its own, once a version."""
+        """Return each runtime known, usable or why not; a check runs in a process of its own, once a version."""
         return [await self._checker.fact(spec) for spec in self._registry.values()]
 
     def active(self) -> ModelInfo | None:
-        """What serves now. A model whose worker is being restarted still counts: its requests wait."""
+        """Return what serves now. A model whose worker is being restarted still counts: its requests wait."""
         return self._active.info if self._active is not None and not self._active.failed else None
 
     def active_manifest(self) -> Manifest | None:
-        """The signed facts of what serves now."""
+        """Return the signed facts of what serves now."""
         return self._active.manifest if self._active is not None and not self._active.failed else None
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
-        """Events of one request; see ``ports.Inference``."""
+        """Yield events of one request; see ``ports.Inference``."""
         events = self._model_server().generate(request)
         async with contextlib.aclosing(events):
             async for event in events:
                 yield event
 
     async def count_tokens(self, text: str) -> int:
-        """Tokens of ``text`` for the active model."""
+        """Return the number of tokens of ``text`` for the active model."""
         return await self._model_server().count_tokens(text)
 
     def displaces(self, manifest: Manifest) -> bool:
-        """Whether there is no memory for it beside what serves; see ``ports.ModelHost``."""
+        """Return whether there is no memory for it beside what serves; see ``ports.ModelHost``."""
         return self._active is not None and self._fits(self._spec(manifest), manifest).placement is Placement.SWAP
 
     async def prove(self, manifest: Manifest, folder: Path) -> Proof:

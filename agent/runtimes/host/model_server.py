@@ -98,7 +98,7 @@ class ModelServer:
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        """Events of one request. Closing the iterator cancels it."""
+        """Yield events of one request. Closing the iterator cancels it."""
         ticket = self._enter(request)
         try:
             while True:
@@ -114,7 +114,7 @@ class ModelServer:
             self._leave(ticket)
 
     async def count_tokens(self, text: str) -> int:
-        """Tokens of ``text``; waits for a restart."""
+        """Return the number of tokens of ``text``; waits for a restart."""
         deadline = asyncio.get_running_loop().time() + self._settings.load_timeout_s
         while not self.worker.alive and not self.failed:
             if asyncio.get_running_loop().time() > deadline:
@@ -259,7 +259,10 @@ class ModelServer:
         self._recycling = False
 
     async def _again(self, death: Death) -> LoadedModel | None:
-        """A new worker, after a pause that grows with the deaths in the window; None when there were too many."""
+        """Return a new worker, after a pause that grows with the deaths in the window.
+
+        None when there were too many.
+        """
         policy = self._settings.restart_policy
         while True:
             decision = after_death(self._deaths, death.code, asyncio.get_running_loop().time(), policy)

@@ -61,15 +61,18 @@ class HostSettings:
     runtime_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def answers_at_once(self, spec: RuntimeSpec) -> int:
-        """The engine's slots: as many as were set, else what suits the runtime and one for short requests alone."""
+        """Return the engine's slots.
+
+        As many as were set, else what suits the runtime and one for short requests alone.
+        """
         return self.max_sequences or spec.slots
 
     def long_answers_at_once(self, slots: int) -> int:
-        """How many of the engine's ``slots`` long requests may take while short ones come."""
+        """Return how many of the engine's ``slots`` long requests may take while short ones come."""
         return slots - (slots > 1)
 
     def is_short(self, request: GenerationRequest) -> bool:
-        """Whether it is over soon, whatever the model answers."""
+        """Return whether it is over soon, whatever the model answers."""
         return request.sampling.max_tokens <= self.short_tokens and len(request.prompt) <= self.short_characters
 
     @property

@@ -64,7 +64,7 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, spec: RuntimeSpec, memory_limit_bytes: int = 0) -> WorkerProcess:
-        """A new child, not loaded yet.
+        """Return a new child, not loaded yet.
 
         Raises:
             RuntimeLoadError: the operating system gives no process, or no file descriptor to talk to it.
@@ -132,7 +132,7 @@ class WorkerProcess:
             self._send(wire.Cancel(request_id))
 
     async def count_tokens(self, text: str) -> int:
-        """Tokens of ``text``.
+        """Return the number of tokens of ``text``.
 
         Raises:
             InferenceError: the worker ends before it answers.
@@ -150,7 +150,7 @@ class WorkerProcess:
             self._counts.pop(ref, None)
 
     def silent_s(self) -> float:
-        """Seconds without a sign of life while one is due; 0 when none is."""
+        """Return the seconds without a sign of life while one is due; 0 when none is."""
         return asyncio.get_running_loop().time() - self.last_message_at if self._sinks and self.alive else 0.0
 
     def memory_bytes(self) -> int:

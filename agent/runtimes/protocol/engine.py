@@ -93,7 +93,7 @@ class Engine(Protocol):
         ...
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of ``text``, special tokens in it parsed."""
+        """Return the number of tokens of ``text``, special tokens in it parsed."""
         ...
 
     def stats(self) -> dict[str, float]:

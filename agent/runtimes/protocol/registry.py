@@ -91,12 +91,12 @@ def _version(package: str) -> str | None:
 
 
 def features(spec: RuntimeSpec) -> Capabilities:
-    """What a model has in that runtime where nothing is set otherwise; imports its module."""
+    """Return what a model has in that runtime where nothing is set otherwise; imports its module."""
     return replace(resolve(spec.module).features, max_sequences=spec.slots)
 
 
 def resolve(module: str) -> Runtime:
-    """The runtime in ``module``; in the worker only.
+    """Return the runtime in ``module``; in the worker only.
 
     Raises:
         ImportError: no such module.

@@ -136,7 +136,7 @@ Wire = ToWorker | FromWorker
 
 
 def encode(message: Wire) -> bytes:
-    """One line, newline included. ASCII only, so that a lone surrogate in a text cannot break it."""
+    """Return one line, newline included. ASCII only, so that a lone surrogate in a text cannot break it."""
     kind = _NAMES[type(message)]
     if isinstance(message, Events):
         body: dict[str, Any] = {"e": [_event_out(event) for event in message.events]}

@@ -72,7 +72,7 @@ class BuildPlan:
 
 
 def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> BuildPlan:
-    """What would be built, without building.
+    """Return what would be built, without building.
 
     Raises:
         BuildError: the toolchain is not installed.
@@ -169,7 +169,7 @@ def _put_in_place(made: Path, home: Home, manifest: Manifest) -> Manifest:
 def _probe(
     plan: BuildPlan, files: Path, converted: Converted, log: Path, progress: ProgressCallback, threads: int
 ) -> tuple[Probe, ...]:
-    """The default probe; a model that knows the answer here must know it on the device."""
+    """Return the default probe; a model that knows the answer here must know it on the device."""
     if not plan.runs_here:
         return (Probe(prompt=PROBE_PROMPT),)
     progress(Progress("asking the artifact"))

@@ -83,7 +83,7 @@ class _Queue:
         return tuple(self._outcomes[i] for i in range(len(self._requests)))
 
     def _to_build(self) -> dict[tuple[int, ...], int]:
-        """The requests that one build is for, and its memory; of all others the outcome is noted.
+        """Return the requests that one build is for, and its memory; of all others the outcome is noted.
 
         Profiles share recipes, and so requests an artifact.
         """
@@ -99,7 +99,7 @@ class _Queue:
         return {wanted_by: need for wanted_by, need in needs.items() if need is not None}
 
     def _need(self, plan: BuildPlan, wanted_by: tuple[int, ...]) -> int | None:
-        """Bytes of memory; None where there is nothing to build, and the outcome is noted."""
+        """Return the bytes of memory; None where there is nothing to build, and the outcome is noted."""
         try:
             if found := FolderStore(self._home.artifacts).get(plan.id):
                 self._note(wanted_by, found, reused=True)
@@ -116,7 +116,7 @@ class _Queue:
         return need
 
     def _startable(self, waiting: dict[tuple[int, ...], int], taken: int, slots: int) -> list[tuple[int, ...]]:
-        """Those that fit now, in order; a smaller one may overtake one that has to wait for memory."""
+        """Return those that fit now, in order; a smaller one may overtake one that has to wait for memory."""
         chosen: list[tuple[int, ...]] = []
         for wanted_by, need in waiting.items():
             if len(chosen) < slots and taken + need <= self._budget:

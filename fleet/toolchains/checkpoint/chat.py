@@ -15,7 +15,7 @@ def _build_date() -> datetime:
 
 
 def render(chat: Chat, *turns: str) -> str:
-    """The prompt of a conversation: user and assistant by turns, the user first; the assistant's turn is opened.
+    """Return the prompt of a conversation: user and assistant by turns, the user first; the assistant's turn is opened.
 
     Raises:
         ModelError: the checkpoint's template is wrong.
@@ -24,7 +24,7 @@ def render(chat: Chat, *turns: str) -> str:
 
 
 def conversation(chat: Chat, *turns: str) -> str:
-    """A conversation that has ended, turns as in ``render``.
+    """Return a conversation that has ended, turns as in ``render``.
 
     Raises:
         ModelError: the checkpoint's template is wrong.

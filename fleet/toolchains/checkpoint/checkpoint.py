@@ -92,7 +92,7 @@ def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback =
 
 
 def resolve_model(model: str | Path, *, progress: ProgressCallback = silent) -> Checkpoint:
-    """The checkpoint in a folder, or of a hub id such as ``microsoft/Phi-4-mini-instruct``, downloaded when needed.
+    """Return the checkpoint in a folder, or of a hub id such as ``microsoft/phi-4``, downloaded when needed.
 
     Raises:
         ModelError: as ``inspect``; or the id cannot be had.

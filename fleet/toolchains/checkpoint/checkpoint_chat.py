@@ -65,7 +65,7 @@ class _Generation(ModelFile):
 
 
 def chat_of(path: Path, architecture: str) -> Chat:
-    """How to speak to the checkpoint in ``path``.
+    """Return how to speak to the checkpoint in ``path``.
 
     Raises:
         ModelError: there is no chat template, it is too long to deliver, or a file of the tokenizer is garbled.
@@ -95,7 +95,7 @@ def chat_of(path: Path, architecture: str) -> Chat:
 
 
 def sampling_of(path: Path) -> SamplingDefaults:
-    """How the authors of the checkpoint in ``path`` want tokens to be drawn.
+    """Return how the authors of the checkpoint in ``path`` want tokens to be drawn.
 
     Greedy where they state ``do_sample: false`` or nothing, which is what transformers does too. ``do_sample: true``
     without a temperature is temperature 1. A temperature without ``do_sample`` is meant as it stands.
@@ -120,7 +120,7 @@ def _unless(value: float | None, off: float) -> float | None:
 
 
 def _template(path: Path, config: _TokenizerConfig) -> tuple[Path, str]:
-    """The file that has the chat template, and the template, empty where there is none."""
+    """Return the file that has the chat template, and the template, empty where there is none."""
     file = path / "chat_template.jinja"
     if file.is_file():
         return file, read_text(file)

@@ -27,7 +27,7 @@ def local_path(model: str | Path) -> Path:
 
 
 def read_json(path: Path, *, needed: bool = False) -> dict[str, Any]:
-    """The object in ``path``; an empty one where there is no such file and it is not ``needed``.
+    """Return the object in ``path``; an empty one where there is no such file and it is not ``needed``.
 
     Raises:
         ModelError: absent, unreadable, or no JSON object.
@@ -46,7 +46,7 @@ def read_json(path: Path, *, needed: bool = False) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The text in ``path``.
+    """Return the text in ``path``.
 
     Raises:
         ModelError: absent, unreadable, no UTF-8, or with a byte order mark.
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
 
 
 def read_as(model: type[_AnyFile], path: Path) -> _AnyFile:
-    """What ``model`` knows of the JSON in ``path``; its defaults where there is no such file.
+    """Return what ``model`` knows of the JSON in ``path``; its defaults where there is no such file.
 
     Raises:
         ModelError: no JSON object, or a field is wrong.

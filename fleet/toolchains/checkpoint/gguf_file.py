@@ -72,7 +72,7 @@ class GgufFile:
         return tuple(self._infos)
 
     def tensor(self, name: str) -> Weights:
-        """One tensor as float32, of the shape (out, in) for matrices.
+        """Return one tensor as float32, of the shape (out, in) for matrices.
 
         Raises:
             ValueError: it is of a type that this reader does not know, or the file is cut short.
@@ -133,7 +133,7 @@ def _floats(code: str) -> Callable[[Raw], Weights]:
 
 
 def _nibbles(raw: Raw) -> Weights:
-    """Blocks of 16 bytes to 32 values: the low halves first, then the high ones."""
+    """Return blocks of 16 bytes to 32 values: the low halves first, then the high ones."""
     import numpy as np
 
     return np.concatenate([raw & 0x0F, raw >> 4], axis=1).astype(np.float32)

@@ -90,7 +90,7 @@ class LlamaGguf:
         return str(self._value("general.license", "unknown"))
 
     def shape(self) -> LlamaShape:
-        """The network's sizes."""
+        """Return the network's sizes."""
         value = self._value
         return LlamaShape(
             layers=value("llama.block_count"),
@@ -106,7 +106,7 @@ class LlamaGguf:
         )
 
     def vocabulary(self) -> Vocabulary:
-        """What a tokenizer is built from."""
+        """Return what a tokenizer is built from."""
         value = self._value
         kinds = value("tokenizer.ggml.token_type")
         return Vocabulary(
@@ -121,7 +121,7 @@ class LlamaGguf:
         )
 
     def weights(self) -> Iterator[tuple[str, Weights]]:
-        """Names as in ``LlamaForCausalLM``, and float32 arrays of shape (out, in)."""
+        """Yield names as in ``LlamaForCausalLM``, and float32 arrays of shape (out, in)."""
         shape = self.shape()
         for tensor in self._file.tensors:
             array, name = self._file.tensor(tensor), _llama_name(tensor)

@@ -122,7 +122,7 @@ def fuse(weights: dict[str, Weights], layers: int) -> dict[str, Weights]:
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, Weights]:
-    """Weights of a Phi-3 network of this configuration, drawn so that activations neither vanish nor explode."""
+    """Return weights of a Phi-3 network of this configuration, drawn so that activations neither vanish nor explode."""
     import numpy as np
 
     draw = np.random.default_rng(seed)

@@ -56,7 +56,7 @@ class Tensor:
 
 
 def read_tensors(path: Path) -> tuple[Tensor, ...]:
-    """Every tensor that the header names, its offsets compared with its shape and with the file's length.
+    """Return every tensor that the header names, its offsets compared with its shape and with the file's length.
 
     Raises:
         ModelError: unreadable, truncated, or no safetensors file; names the tensor that is wrong.
@@ -105,7 +105,7 @@ def _check_length(tensor: Tensor, path: Path) -> None:
 
 
 def first_not_finite(path: Path, tensors: tuple[Tensor, ...]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinity, or None."""
+    """Return the name of the first tensor that holds NaN or an infinity, or None."""
     import numpy as np
 
     if not tensors:

@@ -167,7 +167,7 @@ def _checked(
 
 
 def _check(folder: Path, llama: dict[str, Weights], shape: LlamaShape, progress: ProgressCallback) -> tuple[float, str]:
-    """The largest difference of logits to the same weights as a Llama, and the answer to the question."""
+    """Return the largest difference of logits to the same weights as a Llama, and the answer to the question."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar

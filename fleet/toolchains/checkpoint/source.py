@@ -46,7 +46,7 @@ def hub_config(config: dict[str, Any], stored_dtype: str) -> dict[str, Any]:
 
 
 def mirror(source: Path, folder: Path, **changes: Any) -> Path:
-    """A folder that refers to the files of ``source``, with config.json in the hub's spelling and ``changes`` in it."""
+    """Return a folder that refers to the files of ``source``, with ``changes`` in its config.json."""
     from fleet.toolchains.checkpoint.safetensors_scan import read_tensors
 
     folder.mkdir(parents=True, exist_ok=True)

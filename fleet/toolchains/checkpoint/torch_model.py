@@ -9,7 +9,7 @@ from fleet.errors import ModelError
 
 
 def load_float32(source: Path) -> Any:
-    """The model, with every weight out of the checkpoint and no code of it.
+    """Return the model, with every weight out of the checkpoint and no code of it.
 
     Raises:
         ModelError: transformers had to invent, drop or resize a tensor.

@@ -43,7 +43,7 @@ class _Index(ModelFile):
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The files of its weights.
+    """Return the files of its weights.
 
     Raises:
         ModelError: there are none, one that the index names is absent, or one is there that it does not name.
@@ -196,7 +196,7 @@ def _copy(source: BinaryIO, tensor: Tensor, out: BinaryIO) -> None:
 
 
 def _same_bytes(shards: Shards, reading: Reading) -> bool:
-    """Whether the head is the embedding."""
+    """Return whether the head is the embedding."""
     places = {reading.names.get(tensor.name): (file, tensor) for file, tensors in shards.items() for tensor in tensors}
     (one, head), (other, embedding) = places["lm_head.weight"], places["model.embed_tokens.weight"]
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):

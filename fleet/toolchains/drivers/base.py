@@ -75,7 +75,7 @@ class ToolchainDriver(Protocol):
     packages: ClassVar[tuple[str, ...]]
 
     def resolve(self, recipe: Recipe, model: Checkpoint) -> dict[str, Any]:
-        """Every option that the conversion will be given, defaults filled in.
+        """Return every option that the conversion will be given, defaults filled in.
 
         Raises:
             ProfileError: an option is unknown, has a wrong value, or the combination cannot be built.
@@ -95,7 +95,7 @@ class ToolchainDriver(Protocol):
         ...
 
     def speak(self, job: SpeakJob) -> str:
-        """The text that follows ``job.prompt``, whose special tokens are parsed."""
+        """Return the text that follows ``job.prompt``, whose special tokens are parsed."""
         ...
 
 

@@ -59,7 +59,7 @@ class Mlx:
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
-        """Weights are read lazily; what is written is held. A recovery has a copy of its own."""
+        """Estimate the memory: weights are read lazily; what is written is held. A recovery has a copy of its own."""
         return model.weights_bytes + 2 * model.facts.parameters + 2**30 + recovery_bytes(recipe, model, output=True)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:

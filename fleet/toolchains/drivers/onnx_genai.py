@@ -78,7 +78,7 @@ class OnnxGenai:
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
-        """Weights in float32 as loaded, and what is written, beside the libraries."""
+        """Estimate the memory: weights in float32 as loaded, and what is written, beside the libraries."""
         return 4 * model.facts.parameters * 3 + 2**30 + recovery_bytes(recipe, model, output=True)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:

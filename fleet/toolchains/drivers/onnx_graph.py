@@ -67,7 +67,7 @@ class OnnxGraph:
         raise BuildError(f"{self._path}: the builder wrote a model without a KV cache")
 
     def products(self) -> Iterator[Product]:
-        """Every quantized matrix product, in graph order."""
+        """Yield every quantized matrix product, in graph order."""
         for node in self._proto.graph.node:
             if node.op_type == "MatMulNBits":
                 of = {attribute.name: attribute.i for attribute in node.attribute}
@@ -150,7 +150,7 @@ class OnnxGraph:
 
 
 def _source_of(product: str) -> str:
-    """The name that the weight has in a checkpoint, which fuses q, k, v and gate, up, in this order of rows."""
+    """Return the name that the weight has in a checkpoint, which fuses q, k, v and gate, up, in this order of rows."""
     if product.startswith("/lm_head/"):
         return "lm_head.weight"
     match = _LAYER.match(product)

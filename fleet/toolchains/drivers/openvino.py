@@ -231,7 +231,7 @@ def _samples(whole: Path, model: Any, texts: Sequence[str]) -> Iterator[dict[str
 
 
 def _count_types(model: Any) -> dict[str, int]:
-    """Weights by element type, as they were written: the proof that an option took effect."""
+    """Return weights by element type, as they were written: the proof that an option took effect."""
     counts: dict[str, int] = {}
     for node in model.get_ops():
         if node.get_type_name() == "Constant" and len(node.get_output_shape(0)) >= 2:

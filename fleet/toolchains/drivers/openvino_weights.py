@@ -24,7 +24,7 @@ class Constants:
         self._nodes = {node.get_friendly_name(): node for node in nodes}
 
     def grid_of(self, name: str) -> Grid | None:
-        """How the weight of this name in the checkpoint was compressed; None where it was not to 4 bits."""
+        """Return how the weight of this name in the checkpoint was compressed; None where it was not to 4 bits."""
         node = self._nodes.get(f"self.{name}")
         kind = _KINDS.get(node.get_element_type().get_type_name()) if node else None
         return Grid(4, int(tuple(node.get_output_shape(0))[-1]), kind) if node and kind else None

@@ -209,7 +209,7 @@ def _read(pipe: IO[bytes], events: queue.SimpleQueue[bytes | None]) -> None:
 
 
 def _next(events: queue.SimpleQueue[bytes | None], child: subprocess.Popen[bytes]) -> bytes | None:
-    """The next line; None once there is no more, or the child has been gone for a while."""
+    """Return the next line; None once there is no more, or the child has been gone for a while."""
     while True:
         gone = child.poll() is not None
         try:
@@ -225,7 +225,7 @@ def cores() -> int:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log, without the frames of progress bars."""
+    """Return the last lines of a log, without the frames of progress bars."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
@@ -272,6 +272,6 @@ def _disk_is_full(job: BaseModel) -> bool:
 
 
 def _python_path() -> str:
-    """The child must find this package however the parent found it."""
+    """Return the child must find this package however the parent found it."""
     root = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)

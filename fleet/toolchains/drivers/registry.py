@@ -16,7 +16,7 @@ DRIVERS: dict[Toolchain, ToolchainDriver] = {
 
 
 def driver_of(name: Toolchain) -> ToolchainDriver:
-    """The driver of a toolchain.
+    """Return the driver of a toolchain.
 
     Raises:
         ProfileError: there is none.

@@ -22,7 +22,7 @@ class Watch:
     total: int = 0
 
     def read(self, line: str) -> Progress | None:
-        """The progress that ``line`` tells, or None."""
+        """Return the progress that ``line`` tells, or None."""
         match = self.pattern.search(line)
         if match is None:
             return None

@@ -34,7 +34,7 @@ class Losses:
 
 
 def compare(reference: Any, artifact: Any, following: Sequence[int]) -> Losses:
-    """Logits of both, float arrays of shape ``[tokens, vocabulary]``, and the token that followed each.
+    """Return logits of both, float arrays of shape ``[tokens, vocabulary]``, and the token that followed each.
 
     Some toolchains pad the vocabulary: what both have is compared.
 
@@ -107,7 +107,7 @@ def summarise(losses: Sequence[Losses], evaluation: str) -> Quality:
 
 
 def _mean(sequences: Sequence[Floats]) -> tuple[float, float]:
-    """The mean over all tokens and its standard error, with sequences as clusters."""
+    """Return the mean over all tokens and its standard error, with sequences as clusters."""
     import numpy as np
 
     lengths = np.array([len(values) for values in sequences], dtype=np.float64)

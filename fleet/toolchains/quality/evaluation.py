@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def bundled() -> Evaluation:
-    """The prompts that come with phifleet: chat, code, mathematics and several languages."""
+    """Return the prompts that come with phifleet: chat, code, mathematics and several languages."""
     document = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
     prompts = tuple(prompt for part in document.values() if isinstance(part, dict) for prompt in part["prompts"])
     digest = sha256_hex(canonical_json([CONTINUATION_TOKENS, *prompts]))
@@ -48,7 +48,7 @@ def bundled() -> Evaluation:
 
 
 def from_text(path: Path) -> Evaluation:
-    """A text file of the operator's.
+    """Return a text file of the operator's.
 
     Raises:
         UsageError: missing, empty, binary, not UTF-8, or far too large.

@@ -61,7 +61,7 @@ def prepare(
     checkpoint_dir: Path, source_digest: str, chat: Chat, chosen: Evaluation, cache: Path, *,
     progress: ProgressCallback = silent, threads: int | None = None,
 ) -> Path:  # fmt: skip
-    """The reference's file, made now if it is not there. Call it once before measuring side by side.
+    """Return the reference's file, made now if it is not there. Call it once before measuring side by side.
 
     Raises:
         BuildError: the reference does not run, or its FP32 weights do not fit into memory.

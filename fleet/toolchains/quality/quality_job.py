@@ -42,7 +42,7 @@ class MeasureJob(BaseModel):
 
 
 def run(kind: str, job: dict[str, Any], progress: ProgressCallback) -> dict[str, Any]:
-    """The job ``reference`` or ``measure``; what it returns is JSON.
+    """Return the job ``reference`` or ``measure``; what it returns is JSON.
 
     Raises:
         FleetError: it cannot be done, and why.

@@ -122,7 +122,7 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def read(path: Path) -> list[Scored]:
-    """What ``write`` wrote.
+    """Return what ``write`` wrote.
 
     Raises:
         BuildError: the file is damaged.
@@ -143,7 +143,7 @@ def read(path: Path) -> list[Scored]:
 
 
 def output_layer(source: Path) -> Callable[[Any], Any]:
-    """Hidden states ``[n, hidden]`` to the reference's logits ``[n, vocabulary]``, without loading the model.
+    """Return hidden states ``[n, hidden]`` to the reference's logits ``[n, vocabulary]``, without loading the model.
 
     Raises:
         ModelError: the checkpoint has no output matrix.
@@ -171,7 +171,7 @@ def _output_names(tensors: Sequence[str] | dict[str, Any]) -> Iterator[str]:
 
 
 def _floats(path: Path, tensor: Tensor) -> Any:
-    """A tensor of a safetensors file in float32; bfloat16 is the upper half of it."""
+    """Return a tensor of a safetensors file in float32; bfloat16 is the upper half of it."""
     import numpy as np
 
     kinds = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}

@@ -52,7 +52,9 @@ def check_recovery(what: str, options: dict[str, Any], model: Checkpoint) -> Non
 
 
 def recovery_bytes(recipe: Recipe, model: Checkpoint, *, output: bool) -> int:
-    """What a recovery adds to a build's memory, ``output`` if the last product is among it; 0 where none is asked for.
+    """Return what a recovery adds to a build's memory, ``output`` if the last product is among it.
+
+    0 where none is asked for.
 
     The model in float32, activations, the Gram matrix of the widest rows as float64 with its factors, and the largest
     matrix when it is put together again from values, scales and zeros.
@@ -88,7 +90,7 @@ def recover(
 
 
 def _load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
-    """The model in float32, and the texts end to end, as sequences: shape (sequences, tokens)."""
+    """Return the model in float32, and the texts end to end, as sequences: shape (sequences, tokens)."""
     import torch
     from transformers import AutoTokenizer
 
@@ -242,7 +244,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _corrected(weights: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """Weights that give for the inputs as they are what the original gave for the inputs as they were."""
+    """Return weights that give for the inputs as they are what the original gave for the inputs as they were."""
     import torch
 
     damped = gram.double()

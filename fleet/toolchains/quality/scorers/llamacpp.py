@@ -66,7 +66,7 @@ class LlamaCpp:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def _decode(self, ids: Sequence[int], *, at: int, every: bool) -> Any:
-        """Logits of each token of ``ids`` where ``every``, else of the last one."""
+        """Return logits of each token of ``ids`` where ``every``, else of the last one."""
         import numpy as np
 
         batch = self._llama.llama_batch_init(len(ids), 0, 1)
