@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,22 @@ def test_a_damaged_manifest_is_not_read_again_for_every_digest_that_somebody_mak
     (store.root / "damaged" / "manifest.json").unlink()  # whoever looks into it now would tell another error
     assert store.open("1" * 64) is None
     assert store._all_readable
+
+
+def test_without_pread_bytes_are_read_from_where_they_are(store: FolderStore, monkeypatch: pytest.MonkeyPatch):
+    """Windows has none."""
+    manifest = put(store.root, b"0123456789")
+    monkeypatch.delattr("os.pread")
+    artifact = store.open(manifest.digest)
+    assert artifact is not None
+    with contextlib.closing(artifact):
+        assert [artifact.read(0, offset, 3) for offset in (4, 0, 7)] == [b"456", b"012", b"789"]
+        with pytest.raises(OSError, match="ends before byte 12"):
+            artifact.read(0, 9, 3)
+
+
+def test_too_few_characters_name_no_artifact(store: FolderStore):
+    manifest = put(store.root)
+    assert find(store, manifest.digest[:8]) == manifest
+    with pytest.raises(UsageError, match="is too short to name an artifact"):
+        find(store, manifest.digest[:1])
