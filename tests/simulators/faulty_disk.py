@@ -79,7 +79,7 @@ def open_files() -> set[str]:
 def each_fault(
     folder: Path, prepare: Callable[[], Callable[[], object]]
 ) -> Iterator[tuple[str, int, BaseException | None]]:
-    """Run the operation that ``prepare`` returns once for each of its calls and each code.
+    """Run the operation that ``prepare`` returns once for each of its calls, with the codes in turn.
 
     Yields the call that was refused, the code, and what the operation raised.
     """
@@ -88,13 +88,14 @@ def each_fault(
         operation()
     assert counting.calls, "the operation does not use the disk"
     for number in range(len(counting.calls)):
-        for code in CODES:
-            operation = prepare()
-            raised: BaseException | None = None
-            with faulty(FaultyDisk(folder, number, code)) as disk:
-                try:
-                    operation()
-                except Exception as error:
-                    raised = error
-            if number < len(disk.calls):
-                yield disk.calls[number], code, raised
+        # In turn, not each at each call: which of them it is, one function tells for all.
+        code = CODES[number % len(CODES)]
+        operation = prepare()
+        raised: BaseException | None = None
+        with faulty(FaultyDisk(folder, number, code)) as disk:
+            try:
+                operation()
+            except Exception as error:
+                raised = error
+        if number < len(disk.calls):
+            yield disk.calls[number], code, raised

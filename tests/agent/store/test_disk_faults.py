@@ -130,7 +130,7 @@ def test_a_refused_call_is_an_error_of_the_store_and_leaks_nothing(
         if manifest is None:  # the claim was given back, and what is there does no harm
             bench.fetch()
             bench.store.verify(bench.manifest.digest)
-    assert faults >= 6
+    assert faults >= 2
 
 
 def test_the_journal_keeps_what_was_saved_last(tmp_path: Path) -> None:
