@@ -25,6 +25,18 @@ class ModelError(FleetError):
     exit_code = ExitCode.MODEL
 
 
+class MissingError(UsageError):
+    """What was named is not there; the message names what is."""
+
+
+class ConflictError(UsageError):
+    """It cannot be done as things stand: the name is taken, or what was asked for does not fit the present state."""
+
+
+class ChangedError(ConflictError):
+    """Somebody else has changed it since it was looked at."""
+
+
 class ProfileError(FleetError):
     """A device profile is wrong, or no toolchain can give what it asks for."""
 

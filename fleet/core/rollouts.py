@@ -41,7 +41,7 @@ from fleet.core.rollout_events import (
     Ticked,
 )
 from fleet.core.rollout_spec import DAY_S, Counts, Frozen, RolloutSpec
-from fleet.errors import UsageError
+from fleet.errors import ConflictError
 
 
 class State(StrEnum):
@@ -189,7 +189,7 @@ TABLE: Mapping[Case, Mapping[State, State]] = MappingProxyType(
 )
 
 
-class TransitionError(UsageError):
+class TransitionError(ConflictError):
     """An event that the table does not allow in this state; the rollout is unchanged."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from agent.contract.manifest import Manifest
-from fleet.errors import UsageError
+from fleet.errors import ConflictError, UsageError
 from fleet.operations.fleet import Fleet
 from fleet.registry import Actor
 
@@ -48,7 +48,7 @@ def refuse_withdrawn(fleet: Fleet, artifacts: Sequence[Manifest]) -> None:
     for manifest in artifacts:
         if (row := withdrawn.get(manifest.digest)) is not None:
             why = f" ({row.reason})" if row.reason else ""
-            raise UsageError(
+            raise ConflictError(
                 f"{manifest.id} was withdrawn on {row.at:%Y-%m-%d %H:%M} UTC by {row.who}{why}; "
                 f"`phifleet trust reinstate {manifest.digest[:12]}` allows it again"
             )

@@ -19,7 +19,7 @@ from agent.contract.base import DeviceId, explain
 from agent.contract.bundle import Bundle
 from agent.contract.profile import DeviceProfile
 from agent.platform.files import PRIVATE, reason, write_atomic
-from fleet.errors import UsageError
+from fleet.errors import ConflictError, MissingError, UsageError
 from fleet.operations.fleet import Fleet
 from fleet.registry import Actor
 
@@ -52,7 +52,7 @@ def add_device(
     _ = fleet.repository  # before anything is made: without a root of trust there is no bundle
     refuse_unless_new(bundle_path)
     if fleet.registry.devices.has(device):
-        raise UsageError(f"device {device} is there already; remove it first, or choose another id")
+        raise ConflictError(f"device {device} is there already; remove it first, or choose another id")
     bundle = make_bundle(fleet, device, profile.name, broker)
     _write_bundle(bundle_path, bundle)
     try:
@@ -238,7 +238,7 @@ def revoke_device(fleet: Fleet, name: str, actor: Actor) -> Revocation:
     since = fleet.registry.devices.revoke(name, actor) if fleet.registry.devices.has(name) else None
     count = fleet.ca.revoke(name) if fleet.ca.exists else 0
     if since is None and count == 0:
-        raise UsageError(f"{name!r} is no device of this fleet, and no certificate of it is in force")
+        raise MissingError(f"{name!r} is no device of this fleet, and no certificate of it is in force")
     return Revocation(name, count, since)
 
 

@@ -24,6 +24,7 @@ from fleet.errors import FleetError, UsageError
 from fleet.operations.artifacts import refuse_withdrawn
 from fleet.operations.deploy import DeployOptions, make_order, profile_of
 from fleet.operations.fleet import Fleet
+from fleet.operations.names import check_name, selector_text, variants
 from fleet.registry import Actor, Registry
 from fleet.registry.devices import facts_of
 from fleet.registry.models import DeviceRow, RolloutDeviceRow
@@ -73,6 +74,7 @@ def plan_rollout(fleet: Fleet, spec: RolloutSpec) -> Plan:
         SelectorError: a selector cannot be read.
         UsageError: an artifact is not there, the variants are of different models, or one was withdrawn.
     """
+    spec = _resolved(fleet, spec)
     manifests = _manifests(fleet, spec)
     candidates, unfit = _candidates(fleet.registry, spec, manifests)
     taken = fleet.registry.rollouts.taken("", spec.priority)
@@ -102,6 +104,8 @@ def start_rollout(fleet: Fleet, name: str, spec: RolloutSpec, actor: Actor) -> R
         StoreError: an artifact's files are not what was built.
         RepositoryError: it cannot be signed.
     """
+    check_name("rollout", name)
+    spec = _resolved(fleet, spec)
     manifests = _manifests(fleet, spec)
     found = plan_rollout(fleet, spec)
     if found.unfit:
@@ -122,13 +126,14 @@ def start_rollout(fleet: Fleet, name: str, spec: RolloutSpec, actor: Actor) -> R
     return started
 
 
-def control_rollout(fleet: Fleet, name: str, event: Event, actor: Actor) -> Rollout:
-    """Pause, resume, approve or abort; the audit says who did.
+def control_rollout(fleet: Fleet, name: str, event: Event, actor: Actor, expected: str | None = None) -> Rollout:
+    """Pause, resume, approve or abort; the audit says who did. ``expected``: the tag that it must still have.
 
     Raises:
         UsageError: there is no such rollout, or it is not possible now.
+        ChangedError: it has another tag.
     """
-    after, _ = fleet.registry.rollouts.apply(name, event, actor)
+    after, _ = fleet.registry.rollouts.apply(name, event, actor, expected)
     fleet.registry.audit.record(actor, f"rollout.{type(event).__name__.removesuffix('Asked').lower()}", name)
     return after
 
@@ -285,6 +290,16 @@ def describe_verdict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _resolved(fleet: Fleet, spec: RolloutSpec) -> RolloutSpec:
+    """Return it with what its names mean now: a name that means something else later changes no rollout."""
+    waves = tuple(
+        wave if wave.selector is None else Wave(selector=selector_text(fleet, wave.selector)) for wave in spec.waves
+    )
+    digests = tuple(manifest.digest for manifest in variants(fleet, spec.artifacts))
+    changes = {"selector": selector_text(fleet, spec.selector), "waves": waves, "artifacts": digests}
+    return spec.model_copy(update=changes)
+
+
 def _manifests(fleet: Fleet, spec: RolloutSpec) -> list[Manifest]:
     manifests = [find(fleet.artifacts, digest) for digest in spec.artifacts]
     if len({manifest.model.name for manifest in manifests}) != 1:
@@ -327,7 +342,12 @@ def _variant(
     row: DeviceRow, manifests: Sequence[Manifest], profiles: dict[str, DeviceProfile]
 ) -> tuple[Manifest | None, str]:
     """Return the first variant that fits, or why none does."""
-    profile = profile_of(row) if row.profile_document else profiles.setdefault(row.profile, profile_of(row))
+    if row.profile_document:
+        profile = profile_of(row)
+    elif row.profile in profiles:
+        profile = profiles[row.profile]
+    else:
+        profile = profiles[row.profile] = profile_of(row)
     reasons: list[str] = []
     for manifest in manifests:
         wrong = incompatibilities(manifest, profile, facts_of(row)) + gate_incompatibilities(manifest, profile)

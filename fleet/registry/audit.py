@@ -54,3 +54,12 @@ class Audit:
         """
         with self._database.read() as session:
             return list(session.scalars(select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)))
+
+    def after(self, entry: int, limit: int = 100) -> list[AuditRow]:
+        """Return the entries that come after one, the oldest first.
+
+        Raises:
+            RegistryError: the database cannot be used.
+        """
+        with self._database.read() as session:
+            return list(session.scalars(select(AuditRow).where(AuditRow.id > entry).order_by(AuditRow.id).limit(limit)))

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, undefer
 from agent.contract.messages import Desired
 from fleet.core import deployments as core
 from fleet.core.deployments import Stage
-from fleet.errors import UsageError
+from fleet.errors import MissingError
 from fleet.registry.database import Database
 from fleet.registry.models import DeploymentRow, DeviceRow
 from fleet.registry.rows import MANY, Actor, add_audit, apply, orderable_rows, outstanding, put_in_outbox, to_core
@@ -84,7 +84,7 @@ class Deployments:
         with self._database.read() as session:
             row = session.get(DeploymentRow, deployment, options=[undefer(DeploymentRow.envelope)])
         if row is None:
-            raise UsageError(f"no deployment has the id {deployment}")
+            raise MissingError(f"no deployment has the id {deployment}")
         return row
 
     def newest(self) -> dict[str, DeploymentRow]:

@@ -11,7 +11,7 @@ from sqlalchemy import or_, select, update
 from agent.contract.messages import Facts
 from agent.contract.profile import DeviceProfile
 from fleet.core import deployments as core
-from fleet.errors import UsageError
+from fleet.errors import ConflictError
 from fleet.registry.database import Database
 from fleet.registry.models import DeviceRow
 from fleet.registry.rows import (
@@ -46,7 +46,7 @@ class Devices:
             new = insert_if_new(session, DeviceRow, {"id": device, "profile": profile.name, "added_at": actor.at})
             row = session.get_one(DeviceRow, device, with_for_update=True)
             if not new and row.removed_at is None:
-                raise UsageError(f"device {device} is there already; remove it first, or choose another id")
+                raise ConflictError(f"device {device} is there already; remove it first, or choose another id")
             row.profile, row.profile_document = profile.name, document
             row.added_at, row.removed_at, row.revoked_at, row.cleared = actor.at, None, None, False
             row.facts = row.reported = row.health = row.last_seen = None

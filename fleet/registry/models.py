@@ -309,6 +309,88 @@ class HealthRollupRow(_Figures, Base):
     __tablename__ = "health_rollup"
 
 
+class TokenRow(Base):
+    """A token of the API, of which the database knows the hash alone."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63))
+    #: SHA-256 of the token, in lower case hex.
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    #: ``fleet.core.roles.Role``.
+    role: Mapped[str] = mapped_column(String(16))
+    #: A selector: no other device is shown or changed. None: all.
+    scope: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime]
+    created_by: Mapped[str]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    #: To the minute.
+    used_at: Mapped[datetime | None]
+
+
+class IdempotencyRow(Base):
+    """What was answered to a request with an Idempotency-Key, so that the same request again changes nothing."""
+
+    __tablename__ = "idempotency"
+
+    token: Mapped[str] = mapped_column(String(16), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    #: SHA-256 of method, path and body.
+    request: Mapped[str] = mapped_column(String(64))
+    at: Mapped[datetime] = mapped_column(index=True)
+    #: None while the first is being answered.
+    status: Mapped[int | None]
+    answer: Mapped[dict[str, Any] | None]
+    headers: Mapped[dict[str, Any] | None]
+
+
+class WebhookRow(Base):
+    """Where the audit's entries are sent, and up to which of them that was done."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    url: Mapped[str] = mapped_column(Text)
+    #: Of the signature; both sides know it.
+    secret: Mapped[str] = mapped_column(String(64))
+    #: Actions, such as ``rollout.*``.
+    events: Mapped[list[str]]
+    created_at: Mapped[datetime]
+    created_by: Mapped[str]
+    #: The last entry of the audit that was delivered, or did not have to be.
+    cursor: Mapped[int]
+    #: In a row.
+    failures: Mapped[int] = mapped_column(default=0)
+    #: When it is tried next; None where its receiver said that it is gone.
+    due_at: Mapped[datetime | None] = mapped_column(index=True)
+    delivered_at: Mapped[datetime | None]
+    error: Mapped[str | None] = mapped_column(Text)
+
+
+class SelectorRow(Base):
+    """A selector under a name."""
+
+    __tablename__ = "selectors"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    selector: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime]
+    created_by: Mapped[str]
+
+
+class ReleaseRow(Base):
+    """The variants of one model as one thing: each device gets the one that its profile is for."""
+
+    __tablename__ = "releases"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    digests: Mapped[list[str]]
+    created_at: Mapped[datetime]
+    created_by: Mapped[str]
+
+
 SQLITE_APPEND_ONLY = tuple(
     f"CREATE TRIGGER audit_no_{verb} BEFORE {verb} ON audit BEGIN SELECT RAISE(ABORT, 'the audit is append only'); END"
     for verb in ("update", "delete")

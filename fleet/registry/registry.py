@@ -16,8 +16,11 @@ from fleet.registry.devices import Devices
 from fleet.registry.health import Health
 from fleet.registry.inventory import Inventory
 from fleet.registry.models import FleetRow
+from fleet.registry.names import Releases, Selectors
 from fleet.registry.outbox import OutboxTable
 from fleet.registry.rollouts import Rollouts
+from fleet.registry.tokens import Tokens
+from fleet.registry.webhooks import Webhooks
 
 
 class Registry:
@@ -34,6 +37,10 @@ class Registry:
         self.outbox = OutboxTable(database)
         self.rollouts = Rollouts(database)
         self.inventory = Inventory(database)
+        self.tokens = Tokens(database)
+        self.webhooks = Webhooks(database)
+        self.selectors = Selectors(database)
+        self.releases = Releases(database)
 
     def shared(self, name: str) -> str:
         """Return what all controllers of this database share under a name.

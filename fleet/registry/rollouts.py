@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,7 +18,7 @@ from fleet.core.evidence import Figures, Gate, GroupEvidence
 from fleet.core.rollout_events import Effect, Event
 from fleet.core.rollout_spec import Counts
 from fleet.core.rollouts import STATES, Rollout, State, decide
-from fleet.errors import UsageError
+from fleet.errors import ChangedError, ConflictError, MissingError
 from fleet.registry.database import Database
 from fleet.registry.models import DeploymentRow, DeviceRow, HealthRow, RolloutDeviceRow, RolloutRow
 from fleet.registry.rows import Actor, add_audit, in_chunks, insert_if_new
@@ -75,7 +76,7 @@ class Rollouts:
                 "document": rollout.model_dump(mode="json"),
             }
             if not insert_if_new(session, RolloutRow, row):
-                raise UsageError(f"rollout {rollout.id} is there already; choose another name")
+                raise ConflictError(f"rollout {rollout.id} is there already; choose another name")
             add_audit(session, actor, "rollout.create", rollout.id, rollout.spec.model_dump(mode="json"))
 
     def get(self, rollout: str) -> RolloutRow:
@@ -92,15 +93,21 @@ class Rollouts:
         with self._database.read() as session:
             return list(session.scalars(select(RolloutRow).order_by(RolloutRow.created_at.desc()).limit(limit)))
 
-    def apply(self, rollout: str, event: Event, actor: Actor) -> tuple[Rollout, tuple[Effect, ...]]:
-        """Let the core decide about an event, and record what it decided.
+    def apply(
+        self, rollout: str, event: Event, actor: Actor, expected: str | None = None
+    ) -> tuple[Rollout, tuple[Effect, ...]]:
+        """Let the core decide about an event, and record what it decided. ``expected``: the tag that it must have.
 
         Raises:
             UsageError: there is no such rollout, or the event cannot come now.
+            ChangedError: it has another tag.
         """
         with self._database.write() as session:
             row = _row(session, rollout, lock=True)
             before = read(row)
+            if expected is not None and expected != tag(before):
+                where = f"{before.state.replace('_', ' ')}, wave {before.wave + 1}"
+                raise ChangedError(f"rollout {rollout} has moved on since you looked: it is {where} now; look again")
             after, effects = decide(before, event, actor.at)
             row.document, row.state, row.updated_at = after.model_dump(mode="json"), after.state.value, actor.at
             if after.state is not before.state:
@@ -327,11 +334,17 @@ def read(row: RolloutRow) -> Rollout:
     return Rollout.model_validate(row.document)
 
 
+def tag(rollout: Rollout) -> str:
+    """Return what changes with each decision about it, and not with each device."""
+    decided = f"{rollout.id} {rollout.state} {rollout.wave} {rollout.entered_at.isoformat()} {rollout.reason}"
+    return hashlib.sha256(decided.encode()).hexdigest()[:16]
+
+
 def _row(session: Session, rollout: str, *, lock: bool = False) -> RolloutRow:
     row = session.get(RolloutRow, rollout, with_for_update=lock or None)
     if row is None:
         newest = list(session.scalars(select(RolloutRow.id).order_by(RolloutRow.created_at.desc()).limit(10)))
-        raise UsageError(f"no rollout is named {rollout}; there are: {', '.join(newest) or 'none'}")
+        raise MissingError(f"no rollout is named {rollout}; there are: {', '.join(newest) or 'none'}")
     return row
 
 

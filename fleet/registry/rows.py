@@ -16,7 +16,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure
 from fleet.core import deployments as core
 from fleet.core.deployments import TABLE, Stage
-from fleet.errors import UsageError
+from fleet.errors import ConflictError, MissingError
 from fleet.registry.audit_chain import Entry, wait_for_the_end
 from fleet.registry.models import DeploymentRow, DeviceRow, OutboxRow
 
@@ -52,7 +52,7 @@ def device_row(session: Session, device: str, *, lock: bool = False) -> DeviceRo
     """
     row = session.get(DeviceRow, device, with_for_update=lock or None)
     if row is None or row.removed_at is not None:
-        raise UsageError(_no_such_device(session, device))
+        raise MissingError(_no_such_device(session, device))
     return row
 
 
@@ -78,7 +78,7 @@ def orderable_rows(session: Session, devices: Sequence[str], *, lock: bool = Fal
     rows = device_rows(session, devices, lock=lock)
     for row in rows:
         if row.revoked_at is not None:
-            raise UsageError(f"device {row.id}: {revoked_text(row.revoked_at)}")
+            raise ConflictError(f"device {row.id}: {revoked_text(row.revoked_at)}")
     return rows
 
 

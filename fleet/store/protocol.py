@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.contract.manifest import Manifest
-from fleet.errors import UsageError
+from fleet.errors import MissingError, UsageError
 
 #: The beginning of an id or a digest must be at least this long to name an artifact.
 MIN_PREFIX = 4
@@ -107,7 +107,7 @@ def find(store: ArtifactStore, text: str) -> Manifest:
         return begin[0]
     if len(text) >= MIN_PREFIX and begin:
         raise UsageError(f"several artifacts begin with {text}: {', '.join(one.id for one in begin)}")
-    raise UsageError(_not_found(text, [one.id for one in manifests], short=bool(begin)))
+    raise MissingError(_not_found(text, [one.id for one in manifests], short=bool(begin)))
 
 
 def _not_found(text: str, ids: list[str], *, short: bool) -> str:
