@@ -25,6 +25,13 @@ class ModelError(FleetError):
     exit_code = ExitCode.MODEL
 
 
+class InvalidCursorError(UsageError):
+    """Where a page is to begin is not where another one ended."""
+
+    def __init__(self, cursor: str) -> None:
+        super().__init__(f"{cursor!r} is not the `next` of an earlier page")
+
+
 class MissingError(UsageError):
     """What was named is not there; the message names what is."""
 

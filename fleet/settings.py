@@ -33,6 +33,9 @@ def _default_home() -> Path:
     return Path(platformdirs.user_data_dir("phifleet", appauthor=False))
 
 
+MAX_PORT = 65_535
+
+
 class FleetSettings(BaseSettings):
     """Everything the controller can be told."""
 
@@ -54,6 +57,9 @@ class FleetSettings(BaseSettings):
     database: Annotated[
         SecretStr | None, Field(description="sqlite:///... or postgresql://...; none: fleet.db in home")
     ] = None
+    api: Annotated[str | None, Field(description="host:port of the HTTP API; none: there is none")] = None
+    api_cert: Annotated[Path | None, Field(description="PEM file; needed off loopback")] = None
+    api_key: Annotated[Path | None, Field(description="PEM file of that certificate's private key")] = None
     order_validity_s: Annotated[float, Field(gt=0, description="seconds after which a signed order is void")] = (
         30 * 86400.0
     )
@@ -64,7 +70,7 @@ class FleetSettings(BaseSettings):
         "auto"
     )
 
-    @field_validator("home", "broker_ca", "broker_cert", "broker_key")
+    @field_validator("home", "broker_ca", "broker_cert", "broker_key", "api_cert", "api_key")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         try:
@@ -88,10 +94,21 @@ class FleetSettings(BaseSettings):
             raise ValueError("must not hold a password; use broker_username and broker_password")
         return url
 
+    @field_validator("api")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if address is None:
+            return None
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdecimal() or int(port) > MAX_PORT:
+            raise ValueError("must be HOST:PORT, such as 127.0.0.1:8700 or [::1]:8700")
+        return address
+
     @model_validator(mode="after")
     def _certificate_has_its_key(self) -> FleetSettings:
-        if (self.broker_cert is None) != (self.broker_key is None):
-            raise ValueError("broker_cert and broker_key go together: one of them is missing")
+        for name in ("broker", "api"):
+            if (getattr(self, f"{name}_cert") is None) != (getattr(self, f"{name}_key") is None):
+                raise ValueError(f"{name}_cert and {name}_key go together: one of them is missing")
         return self
 
     @property

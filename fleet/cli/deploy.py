@@ -22,9 +22,9 @@ from fleet.errors import DeploymentError
 from fleet.operations.deploy import DeployOptions, follow, select_devices
 from fleet.operations.deploy import deploy as deploy_artifacts
 from fleet.operations.fleet import Fleet
+from fleet.operations.names import variants
 from fleet.operations.views import DeviceView, describe_deployment, fleet_view
 from fleet.registry.models import DeploymentRow
-from fleet.store import find
 
 
 class Moment(click.ParamType[datetime]):
@@ -78,8 +78,7 @@ def deploy(
     """
     with Fleet(context.settings) as fleet:
         targets = select_devices(fleet.registry, devices, profile)
-        variants = [find(fleet.artifacts, text) for text in artifacts]
-        deployments = deploy_artifacts(fleet, variants, targets, DeployOptions(**options), actor())
+        deployments = deploy_artifacts(fleet, variants(fleet, artifacts), targets, DeployOptions(**options), actor())
         if not as_json:
             for row in deployments:
                 click.echo(f"{row.device}: ordered {row.artifact} as {row.id}")

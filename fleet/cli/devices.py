@@ -13,7 +13,6 @@ from rich.table import Table
 from agent.contract.bundle import Bundle
 from fleet.cli import completion
 from fleet.cli.context import Context, actor
-from fleet.core.selectors import parse
 from fleet.errors import UsageError
 from fleet.operations.devices import (
     add_device,
@@ -26,6 +25,7 @@ from fleet.operations.devices import (
     revoke_device,
 )
 from fleet.operations.fleet import Fleet
+from fleet.operations.names import select
 from fleet.operations.views import describe_deployment, describe_device, fleet_view
 from fleet.profiles_loader import load_profile, profile_paths
 from fleet.registry.rows import revoked_text
@@ -159,7 +159,7 @@ def _hand_over(bundle: Bundle, file: Path | None) -> None:
 def list_command(context: Context, selector: str | None, as_json: bool) -> None:
     """List the devices, or those that a selector means."""
     with Fleet(context.settings) as fleet:
-        meant = None if selector is None else {one.device for one in fleet.registry.inventory.select(parse(selector))}
+        meant = None if selector is None else {one.device for one in select(fleet, selector)}
         views = fleet_view(fleet.registry, datetime.now(UTC)).devices
         views = [view for view in views if meant is None or view.device.id in meant]
     if as_json:

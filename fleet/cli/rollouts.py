@@ -27,14 +27,13 @@ from fleet.core.rollouts import STATES, Rollout, State
 from fleet.core.selectors import parse
 from fleet.errors import UsageError
 from fleet.operations.fleet import Fleet
+from fleet.operations.names import selector_text, variants
+from fleet.operations.rollout_views import describe_plan, describe_rollout, describe_rollout_devices
 from fleet.operations.rollouts import Plan, control_rollout, plan_rollout, start_rollout
-from fleet.registry.models import RolloutRow
 from fleet.registry.rollouts import DeviceStage, read
-from fleet.store.protocol import find
 
 REFRESH_S = 1.0
 _COLOURS = {State.COMPLETED: "green", State.ABORTED: "yellow", State.INCOMPLETE: "red", State.TAKEN_BACK: "red"}
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 @click.group()
@@ -79,7 +78,7 @@ def plan_command(context: Context, /, as_json: bool, **given: Any) -> None:
     with Fleet(context.settings) as fleet:
         found = plan_rollout(fleet, _spec(fleet, given))
     if as_json:
-        click.echo(json.dumps(_plan_as_json(found)))
+        click.echo(json.dumps(describe_plan(found)))
         return
     wide_console().print(_plan_table(found))
     for device, why in list(found.unfit.items())[:20]:
@@ -96,8 +95,6 @@ def start_command(context: Context, /, name: str | None, **given: Any) -> None:
     """Begin a rollout; the controller moves it."""
     who = actor()
     name = name or f"r-{who.at:%Y%m%d-%H%M%S}"
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"--name {name!r}: lower case letters, digits and dashes, 63 at most")
     with Fleet(context.settings) as fleet:
         started = start_rollout(fleet, name, _spec(fleet, given), who)
     click.echo(f"rollout {started.id} has begun; follow it with `phifleet rollout watch {started.id}`")
@@ -111,7 +108,7 @@ def list_command(context: Context, as_json: bool) -> None:
     with Fleet(context.settings) as fleet:
         rows = fleet.registry.rollouts.all()
     if as_json:
-        click.echo(json.dumps([_as_json(row) for row in rows]))
+        click.echo(json.dumps([describe_rollout(row, datetime.now(UTC)) for row in rows]))
         return
     table = Table("rollout", "state", "wave", "devices", "begun (UTC)", "by", "reason", box=None)
     for row in rows:
@@ -131,19 +128,9 @@ def status_command(context: Context, name: str, as_json: bool) -> None:
     """Show where a rollout stands."""
     with Fleet(context.settings) as fleet:
         if as_json:
-            row = fleet.registry.rollouts.get(name)
-            devices = fleet.registry.rollouts.devices(name)
-            shown = [
-                {
-                    "device": one.device,
-                    "wave": one.wave + 1,
-                    "stage": one.stage,
-                    "cohort": one.cohort,
-                    "reason": one.reason,
-                }
-                for one in devices
-            ]
-            click.echo(json.dumps(_as_json(row) | {"device_stages": shown}))
+            shown = describe_rollout(fleet.registry.rollouts.get(name), datetime.now(UTC))
+            devices = describe_rollout_devices(fleet.registry.rollouts.devices(name))
+            click.echo(json.dumps(shown | {"device_stages": devices}))
             return
         wide_console().print(_screen(fleet, name))
 
@@ -238,12 +225,12 @@ def _spec(fleet: Fleet, given: dict[str, Any]) -> RolloutSpec:
     Raises:
         UsageError: an artifact is not there, or the options contradict each other.
     """
-    digests = tuple(find(fleet.artifacts, name).digest for name in given["artifacts"])
+    digests = tuple(manifest.digest for manifest in variants(fleet, given["artifacts"]))
     try:
         return RolloutSpec(
             selector=given["selector"],
             artifacts=digests,
-            waves=tuple(_wave(text) for text in _split(given["waves"])),
+            waves=tuple(_wave(fleet, text) for text in _split(given["waves"])),
             bake_s=given["bake"],
             gate=None if given["no_gate"] else Gate(margin=given["margin"] / 100),
             approval=given["approval"],
@@ -264,14 +251,14 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in re.findall(r'(?:"[^"]*"|\([^)]*\)|[^,])+', text) if part.strip()]
 
 
-def _wave(text: str) -> Wave:
+def _wave(fleet: Fleet, text: str) -> Wave:
     if text.endswith("%"):
         if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", text[:-1]):
             raise UsageError(f"--waves: {text!r} is no percentage")
         return Wave(percent=float(text[:-1]))
     if re.fullmatch(r"[0-9]{1,12}", text):
         return Wave(devices=int(text))
-    parse(text)
+    parse(selector_text(fleet, text))
     return Wave(selector=text)
 
 
@@ -285,18 +272,6 @@ def _plan_table(found: Plan) -> Table:
         if not wave.cohorts:
             table.add_row(f"{number} ({wave.wave})", "0", "", "")
     return table
-
-
-def _plan_as_json(found: Plan) -> dict[str, Any]:
-    return {
-        "devices": found.devices,
-        "waves": [
-            {"wave": str(wave.wave), "cohorts": dict(wave.cohorts), "detectable": dict(wave.detectable)}
-            for wave in found.waves
-        ],
-        "unfit": dict(found.unfit),
-        "taken": list(found.taken),
-    }
 
 
 def _screen(fleet: Fleet, name: str) -> Group:
@@ -318,24 +293,3 @@ def _headline(one: Rollout) -> Text:
     if one.due_at is not None and not STATES[one.state].final:
         text += f"; until {one.due_at:%Y-%m-%d %H:%M} UTC at the latest"
     return Text(f"{text}{f'; {one.reason}' if one.reason else ''}", _COLOURS.get(one.state, ""))
-
-
-def _as_json(row: RolloutRow) -> dict[str, Any]:
-    one = read(row)
-    return {
-        "rollout": one.id,
-        "state": one.state.value,
-        "wave": one.wave + 1,
-        "waves": [str(wave) for wave in one.spec.waves],
-        "selector": one.spec.selector,
-        "artifacts": list(one.spec.artifacts),
-        "counts": one.counts.model_dump(),
-        "left_behind": one.left_behind,
-        "reason": one.reason,
-        "priority": one.spec.priority,
-        "created_at": row.created_at.isoformat(),
-        "created_by": row.created_by,
-        "due_at": one.due_at.isoformat() if one.due_at else None,
-        "findings": row.findings,
-        "at": datetime.now(UTC).isoformat(),
-    }

@@ -9,7 +9,10 @@ from datetime import UTC, datetime
 
 import click
 
+from fleet.api.server import ApiServer
+from fleet.api.webhooks import WebhookSender
 from fleet.cli.context import Context
+from fleet.daemon.controller import Part
 from fleet.daemon.run import run_controller
 from fleet.errors import BrokerError
 from fleet.operations.fleet import Fleet
@@ -21,13 +24,19 @@ from fleet.settings import FleetSettings
 @click.option("--broker", help="embedded, mqtt://host:port or mqtts://host:port.")
 @click.option("--broker-port", type=click.IntRange(1, 65535), help="TCP port of the embedded broker, on loopback.")
 @click.option("--database", help="sqlite:///... or postgresql://user@host/name.")
+@click.option("--api", help="host:port of the HTTP API; with api_cert and api_key off loopback.")
 @click.option("--show-config", is_flag=True, help="Print each setting and where it came from, and end.")
 @click.pass_obj
 def serve(
-    context: Context, broker: str | None, broker_port: int | None, database: str | None, show_config: bool
+    context: Context,
+    broker: str | None,
+    broker_port: int | None,
+    database: str | None,
+    api: str | None,
+    show_config: bool,
 ) -> None:
     """Serve metadata and chunks, publish orders, record what devices report; until interrupted."""
-    context = context.overlay(broker=broker, broker_port=broker_port, database=database)
+    context = context.overlay(broker=broker, broker_port=broker_port, database=database, api=api)
     if show_config:
         context.show_config()
         return
@@ -50,7 +59,10 @@ async def _until_signalled(settings: FleetSettings) -> None:
     try:
         with Fleet(settings) as fleet:
             roller = Roller(fleet, f"roller-{secrets.token_hex(8)}", lambda: datetime.now(UTC))
-            await run_controller(settings, stop, ready.set, parts=(roller,))
+            parts: list[Part] = [roller, WebhookSender(lambda: fleet.registry)]
+            if settings.api is not None:
+                parts.append(ApiServer(fleet))
+            await run_controller(settings, stop, ready.set, parts=parts)
     except BrokerError:
         if ready.is_set() or not stop.is_set():  # else nobody waits for that broker any more
             raise

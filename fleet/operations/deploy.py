@@ -12,7 +12,7 @@ from agent.contract.messages import ArtifactRef, Desired, TransferLimits, Window
 from agent.contract.profile import DeviceProfile, HealthLimits
 from fleet.core.deployments import TABLE, Stage
 from fleet.core.fit import gate_incompatibilities, incompatibilities
-from fleet.errors import UsageError
+from fleet.errors import ConflictError, UsageError
 from fleet.operations.artifacts import refuse_withdrawn
 from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
@@ -118,6 +118,70 @@ def follow(
         if over or (timeout_s is not None and time.monotonic() - began > timeout_s):
             return
         time.sleep(FOLLOW_POLL_S)
+
+
+def cancel_orders(fleet: Fleet, devices: Sequence[str], actor: Actor) -> list[DeploymentRow]:
+    """Cancel what devices were ordered and have not ended; returns each one's newest order now.
+
+    What no device can have seen is withdrawn. Else the device may have begun, and is ordered what it serves: it keeps
+    that, and ends the other.
+
+    Raises:
+        UsageError: a device is not there, has nothing to be cancelled, or serves nothing that it could keep.
+    """
+    registry = fleet.registry
+    rows, newest = registry.devices.some(devices), registry.deployments.newest(devices)
+    under_way = {
+        row.id: newest[row.id] for row in rows if row.id in newest and TABLE[Stage(newest[row.id].stage)].outstanding
+    }
+    idle = [row.id for row in rows if row.id not in under_way]
+    if idle:
+        raise ConflictError(f"nothing is under way that could be cancelled: {', '.join(idle[:20])}")
+    unseen = [name for name, order in under_way.items() if order.published_at is None]
+    seen = {name: _served(row) for row in rows if (name := row.id) not in unseen}
+    _order_back(fleet, seen, "serves nothing that was published, so there is nothing to keep", actor)
+    registry.deployments.withdraw(unseen, "it was cancelled", actor)
+    now = registry.deployments.newest(devices)
+    return [now[row.id] for row in rows]
+
+
+def roll_back(fleet: Fleet, devices: Sequence[str], actor: Actor) -> list[DeploymentRow]:
+    """Order devices to run what they had committed to before what they serve now; returns the orders.
+
+    Raises:
+        UsageError: a device is not there, or the fleet knows of nothing before.
+    """
+    rows = fleet.registry.devices.some(devices)
+    before: dict[str, str | None] = {}
+    for row in rows:
+        history = fleet.registry.deployments.history(row.id, 100)
+        committed = [one.served_digest for one in history if one.stage == Stage.COMMITTED and one.served_digest]
+        before[row.id] = next((digest for digest in committed if digest != _served(row)), None)
+    return _order_back(fleet, before, "has committed to nothing else before", actor)
+
+
+def _served(row: DeviceRow) -> str | None:
+    return (row.reported or {}).get("digest")
+
+
+def _order_back(fleet: Fleet, digests: Mapping[str, str | None], without: str, actor: Actor) -> list[DeploymentRow]:
+    """Order each device a digest that was published; all or none. ``without``: what a device lacks that has none."""
+    published, withdrawn = fleet.registry.artifacts.published(), fleet.registry.artifacts.withdrawals()
+    lacking = [name for name, digest in digests.items() if digest not in published or digest in withdrawn]
+    if lacking:
+        raise ConflictError(f"{', '.join(lacking[:20])} {without}")
+    if not digests:
+        return []
+    profiles = {row.id: profile_of(row) for row in fleet.registry.devices.some(list(digests))}
+    options = DeployOptions()
+
+    def draft(device: str, sequence: int, deployment: str) -> Desired:
+        digest = digests[device] or ""
+        refs = [ArtifactRef(id=published[digest], digest=digest)]
+        validity = fleet.settings.order_validity_s
+        return make_order((device, sequence, deployment), refs, profiles[device], options, actor, validity)
+
+    return fleet.registry.deployments.create(list(digests), draft, fleet.repository.sign_desired, actor)
 
 
 def _refuse_unless_one_model(artifacts: Sequence[Manifest]) -> None:

@@ -302,9 +302,19 @@ def parse_labels(given: Iterable[str]) -> dict[str, str | None]:
             name = name[:-1]
         elif not equals:
             raise UsageError(f"label {text!r}: write NAME=VALUE to set it, or NAME- to remove it")
+        labels[name] = value if equals else None
+        check_labels({name: labels[name]})
+    return labels
+
+
+def check_labels(labels: Mapping[str, str | None]) -> None:
+    """Let labels be set if selectors can name them.
+
+    Raises:
+        UsageError: one cannot be a label; says which, and why.
+    """
+    for name, value in labels.items():
         if not _LABEL.fullmatch(name):
             raise UsageError(f"label {name!r}: lower case letters, digits, dots, dashes and underscores, 63 at most")
-        if equals and (len(value) > MAX_LABEL_VALUE or not value.isprintable()):
+        if value is not None and (len(value) > MAX_LABEL_VALUE or not value.isprintable()):
             raise UsageError(f"label {name}: its value has {MAX_LABEL_VALUE} printable characters at most")
-        labels[name] = value if equals else None
-    return labels

@@ -10,6 +10,7 @@ from fleet.core.selectors import parse
 from fleet.errors import MissingError, UsageError
 from fleet.operations.fleet import Fleet
 from fleet.registry import Actor
+from fleet.registry.inventory import Found
 from fleet.store import find
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
@@ -81,6 +82,15 @@ def selector_text(fleet: Fleet, text: str) -> str:
     if "@" not in text:
         return text
     return expand(text, {row.name: row.selector for row in fleet.registry.selectors.all()})
+
+
+def select(fleet: Fleet, selector: str, *, after: str | None = None, limit: int | None = None) -> list[Found]:
+    """Return the devices that a selector means, by id; ``after`` and ``limit`` are for pages.
+
+    Raises:
+        UsageError: the selector cannot be read, or names a selector that is not saved.
+    """
+    return fleet.registry.inventory.select(parse(selector_text(fleet, selector)), after=after, limit=limit)
 
 
 def expand(text: str, saved: Mapping[str, str], depth: int = 0) -> str:

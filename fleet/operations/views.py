@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from fleet.core.deployments import Stage
 from fleet.core.freshness import ControllerPulse, Presence, age_s, is_running, is_stale, presence
 from fleet.registry import Registry
-from fleet.registry.models import ControllerRow, DeploymentRow, DeviceRow
+from fleet.registry.models import (
+    AuditRow,
+    ControllerRow,
+    DeploymentRow,
+    DeviceRow,
+    HealthRollupRow,
+    HealthRow,
+    ReleaseRow,
+    SelectorRow,
+    TokenRow,
+    WebhookRow,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +85,9 @@ def fleet_view(registry: Registry, at: datetime, names: Sequence[str] = ()) -> F
         UsageError: one is not there.
     """
     rows = registry.controllers.all()
-    devices = [registry.devices.get(name) for name in names] if names else registry.devices.all()
-    newest, pulses = registry.deployments.newest(), [_pulse(row) for row in rows]
+    devices = registry.devices.some(names) if names else registry.devices.all()
+    newest = registry.deployments.newest([row.id for row in devices] if names else None)
+    pulses = [_pulse(row) for row in rows]
     views = [
         DeviceView(row, newest.get(row.id), presence(row.online, row.presence_received_at, pulses, at), at)
         for row in devices
@@ -178,3 +191,96 @@ def _pulse(row: ControllerRow) -> ControllerPulse:
 
 def _iso(at: datetime | None) -> str | None:
     return at.isoformat() if at else None
+
+
+def summarize(registry: Registry, at: datetime) -> dict[str, Any]:
+    """Return the controllers, and how many devices there are in which state."""
+    rows = registry.controllers.all()
+    pulses = [_pulse(row) for row in rows]
+    devices, states = registry.inventory.summary()
+    views = [ControllerView(row, is_running(_pulse(row), at), age_s(row.seen_at, at) or 0.0) for row in rows]
+    found = Counter(presence(online, received, pulses, at).value for _, online, received in devices)
+    return {
+        "at": at.isoformat(),
+        "controller_running": any(view.running for view in views),
+        "controllers": [describe_controller(view) for view in [one for one in views if one.running] or views[:1]],
+        "devices": len(devices),
+        "by_presence": dict(found),
+        "by_state": states,
+    }
+
+
+def describe_audit(row: AuditRow) -> dict[str, Any]:
+    """Return an entry of the audit."""
+    return {
+        "id": row.id,
+        "at": row.at.isoformat(),
+        "who": row.who,
+        "action": row.action,
+        "subject": row.subject,
+        "details": row.details,
+        "hash": row.hash,
+    }
+
+
+def describe_token(row: TokenRow) -> dict[str, Any]:
+    """Return a token, without what it is."""
+    return {
+        "id": row.id,
+        "name": row.name,
+        "role": row.role,
+        "scope": row.scope,
+        "created_at": row.created_at.isoformat(),
+        "created_by": row.created_by,
+        "expires_at": _iso(row.expires_at),
+        "revoked_at": _iso(row.revoked_at),
+        "used_at": _iso(row.used_at),
+    }
+
+
+def describe_webhook(row: WebhookRow) -> dict[str, Any]:
+    """Return a webhook, without its secret."""
+    return {
+        "id": row.id,
+        "url": row.url,
+        "events": row.events,
+        "created_at": row.created_at.isoformat(),
+        "created_by": row.created_by,
+        "cursor": row.cursor,
+        "failures": row.failures,
+        "due_at": _iso(row.due_at),
+        "delivered_at": _iso(row.delivered_at),
+        "error": row.error,
+    }
+
+
+def describe_release(row: ReleaseRow) -> dict[str, Any]:
+    """Return a release."""
+    return {
+        "release": row.name,
+        "digests": row.digests,
+        "created_at": row.created_at.isoformat(),
+        "created_by": row.created_by,
+    }
+
+
+def describe_selector(row: SelectorRow) -> dict[str, Any]:
+    """Return a saved selector."""
+    return {
+        "name": row.name,
+        "selector": row.selector,
+        "created_at": row.created_at.isoformat(),
+        "created_by": row.created_by,
+    }
+
+
+def describe_health(row: HealthRow | HealthRollupRow) -> dict[str, Any]:
+    """Return a health report, or five minutes of them."""
+    figures = {name: getattr(row, name) for name in _FIGURES}
+    return {"at": datetime.fromtimestamp(row.at / 1000, UTC).isoformat(), **figures}
+
+
+_FIGURES = (
+    "digest", "requests", "errors", "ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50", "tpot_ms_p95", "tokens_per_s",
+    "memory_bytes", "restarts", "temperature_c",
+)  # fmt: skip

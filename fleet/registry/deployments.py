@@ -14,7 +14,17 @@ from fleet.core.deployments import Stage
 from fleet.errors import MissingError
 from fleet.registry.database import Database
 from fleet.registry.models import DeploymentRow, DeviceRow
-from fleet.registry.rows import MANY, Actor, add_audit, apply, orderable_rows, outstanding, put_in_outbox, to_core
+from fleet.registry.rows import (
+    MANY,
+    Actor,
+    add_audit,
+    apply,
+    in_chunks,
+    orderable_rows,
+    outstanding,
+    put_in_outbox,
+    to_core,
+)
 
 #: Orders to one device that a database restored from a backup may have lost; a device that reports more is lying.
 MOST_LOST_ORDERS = 1_000_000
@@ -63,6 +73,17 @@ class Deployments:
                 also(session, made)
             return made
 
+    def withdraw(self, devices: Sequence[str], reason: str, actor: Actor) -> None:
+        """Cancel the outstanding deployments of devices, and let nothing of them be published any more."""
+        if not devices:
+            return
+        with self._database.write() as session:
+            orderable_rows(session, devices, lock=True)
+            for row in outstanding(session, devices):
+                apply(row, core.Withdrawn(reason), actor.at)
+                add_audit(session, actor, "deployment.cancel", row.id, {"device": row.device})
+            put_in_outbox(session, list(devices), actor.at)
+
     def tick(self, at: datetime) -> list[DeploymentRow]:
         """Give up on what is past its deadline; returns those."""
         late = select(DeploymentRow).where(DeploymentRow.due_at <= at).order_by(DeploymentRow.id).limit(MANY)
@@ -87,12 +108,17 @@ class Deployments:
             raise MissingError(f"no deployment has the id {deployment}")
         return row
 
-    def newest(self) -> dict[str, DeploymentRow]:
-        """Return each device's newest deployment, by device id."""
+    def newest(self, devices: Sequence[str] | None = None) -> dict[str, DeploymentRow]:
+        """Return each device's newest deployment, by device id; of these devices, or of all."""
         with self._database.read() as session:
             query = select(DeploymentRow).join(DeviceRow, DeviceRow.id == DeploymentRow.device)
             newest = query.where(DeploymentRow.sequence == DeviceRow.sequence)
-            return {row.device: row for row in session.scalars(newest)}
+            if devices is None:
+                return {row.device: row for row in session.scalars(newest)}
+            found: dict[str, DeploymentRow] = {}
+            for some in in_chunks(devices):
+                found |= {row.device: row for row in session.scalars(newest.where(DeviceRow.id.in_(some)))}
+            return found
 
     def history(self, device: str, limit: int = 20) -> list[DeploymentRow]:
         """Return a device's deployments, newest first."""

@@ -19,6 +19,7 @@ from fleet.registry.rows import (
     add_audit,
     apply,
     device_row,
+    device_rows,
     in_chunks,
     insert_if_new,
     outstanding,
@@ -108,6 +109,21 @@ class Devices:
         """
         with self._database.read() as session:
             return device_row(session, device)
+
+    def some(self, devices: Sequence[str]) -> list[DeviceRow]:
+        """Return those that are named, in that order, each once.
+
+        Raises:
+            UsageError: one is not there; names those there are.
+        """
+        with self._database.read() as session:
+            return device_rows(session, devices)
+
+    def page(self, after: str | None, limit: int) -> list[str]:
+        """Return ids of the fleet's devices that come after one, revoked ones too; so many at most."""
+        query = select(DeviceRow.id).where(DeviceRow.removed_at.is_(None)).order_by(DeviceRow.id).limit(limit)
+        with self._database.read() as session:
+            return list(session.scalars(query if after is None else query.where(DeviceRow.id > after)))
 
     def has(self, device: str) -> bool:
         """Return whether a device is in the fleet."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_, select, true
+from sqlalchemy import ColumnElement, and_, func, or_, select, true
 
 from fleet.core.selectors import And, Compare, Facts, In, Or, Selector, matches
 from fleet.registry.database import Database
 from fleet.registry.models import ArtifactRow, DeploymentRow, DeviceRow
 
 GIB = 2**30
+#: Rows that are read at a time where a limit may be reached before the last.
+_AT_A_TIME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,11 @@ class Inventory:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def select(self, selector: Selector) -> list[Found]:
-        """Return the devices that are meant, by id; neither those that were removed nor those that were revoked."""
+    def select(self, selector: Selector, *, after: str | None = None, limit: int | None = None) -> list[Found]:
+        """Return the devices that are meant, by id; neither those that were removed nor those that were revoked.
+
+        ``after``: those whose ids come after this one; ``limit``: so many at most.
+        """
         query = (
             select(
                 DeviceRow.id, DeviceRow.profile, DeviceRow.labels, DeviceRow.online, DeviceRow.agent_version,
@@ -43,11 +50,46 @@ class Inventory:
                 and_(DeploymentRow.device == DeviceRow.id, DeploymentRow.sequence == DeviceRow.sequence),
             )
             .where(DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None), _narrowed(selector))
+            .where(DeviceRow.id > after if after is not None else true())
             .order_by(DeviceRow.id)
         )  # fmt: skip
         with self._database.read() as session:
             models = {row.digest: row.model for row in session.execute(select(ArtifactRow.digest, ArtifactRow.model))}
-            return [found for found in _read(session.execute(query), models) if matches(selector, found.facts)]
+            rows = session.execute(query, execution_options={"yield_per": _AT_A_TIME if limit is not None else None})
+            meant = (found for found in _read(rows, models) if matches(selector, found.facts))
+            return list(itertools.islice(meant, limit))
+
+    def health(self) -> list[tuple[str, str | None, dict[str, Any] | None, datetime | None, float | None]]:
+        """Return each device's profile, its artifact, its newest report, when that came, and its interval."""
+        query = select(
+            DeviceRow.profile, DeviceRow.reported, DeviceRow.health, DeviceRow.health_at, DeviceRow.health_interval_s
+        ).where(DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None))
+        with self._database.read() as session:
+            rows = session.execute(query)
+            return [(row[0], (row[1] or {}).get("artifact"), row[2], row[3], row[4]) for row in rows]
+
+    def summary(self) -> tuple[list[tuple[str, bool, datetime | None]], dict[str, int]]:
+        """Return each device's profile, whether it is online and since when that is known; and the count of each state.
+
+        The state is that of the newest order: ``none`` where there is none.
+        """
+        there = (DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None))
+        states = (
+            select(func.coalesce(DeploymentRow.stage, "none"), func.count())
+            .select_from(DeviceRow)
+            .outerjoin(
+                DeploymentRow,
+                and_(DeploymentRow.device == DeviceRow.id, DeploymentRow.sequence == DeviceRow.sequence),
+            )
+            .where(*there)
+            .group_by(func.coalesce(DeploymentRow.stage, "none"))
+        )
+        with self._database.read() as session:
+            devices = session.execute(
+                select(DeviceRow.profile, DeviceRow.online, DeviceRow.presence_received_at).where(*there)
+            )
+            counts = {row[0]: row[1] for row in session.execute(states)}
+            return [(row[0], row[1], row[2]) for row in devices], counts
 
 
 def _read(rows: Any, models: dict[str, str]) -> Iterator[Found]:

@@ -18,7 +18,7 @@ from fleet.core.evidence import Figures, Gate, GroupEvidence
 from fleet.core.rollout_events import Effect, Event
 from fleet.core.rollout_spec import Counts
 from fleet.core.rollouts import STATES, Rollout, State, decide
-from fleet.errors import ChangedError, ConflictError, MissingError
+from fleet.errors import ChangedError, ConflictError, InvalidCursorError, MissingError
 from fleet.registry.database import Database
 from fleet.registry.models import DeploymentRow, DeviceRow, HealthRow, RolloutDeviceRow, RolloutRow
 from fleet.registry.rows import Actor, add_audit, in_chunks, insert_if_new
@@ -92,6 +92,23 @@ class Rollouts:
         """Return the newest first."""
         with self._database.read() as session:
             return list(session.scalars(select(RolloutRow).order_by(RolloutRow.created_at.desc()).limit(limit)))
+
+    def page(self, after: str | None, limit: int) -> list[RolloutRow]:
+        """Return the newest first, so many at most; ``after`` is the moment and id of the last one that was shown."""
+        query = select(RolloutRow).order_by(RolloutRow.created_at.desc(), RolloutRow.id.desc()).limit(limit)
+        if after is not None:
+            moment, _, name = after.partition(" ")
+            try:
+                at = datetime.fromisoformat(moment)
+            except ValueError:
+                raise InvalidCursorError(after) from None
+            if at.tzinfo is None:
+                raise InvalidCursorError(after)
+            query = query.where(
+                or_(RolloutRow.created_at < at, and_(RolloutRow.created_at == at, RolloutRow.id < name))
+            )
+        with self._database.read() as session:
+            return list(session.scalars(query))
 
     def apply(
         self, rollout: str, event: Event, actor: Actor, expected: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import secrets
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -78,11 +78,14 @@ class Webhooks:
         with self._database.read() as session:
             return list(session.scalars(select(WebhookRow).order_by(WebhookRow.created_at, WebhookRow.id)))
 
-    def claim(self, at: datetime) -> list[Due]:
-        """Return those that are due and have something to be sent; no other controller gets them for a while."""
+    def claim(self, at: datetime, under_way: Collection[str] = ()) -> list[Due]:
+        """Return those that are due and have something to be sent; no other controller gets them for a while.
+
+        ``under_way``: those that this controller is calling, and does not want yet.
+        """
         with self._database.read() as session:
             newest = session.scalar(select(func.max(AuditRow.id))) or 0
-            waiting = (WebhookRow.due_at <= at, WebhookRow.cursor < newest)
+            waiting = (WebhookRow.due_at <= at, WebhookRow.cursor < newest, WebhookRow.id.not_in(list(under_way)))
             if session.scalar(select(WebhookRow.id).where(*waiting).limit(1)) is None:
                 return []
         found: list[Due] = []

@@ -1,0 +1,483 @@
+"""What each route does: the operations that the command line has, within the role and the scope of a token."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from agent.contract.manifest import Manifest
+from fleet.api import shapes
+from fleet.api.problems import ProblemError
+from fleet.api.routes import AFTER, LIMIT, Call, Parameter, Reply, Route
+from fleet.core.roles import Role
+from fleet.core.rollout_events import AbortAsked, Approved, Event, PauseAsked, ResumeAsked
+from fleet.core.selectors import parse
+from fleet.errors import UsageError
+from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
+from fleet.operations.deploy import DeployOptions, cancel_orders, deploy, roll_back
+from fleet.operations.devices import check_labels, remove_device, revoke_device
+from fleet.operations.names import create_release, save_selector, select, selector_text, variants
+from fleet.operations.rollout_views import describe_plan, describe_rollout, describe_rollout_devices
+from fleet.operations.rollouts import control_rollout, plan_rollout, start_rollout
+from fleet.operations.views import (
+    describe_audit,
+    describe_deployment,
+    describe_device,
+    describe_health,
+    describe_release,
+    describe_selector,
+    describe_token,
+    describe_webhook,
+    fleet_view,
+    summarize,
+)
+from fleet.registry.models import RolloutRow
+from fleet.registry.rollouts import read, tag
+from fleet.store import find
+
+ROUTES: list[Route] = []
+_SELECTOR = Parameter("selector", "Which devices: see docs/selectors.md.")
+
+
+def _route(
+    method: str, path: str, role: Role, **more: Any
+) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
+    def add(handler: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
+        summary = (handler.__doc__ or "").split("\n")[0]
+        ROUTES.append(Route(method, path, role, summary, handler, **more))
+        return handler
+
+    return add
+
+
+# --- the fleet
+
+
+@_route("GET", "/status", Role.VIEWER, answer=shapes.Status)
+def get_status(call: Call) -> Reply:
+    """Show the controllers, and how many devices there are in which state."""
+    call.require_whole_fleet()
+    return Reply(summarize(call.fleet.registry, call.at))
+
+
+# --- devices
+
+
+@_route("GET", "/devices", Role.VIEWER, answer=shapes.Page[shapes.Device], query=(_SELECTOR, AFTER, LIMIT))
+def list_devices(call: Call) -> Reply:
+    """List the devices by name, or those that a selector means."""
+    selector, registry = call.query.get("selector"), call.fleet.registry
+    if selector is None and call.scope is None:
+        names = registry.devices.page(call.after, call.limit + 1)
+    else:
+        meant = call.within_scope(selector or "has profile")
+        names = [one.device for one in select(call.fleet, meant, after=call.after, limit=call.limit + 1)]
+    views = fleet_view(registry, call.at, names).devices if names else []
+    return Reply(call.page(views, lambda view: view.device.id, describe_device))
+
+
+@_route("GET", "/devices/{device}", Role.VIEWER, answer=shapes.Device)
+def get_device(call: Call) -> Reply:
+    """Show a device, with its newest health report."""
+    name = call.path["device"]
+    call.require(name)
+    (view,) = fleet_view(call.fleet.registry, call.at, [name]).devices
+    return Reply(describe_device(view) | {"health": view.device.health})
+
+
+@_route("PATCH", "/devices/{device}/labels", Role.OPERATOR, body=shapes.Labels, answer=shapes.Labels)
+def set_labels(call: Call) -> Reply:
+    """Set labels of a device; null removes one."""
+    name = call.path["device"]
+    call.require(name)
+    check_labels(call.body.labels)
+    return Reply({"labels": call.fleet.registry.devices.label(name, call.body.labels, call.actor)})
+
+
+@_route("POST", "/devices/{device}/revoke", Role.ADMIN, answer=shapes.Revoked)
+def revoke(call: Call) -> Reply:
+    """Void a device's certificates, cancel its order, and bar it."""
+    name = call.path["device"]
+    call.require(name)
+    done = revoke_device(call.fleet, name, call.actor)
+    since = done.since.isoformat() if done.since else None
+    return Reply({"device": done.name, "certificates": done.certificates, "since": since})
+
+
+@_route("DELETE", "/devices/{device}", Role.ADMIN, status=204)
+def delete_device(call: Call) -> Reply:
+    """Remove a device from the fleet, and revoke its certificates."""
+    call.require(call.path["device"])
+    remove_device(call.fleet, call.path["device"], call.actor)
+    return Reply(status=204)
+
+
+@_route("GET", "/devices/{device}/deployments", Role.VIEWER, answer=shapes.Page[shapes.Deployment], query=(LIMIT,))
+def list_device_deployments(call: Call) -> Reply:
+    """List a device's orders, newest first."""
+    name = call.path["device"]
+    call.require(name)
+    call.fleet.registry.devices.get(name)
+    rows = call.fleet.registry.deployments.history(name, call.limit)
+    return Reply({"items": [describe_deployment(row) for row in rows], "next": None})
+
+
+@_route(
+    "GET", "/devices/{device}/health", Role.VIEWER, answer=shapes.Page[shapes.Health],
+    query=(Parameter("rollup", "Five minutes to a row, for a year.", {"type": "boolean", "default": False}), LIMIT),
+)  # fmt: skip
+def list_device_health(call: Call) -> Reply:
+    """List a device's health reports, newest first; those of the last two days as they came."""
+    name, health = call.path["device"], call.fleet.registry.health
+    call.require(name)
+    call.fleet.registry.devices.get(name)
+    rows = (health.rollups if call.query.get("rollup") else health.of)(name, call.limit)
+    return Reply({"items": [describe_health(row) for row in rows], "next": None})
+
+
+# --- selectors
+
+
+@_route("GET", "/selectors", Role.VIEWER, answer=shapes.Page[shapes.Selector])
+def list_selectors(call: Call) -> Reply:
+    """List the saved selectors."""
+    return Reply({"items": [describe_selector(row) for row in call.fleet.registry.selectors.all()], "next": None})
+
+
+@_route("PUT", "/selectors/{name}", Role.OPERATOR, body=shapes.SelectorValue, answer=shapes.Selector)
+def put_selector(call: Call) -> Reply:
+    """Save a selector under a name, or give the name another meaning."""
+    call.require_whole_fleet()  # a name is everybody's
+    save_selector(call.fleet, call.path["name"], call.body.selector, call.actor)
+    (row,) = (row for row in call.fleet.registry.selectors.all() if row.name == call.path["name"])
+    return Reply(describe_selector(row))
+
+
+@_route("DELETE", "/selectors/{name}", Role.OPERATOR, status=204)
+def delete_selector(call: Call) -> Reply:
+    """Forget a saved selector."""
+    call.require_whole_fleet()
+    call.fleet.registry.selectors.delete(call.path["name"], call.actor)
+    return Reply(status=204)
+
+
+# --- artifacts and releases
+
+
+def _artifacts(call: Call) -> list[dict[str, Any]]:
+    published, withdrawn = call.fleet.registry.artifacts.published(), call.fleet.registry.artifacts.withdrawals()
+
+    def describe(manifest: Manifest) -> dict[str, Any]:
+        return {
+            "artifact": manifest.id,
+            "digest": manifest.digest,
+            "model": manifest.model.name,
+            "toolchain": manifest.toolchain.value,
+            "precision": manifest.precision.value,
+            "target": manifest.target.value,
+            "profile": manifest.profile,
+            "size": manifest.size,
+            "published": manifest.digest in published and manifest.digest not in withdrawn,
+            "withdrawn": manifest.digest in withdrawn,
+            "quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
+        }
+
+    return [describe(manifest) for manifest in call.fleet.artifacts.list().manifests]
+
+
+@_route("GET", "/artifacts", Role.VIEWER, answer=shapes.Page[shapes.Artifact], query=(AFTER, LIMIT))
+def list_artifacts(call: Call) -> Reply:
+    """List the artifacts that were built here, by id."""
+    after = call.after
+    following = [one for one in _artifacts(call) if after is None or one["artifact"] > after]
+    return Reply(call.page(following, lambda one: str(one["artifact"]), dict))
+
+
+@_route("GET", "/artifacts/{artifact}", Role.VIEWER, answer=shapes.Artifact)
+def get_artifact(call: Call) -> Reply:
+    """Show an artifact, named by its id, its digest, or the beginning of either."""
+    found = find(call.fleet.artifacts, call.path["artifact"])
+    return Reply(next(one for one in _artifacts(call) if one["digest"] == found.digest))
+
+
+@_route("POST", "/artifacts/{artifact}/withdraw", Role.RELEASER, body=shapes.Reason, answer=shapes.Artifact)
+def withdraw(call: Call) -> Reply:
+    """Take an artifact out of what is signed; no order publishes it again until it is reinstated."""
+    call.require_whole_fleet()
+    found = find(call.fleet.artifacts, call.path["artifact"])
+    withdraw_artifact(call.fleet, found.digest, call.body.reason, call.actor)
+    return get_artifact(call)
+
+
+@_route("POST", "/artifacts/{artifact}/reinstate", Role.RELEASER, answer=shapes.Artifact)
+def reinstate(call: Call) -> Reply:
+    """Let an artifact that was withdrawn be published again."""
+    call.require_whole_fleet()
+    found = find(call.fleet.artifacts, call.path["artifact"])
+    reinstate_artifact(call.fleet, found.digest, call.actor)
+    return get_artifact(call)
+
+
+@_route("GET", "/releases", Role.VIEWER, answer=shapes.Page[shapes.Release])
+def list_releases(call: Call) -> Reply:
+    """List the releases, newest first."""
+    return Reply({"items": [describe_release(row) for row in call.fleet.registry.releases.all()], "next": None})
+
+
+@_route("POST", "/releases", Role.RELEASER, body=shapes.NewRelease, answer=shapes.Release, status=201)
+def post_release(call: Call) -> Reply:
+    """Give the variants of a model one name."""
+    create_release(call.fleet, call.body.release, call.body.artifacts, call.actor)
+    row = call.fleet.registry.releases.find(call.body.release)
+    assert row is not None  # noqa: S101 - it was made just now
+    return Reply(describe_release(row), 201)
+
+
+@_route("DELETE", "/releases/{release}", Role.RELEASER, status=204)
+def delete_release(call: Call) -> Reply:
+    """Forget a release; its artifacts stay."""
+    call.fleet.registry.releases.delete(call.path["release"], call.actor)
+    return Reply(status=204)
+
+
+# --- orders
+
+
+@_route("POST", "/deployments", Role.RELEASER, body=shapes.Order, answer=shapes.Page[shapes.Deployment], status=201)
+def post_deployments(call: Call) -> Reply:
+    """Order devices to run an artifact or a release: all of them at once, or none."""
+    order: shapes.Order = call.body
+    names = list(order.devices)
+    if order.profile is not None:
+        names += [one.device for one in select(call.fleet, f'profile="{_quotable(order.profile)}"')]
+    if order.selector is not None:
+        names += [one.device for one in select(call.fleet, call.within_scope(order.selector))]
+    if not names:
+        raise UsageError("no device is meant: name devices, a profile or a selector")
+    call.require(*names)
+    rows = call.fleet.registry.devices.some(names)
+    options = DeployOptions(order.probation_s, order.deadline_s, order.not_before, order.not_after, order.force)
+    made = deploy(call.fleet, variants(call.fleet, order.artifacts), rows, options, call.actor)
+    return Reply({"items": [describe_deployment(row) for row in made], "next": None}, 201)
+
+
+def _quotable(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"')
+
+
+@_route("GET", "/deployments/{deployment}", Role.VIEWER, answer=shapes.Deployment)
+def get_deployment(call: Call) -> Reply:
+    """Show an order, and what became of it."""
+    row = call.fleet.registry.deployments.get(call.path["deployment"])
+    call.require(row.device)
+    return Reply(describe_deployment(row))
+
+
+@_route("POST", "/deployments/cancel", Role.OPERATOR, body=shapes.Devices, answer=shapes.Page[shapes.Deployment])
+def post_cancel(call: Call) -> Reply:
+    """Cancel orders: what is not out yet is withdrawn, else the device goes back to what it serves."""
+    call.require(*call.body.devices)
+    rows = cancel_orders(call.fleet, call.body.devices, call.actor)
+    return Reply({"items": [describe_deployment(row) for row in rows], "next": None})
+
+
+@_route("POST", "/deployments/rollback", Role.OPERATOR, body=shapes.Devices, answer=shapes.Page[shapes.Deployment])
+def post_rollback(call: Call) -> Reply:
+    """Order devices to run what they committed to before what they run now."""
+    call.require(*call.body.devices)
+    rows = roll_back(call.fleet, call.body.devices, call.actor)
+    return Reply({"items": [describe_deployment(row) for row in rows], "next": None})
+
+
+# --- rollouts
+
+
+def _shown(call: Call, row: RolloutRow, status: int = 200) -> Reply:
+    return Reply(describe_rollout(row, call.at), status, {"ETag": f'"{tag(read(row))}"'})
+
+
+def _require_rollout(call: Call, name: str) -> None:
+    if call.scope is not None:
+        call.require(*(row.device for row in call.fleet.registry.rollouts.devices(name)))
+
+
+@_route("POST", "/rollouts/plan", Role.VIEWER, body=shapes.NewRollout, answer=shapes.RolloutPlan)
+def post_plan(call: Call) -> Reply:
+    """Say which devices each wave would take, with which variant, and which slowdown so many devices can show."""
+    spec = call.body.spec.model_copy(update={"selector": call.within_scope(call.body.spec.selector)})
+    return Reply(describe_plan(plan_rollout(call.fleet, spec)))
+
+
+@_route("GET", "/rollouts", Role.VIEWER, answer=shapes.Page[shapes.Rollout], query=(AFTER, LIMIT))
+def list_rollouts(call: Call) -> Reply:
+    """List the rollouts, newest first."""
+    rows = call.fleet.registry.rollouts.page(call.after, call.limit + 1)
+    if call.scope is not None:
+        meant = {one.device for one in select(call.fleet, call.scope)}
+        rows = [
+            row for row in rows if meant.issuperset(one.device for one in call.fleet.registry.rollouts.devices(row.id))
+        ]
+    return Reply(
+        call.page(
+            rows, lambda row: f"{row.created_at.isoformat()} {row.id}", lambda row: describe_rollout(row, call.at)
+        )
+    )
+
+
+@_route("POST", "/rollouts", Role.RELEASER, body=shapes.NewRollout, answer=shapes.Rollout, status=201)
+def post_rollout(call: Call) -> Reply:
+    """Start a rollout; the controller moves it."""
+    name, spec = call.body.rollout, call.body.spec
+    spec = spec.model_copy(update={"selector": call.within_scope(spec.selector)})
+    start_rollout(call.fleet, name, spec, call.actor)
+    return _shown(call, call.fleet.registry.rollouts.get(name), 201)
+
+
+@_route("GET", "/rollouts/{rollout}", Role.VIEWER, answer=shapes.Rollout)
+def get_rollout(call: Call) -> Reply:
+    """Show a rollout; its ETag changes with each decision about it."""
+    row = call.fleet.registry.rollouts.get(call.path["rollout"])
+    _require_rollout(call, row.id)
+    return _shown(call, row)
+
+
+@_route(
+    "POST", "/rollouts/{rollout}/control", Role.OPERATOR, body=shapes.Control, answer=shapes.Rollout, if_match=True,
+    problems=("changed",),
+)  # fmt: skip
+def post_control(call: Call) -> Reply:
+    """Pause, resume, approve or abort a rollout; with If-Match, only if nobody else has decided meanwhile."""
+    name, control = call.path["rollout"], call.body
+    call.fleet.registry.rollouts.get(name)
+    _require_rollout(call, name)
+    if (control.action == "abort") is (control.revert is None):
+        raise ProblemError(
+            "request.invalid", "revert says whether changed devices go back: abort needs it, nothing else has it"
+        )
+    events: dict[str, Event] = {
+        "pause": PauseAsked(),
+        "resume": ResumeAsked(),
+        "approve": Approved(),
+        "abort": AbortAsked(revert=bool(control.revert), reason=control.reason),
+    }
+    control_rollout(call.fleet, name, events[control.action], call.actor, call.if_match)
+    return _shown(call, call.fleet.registry.rollouts.get(name))
+
+
+@_route(
+    "GET", "/rollouts/{rollout}/devices", Role.VIEWER, answer=shapes.Page[shapes.RolloutDevice], query=(AFTER, LIMIT)
+)
+def list_rollout_devices(call: Call) -> Reply:
+    """List a rollout's devices, those of the first wave first."""
+    name = call.path["rollout"]
+    call.fleet.registry.rollouts.get(name)
+    _require_rollout(call, name)
+    rows = describe_rollout_devices(call.fleet.registry.rollouts.devices(name))
+    after = call.after
+
+    def key(row: dict[str, Any]) -> str:
+        return f"{row['wave']:06d} {row['device']}"
+
+    return Reply(call.page([row for row in rows if after is None or key(row) > after], key, dict))
+
+
+# --- the audit
+
+
+@_route("GET", "/audit", Role.ADMIN, answer=shapes.Page[shapes.AuditEntry], query=(AFTER, LIMIT))
+def list_audit(call: Call) -> Reply:
+    """List what was done, the oldest first; each entry's hash covers the entry before it."""
+    call.require_whole_fleet()
+    after = call.after or "0"
+    if not after.isdecimal() or len(after) > 18:
+        raise ProblemError("request.invalid", f"after={call.query['after']!r} is not the `next` of an earlier page")
+    rows = call.fleet.registry.audit.after(int(after), call.limit + 1)
+    return Reply(call.page(rows, lambda row: str(row.id), describe_audit))
+
+
+@_route("GET", "/audit/head", Role.ADMIN, answer=shapes.AuditHead)
+def get_audit_head(call: Call) -> Reply:
+    """Verify the audit: the newest entry's hash, and what was changed or taken out since it was written."""
+    call.require_whole_fleet()
+    entries, digest = call.fleet.registry.audit.head()
+    return Reply({"entries": entries, "hash": digest, "broken": call.fleet.registry.audit.broken()})
+
+
+# --- tokens and webhooks
+
+
+@_route("GET", "/tokens", Role.ADMIN, answer=shapes.Page[shapes.Token])
+def list_tokens(call: Call) -> Reply:
+    """List the tokens, newest first."""
+    call.require_whole_fleet()
+    return Reply({"items": [describe_token(row) for row in call.fleet.registry.tokens.all()], "next": None})
+
+
+@_route("POST", "/tokens", Role.ADMIN, body=shapes.NewToken, answer=shapes.CreatedToken, status=201)
+def post_token(call: Call) -> Reply:
+    """Make a token; it is shown this once, and kept as a hash."""
+    call.require_whole_fleet()
+    wanted: shapes.NewToken = call.body
+    if wanted.scope is not None:
+        parse(selector_text(call.fleet, wanted.scope))
+    if wanted.expires_at is not None and wanted.expires_at <= call.at:
+        raise UsageError(f"expires_at {wanted.expires_at.isoformat()} is past")
+    row, token = call.fleet.registry.tokens.create(
+        wanted.name, wanted.role, call.actor, scope=wanted.scope, expires_at=wanted.expires_at
+    )
+    return Reply(describe_token(row) | {"token": token}, 201)
+
+
+@_route("DELETE", "/tokens/{token}", Role.ADMIN, status=204)
+def delete_token(call: Call) -> Reply:
+    """Revoke a token."""
+    call.require_whole_fleet()
+    call.fleet.registry.tokens.revoke(call.path["token"], call.actor)
+    return Reply(status=204)
+
+
+@_route("GET", "/webhooks", Role.ADMIN, answer=shapes.Page[shapes.Webhook])
+def list_webhooks(call: Call) -> Reply:
+    """List the webhooks, and how far each has come."""
+    call.require_whole_fleet()
+    return Reply({"items": [describe_webhook(row) for row in call.fleet.registry.webhooks.all()], "next": None})
+
+
+@_route("POST", "/webhooks", Role.ADMIN, body=shapes.NewWebhook, answer=shapes.CreatedWebhook, status=201)
+def post_webhook(call: Call) -> Reply:
+    """Send what is written into the audit from now on to a URL, signed as Standard Webhooks has it."""
+    call.require_whole_fleet()
+    check_webhook_url(call.body.url)
+    row = call.fleet.registry.webhooks.create(call.body.url, call.body.events, call.actor)
+    return Reply(describe_webhook(row) | {"secret": row.secret}, 201)
+
+
+@_route("DELETE", "/webhooks/{webhook}", Role.ADMIN, status=204)
+def delete_webhook(call: Call) -> Reply:
+    """Send a webhook nothing more."""
+    call.require_whole_fleet()
+    call.fleet.registry.webhooks.delete(call.path["webhook"], call.actor)
+    return Reply(status=204)
+
+
+def check_webhook_url(url: str) -> None:
+    """Let a URL be a webhook's if it has a host, and speaks TLS unless that is this machine.
+
+    Raises:
+        UsageError: it cannot be one.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise UsageError(f"{url!r} is not a URL: {error}") from None
+    if not host or parts.username or parts.password or parts.fragment:
+        raise UsageError(f"{url!r}: a webhook is https://HOST/PATH, without a user and without a fragment")
+    try:
+        here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = host == "localhost"
+    if parts.scheme != "https" and not here:
+        raise UsageError(f"{url}: only this machine is spoken to without TLS; use https")

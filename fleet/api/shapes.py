@@ -1,0 +1,341 @@
+"""The bodies of requests and answers. Their fields are the API's documentation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from fleet.core.roles import Role
+from fleet.core.rollout_spec import RolloutSpec
+
+T = TypeVar("T")
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+SelectorText = Annotated[str, Field(min_length=1, max_length=4000, description="see docs/selectors.md")]
+
+
+class Body(BaseModel):
+    """Of a request: a name that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Answer(BaseModel):
+    """Of an answer. Members may be added; none is taken away."""
+
+
+class Page(Answer, Generic[T]):
+    """Some of many; ``next`` is what ``after`` takes for those that follow, null at the end."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class Deployment(Answer):
+    """A device's order, and what became of it."""
+
+    deployment: str
+    device: str
+    sequence: int
+    artifact: str
+    ordered_digest: str
+    state: str
+    digest: str | None
+    runtime: str | None
+    endpoint: str | None
+    progress: dict[str, Any] | None
+    proof: dict[str, Any] | None
+    failure: dict[str, Any] | None
+    publish_error: str | None
+    created_at: str
+    published_at: str | None
+    reported_at: str | None
+    finished_at: str | None
+
+
+class Device(Answer):
+    """A device with its newest deployment; ages in seconds, null where nothing ever came."""
+
+    device: str
+    profile: str
+    added_at: str
+    revoked_at: str | None
+    online: bool
+    presence: str
+    presence_at: str | None
+    last_seen: str | None
+    last_seen_age_s: float | None
+    reported_age_s: float | None
+    health_age_s: float | None
+    health_stale: bool
+    agent_version: str
+    paused: bool
+    malformed_messages: int
+    labels: dict[str, str]
+    cloned_at: str | None
+    deployment: Deployment | None
+    health: dict[str, Any] | None = None
+
+
+class Health(Answer):
+    """One health report, or five minutes of them: milliseconds, tokens a second, bytes, degrees Celsius."""
+
+    at: str
+    digest: str | None
+    requests: int
+    errors: int
+    ttft_ms_p50: float | None
+    ttft_ms_p95: float | None
+    tpot_ms_p50: float | None
+    tpot_ms_p95: float | None
+    tokens_per_s: float | None
+    memory_bytes: int
+    restarts: int
+    temperature_c: float | None
+
+
+class Labels(Body):
+    """Names to values; null removes a label."""
+
+    labels: dict[str, str | None]
+
+
+class Revoked(Answer):
+    """What was revoked."""
+
+    device: str
+    certificates: int
+    since: str | None
+
+
+class Artifact(Answer):
+    """An artifact that was built here, or was published."""
+
+    artifact: str
+    digest: str
+    model: str
+    toolchain: str
+    precision: str
+    target: str
+    profile: str
+    size: int
+    published: bool
+    withdrawn: bool
+    quality: dict[str, Any] | None
+
+
+class Reason(Body):
+    """Why."""
+
+    reason: Annotated[str | None, Field(max_length=1000)] = None
+
+
+class Release(Answer):
+    """The variants of a model under one name."""
+
+    release: str
+    digests: list[str]
+    created_at: str
+    created_by: str
+
+
+class NewRelease(Body):
+    """A release; it is never changed."""
+
+    release: Name
+    artifacts: Annotated[list[str], Field(min_length=1, max_length=100, description="ids or digests")]
+
+
+class Selector(Answer):
+    """A saved selector; other selectors mean it as ``@name``."""
+
+    name: str
+    selector: str
+    created_at: str
+    created_by: str
+
+
+class SelectorValue(Body):
+    """What a name stands for."""
+
+    selector: SelectorText
+
+
+class Status(Answer):
+    """The controllers, and how many devices there are in which state."""
+
+    at: str
+    controller_running: bool
+    controllers: list[dict[str, Any]]
+    devices: int
+    by_presence: dict[str, int]
+    by_state: dict[str, int]
+
+
+class Order(Body):
+    """What devices are to run: artifacts or a release; and the devices by name, by profile or by selector."""
+
+    artifacts: Annotated[list[str], Field(min_length=1, max_length=100)]
+    devices: Annotated[list[str], Field(max_length=10_000)] = []
+    profile: str | None = None
+    selector: SelectorText | None = None
+    probation_s: Annotated[float | None, Field(ge=0)] = None
+    deadline_s: Annotated[float | None, Field(ge=1)] = None
+    not_before: AwareDatetime | None = None
+    not_after: AwareDatetime | None = None
+    force: Annotated[str | None, Field(max_length=1000, description="why, although it does not fit")] = None
+
+
+class Devices(Body):
+    """Devices by name."""
+
+    devices: Annotated[list[str], Field(min_length=1, max_length=10_000)]
+
+
+class NewRollout(Body):
+    """A rollout to be planned or started; ``spec.artifacts`` may name a release."""
+
+    rollout: Name
+    spec: RolloutSpec
+
+
+class RolloutPlan(Answer):
+    """What a rollout would do now."""
+
+    devices: int
+    waves: list[dict[str, Any]]
+    unfit: dict[str, str]
+    taken: list[str]
+
+
+class Rollout(Answer):
+    """A rollout, and where it stands."""
+
+    rollout: str
+    state: str
+    final: bool
+    wave: int
+    waves: list[str]
+    selector: str
+    artifacts: list[str]
+    counts: dict[str, int]
+    left_behind: int
+    reason: str
+    priority: int
+    created_at: str
+    created_by: str
+    due_at: str | None
+    findings: dict[str, Any] | None
+    at: str
+
+
+class RolloutDevice(Answer):
+    """A device of a rollout."""
+
+    device: str
+    wave: int
+    stage: str
+    cohort: str
+    digest: str
+    previous: str | None
+    deployment: str | None
+    reason: str | None
+
+
+class Control(Body):
+    """What a person decides about a rollout. ``revert`` and ``reason`` are for ``abort``."""
+
+    action: Literal["pause", "resume", "approve", "abort"]
+    revert: bool | None = None
+    reason: Annotated[str, Field(max_length=1000)] = "the operator aborted it"
+
+
+class AuditEntry(Answer):
+    """Who did what, and when; ``hash`` covers the entry before it."""
+
+    id: int
+    at: str
+    who: str
+    action: str
+    subject: str
+    details: dict[str, Any] | None
+    hash: str | None
+
+
+class AuditHead(Answer):
+    """Whether the audit is as it was written."""
+
+    entries: int
+    hash: str
+    broken: list[str]
+
+
+class Token(Answer):
+    """A token of the API."""
+
+    id: str
+    name: str
+    role: Role
+    scope: str | None
+    created_at: str
+    created_by: str
+    expires_at: str | None
+    revoked_at: str | None
+    used_at: str | None
+
+
+class NewToken(Body):
+    """A token to be made."""
+
+    name: Name
+    role: Role
+    scope: Annotated[SelectorText | None, Field(description="a selector: no other device is shown or changed")] = None
+    expires_at: AwareDatetime | None = None
+
+
+class CreatedToken(Token):
+    """With the token itself, which is shown once."""
+
+    token: str
+
+
+class Webhook(Answer):
+    """Where the audit's entries are sent."""
+
+    id: str
+    url: str
+    events: list[str]
+    created_at: str
+    created_by: str
+    cursor: int
+    failures: int
+    due_at: str | None
+    delivered_at: str | None
+    error: str | None
+
+
+class NewWebhook(Body):
+    """A webhook to be made. ``events`` are actions of the audit, such as ``rollout.*``."""
+
+    url: Annotated[str, Field(max_length=2000, pattern=r"^https?://")]
+    events: Annotated[list[Annotated[str, Field(pattern=r"^[a-z*?.]{1,64}$")]], Field(min_length=1, max_length=50)] = [
+        "*"
+    ]
+
+
+class CreatedWebhook(Webhook):
+    """With the secret of its signatures, which is shown once."""
+
+    secret: str
+
+
+class ProblemBody(Answer):
+    """An error, as RFC 9457 has it. ``code`` is stable."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    errors: list[dict[str, Any]] = []
