@@ -60,6 +60,11 @@ class FleetSettings(BaseSettings):
     api: Annotated[str | None, Field(description="host:port of the HTTP API; none: there is none")] = None
     api_cert: Annotated[Path | None, Field(description="PEM file; needed off loopback")] = None
     api_key: Annotated[Path | None, Field(description="PEM file of that certificate's private key")] = None
+    server: Annotated[str | None, Field(description="URL of a controller's API, for commands on another machine")] = (
+        None
+    )
+    server_token: Annotated[SecretStr | None, Field(description="token for that API")] = None
+    server_ca: Annotated[Path | None, Field(description="PEM file; none: the system's authorities")] = None
     order_validity_s: Annotated[float, Field(gt=0, description="seconds after which a signed order is void")] = (
         30 * 86400.0
     )
@@ -70,7 +75,7 @@ class FleetSettings(BaseSettings):
         "auto"
     )
 
-    @field_validator("home", "broker_ca", "broker_cert", "broker_key", "api_cert", "api_key")
+    @field_validator("home", "broker_ca", "broker_cert", "broker_key", "api_cert", "api_key", "server_ca")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         try:
@@ -92,6 +97,22 @@ class FleetSettings(BaseSettings):
             raise ValueError("must be embedded, mqtt://host:port or mqtts://host:port")
         if parts.username or parts.password:
             raise ValueError("must not hold a password; use broker_username and broker_password")
+        return url
+
+    @field_validator("server")
+    @classmethod
+    def _is_a_server(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
+        except ValueError:
+            usable = False
+        if not usable or parts.username or parts.password:
+            raise ValueError("must be https://HOST:PORT, or http:// on this machine")
+        if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError("must be https://: a token would be sent in the clear")
         return url
 
     @field_validator("api")

@@ -87,8 +87,9 @@ class Api:
             query = _query(route, request)
             body = _body(route, request, raw)
             call = Call(
-                self._fleet, token, self._clock(), dict(request.match_info), query, body, _if_match(route, request)
-            )
+                self._fleet, token, f"token:{token.name}", self._clock(), dict(request.match_info), query, body,
+                _if_match(route, request),
+            )  # fmt: skip
             key = request.headers.get("Idempotency-Key") if route.method == "POST" else None
             if key is None:
                 return _response(await asyncio.to_thread(route.handler, call))

@@ -84,7 +84,8 @@ def get_device(call: Call) -> Reply:
     name = call.path["device"]
     call.require(name)
     (view,) = fleet_view(call.fleet.registry, call.at, [name]).devices
-    return Reply(describe_device(view) | {"health": view.device.health})
+    row = view.device
+    return Reply(describe_device(view) | {"health": row.health, "facts": row.facts, "reported": row.reported})
 
 
 @_route("PATCH", "/devices/{device}/labels", Role.OPERATOR, body=shapes.Labels, answer=shapes.Labels)
@@ -103,15 +104,17 @@ def revoke(call: Call) -> Reply:
     call.require(name)
     done = revoke_device(call.fleet, name, call.actor)
     since = done.since.isoformat() if done.since else None
-    return Reply({"device": done.name, "certificates": done.certificates, "since": since})
+    crl = str(call.fleet.home.ca / "crl.pem")
+    return Reply({"device": done.name, "certificates": done.certificates, "crl": crl, "since": since})
 
 
-@_route("DELETE", "/devices/{device}", Role.ADMIN, status=204)
+@_route("DELETE", "/devices/{device}", Role.ADMIN, answer=shapes.Revoked)
 def delete_device(call: Call) -> Reply:
     """Remove a device from the fleet, and revoke its certificates."""
     call.require(call.path["device"])
-    remove_device(call.fleet, call.path["device"], call.actor)
-    return Reply(status=204)
+    count = remove_device(call.fleet, call.path["device"], call.actor)
+    crl = str(call.fleet.home.ca / "crl.pem")
+    return Reply({"device": call.path["device"], "certificates": count, "crl": crl, "since": None})
 
 
 @_route("GET", "/devices/{device}/deployments", Role.VIEWER, answer=shapes.Page[shapes.Deployment], query=(LIMIT,))
@@ -295,7 +298,10 @@ def post_rollback(call: Call) -> Reply:
 
 
 def _shown(call: Call, row: RolloutRow, status: int = 200) -> Reply:
-    return Reply(describe_rollout(row, call.at), status, {"ETag": f'"{tag(read(row))}"'})
+    shown = describe_rollout(row, call.at)
+    stages = call.fleet.registry.rollouts.stages(row.id)
+    shown["stages"] = [stages.get(wave, {}) for wave in range(len(shown["waves"]))]
+    return Reply(shown, status, {"ETag": f'"{tag(read(row))}"'})
 
 
 def _require_rollout(call: Call, name: str) -> None:
@@ -395,6 +401,14 @@ def list_audit(call: Call) -> Reply:
         raise ProblemError("request.invalid", f"after={call.query['after']!r} is not the `next` of an earlier page")
     rows = call.fleet.registry.audit.after(int(after), call.limit + 1)
     return Reply(call.page(rows, lambda row: str(row.id), describe_audit))
+
+
+@_route("GET", "/audit/newest", Role.ADMIN, answer=shapes.Page[shapes.AuditEntry], query=(LIMIT,))
+def list_newest_audit(call: Call) -> Reply:
+    """List what was done last, newest first."""
+    call.require_whole_fleet()
+    rows = call.fleet.registry.audit.trail(call.limit)
+    return Reply({"items": [describe_audit(row) for row in rows], "next": None})
 
 
 @_route("GET", "/audit/head", Role.ADMIN, answer=shapes.AuditHead)

@@ -43,6 +43,7 @@ class Call:
 
     fleet: Fleet
     token: TokenRow
+    who: str
     at: datetime
     path: Mapping[str, str]
     query: Mapping[str, Any]
@@ -51,8 +52,8 @@ class Call:
 
     @property
     def actor(self) -> Actor:
-        """The token is who did it."""
-        return Actor(f"token:{self.token.name}", self.at)
+        """Who does it, for the audit."""
+        return Actor(self.who, self.at)
 
     @property
     def limit(self) -> int:

@@ -75,7 +75,9 @@ class Device(Answer):
     labels: dict[str, str]
     cloned_at: str | None
     deployment: Deployment | None
-    health: dict[str, Any] | None = None
+    health: Annotated[dict[str, Any] | None, Field(description="as the device reported it last")] = None
+    facts: Annotated[dict[str, Any] | None, Field(description="what the device has said of itself")] = None
+    reported: Annotated[dict[str, Any] | None, Field(description="the state that it reported last")] = None
 
 
 class Health(Answer):
@@ -102,10 +104,11 @@ class Labels(Body):
 
 
 class Revoked(Answer):
-    """What was revoked."""
+    """What was revoked. The broker must read the list ``crl`` again, a file of the controller's machine."""
 
     device: str
     certificates: int
+    crl: str
     since: str | None
 
 
@@ -228,6 +231,7 @@ class Rollout(Answer):
     due_at: str | None
     findings: dict[str, Any] | None
     at: str
+    stages: Annotated[list[dict[str, int]] | None, Field(description="by wave: devices in each stage")] = None
 
 
 class RolloutDevice(Answer):

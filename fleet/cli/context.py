@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import getpass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ from fleet.home import Home
 from fleet.settings import FleetSettings, load, provenance
 
 if TYPE_CHECKING:
+    from fleet.api.client import Client
     from fleet.registry import Actor
 
 
@@ -40,6 +43,22 @@ class Context:
     def home(self) -> Home:
         """The controller's folder."""
         return Home(self.settings.home)
+
+    @contextmanager
+    def client(self) -> Iterator[Client]:
+        """The API: of the server that is set, or of the home.
+
+        Raises:
+            UsageError: the server's settings cannot be used, or the home holds no fleet.
+        """
+        from fleet.api.client import LocalClient, RemoteClient
+        from fleet.operations.fleet import Fleet
+
+        if self.settings.server is not None:
+            yield RemoteClient(self.settings)
+            return
+        with Fleet(self.settings) as fleet:
+            yield LocalClient(fleet, actor())
 
     def overlay(self, **flags: Any) -> Context:
         """Return the same with more flags; those that are None were not given.

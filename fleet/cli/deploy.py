@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,10 +14,11 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from fleet.api.client import Client
 from fleet.cli import completion
 from fleet.cli.context import Context, actor
 from fleet.cli.status import HELD, table
-from fleet.core.deployments import Stage
+from fleet.core.deployments import TABLE, Stage
 from fleet.errors import DeploymentError
 from fleet.operations.deploy import DeployOptions, follow, select_devices
 from fleet.operations.deploy import deploy as deploy_artifacts
@@ -41,6 +42,7 @@ class Moment(click.ParamType[datetime]):
 
 
 MOMENT = Moment()
+REMOTE_POLL_S = 1.0
 #: A running controller publishes within half a second.
 UNPUBLISHED_HINT_S = 5.0
 
@@ -76,6 +78,10 @@ def deploy(
     Several are variants of one model: a device proves those that it can run, and serves the fastest. What is not
     published yet is published first. A running `phifleet serve` passes the orders on.
     """
+    if context.settings.server is not None:
+        with context.client() as client:
+            _deploy_remote(client, artifacts, devices, profile, _Following(wait, timeout_s, as_json), options)
+        return
     with Fleet(context.settings) as fleet:
         targets = select_devices(fleet.registry, devices, profile)
         deployments = deploy_artifacts(fleet, variants(fleet, artifacts), targets, DeployOptions(**options), actor())
@@ -132,3 +138,42 @@ def _line(view: DeviceView) -> str:
     assert row is not None  # noqa: S101 - of a deployment that was waited for
     why = f"{row.failure_code}: {row.failure_message}" if row.failure_code else HELD if view.held else ""
     return f"{row.device}: {row.stage}" + (f" ({why})" if why else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Following:
+    """How the order is followed."""
+
+    wait: bool
+    timeout_s: float | None
+    as_json: bool
+
+
+def _deploy_remote(
+    client: Client,
+    artifacts: Sequence[str],
+    devices: Sequence[str],
+    profile: str | None,
+    following: _Following,
+    options: dict[str, Any],
+) -> None:
+    given = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in options.items()}
+    order = {"artifacts": list(artifacts), "devices": list(devices), "profile": profile, **given}
+    rows = client.call("POST", "/deployments", order)["items"]
+    if not following.as_json:
+        for row in rows:
+            click.echo(f"{row['device']}: ordered {row['artifact']} as {row['deployment']}")
+    end = time.monotonic() + (following.timeout_s or float("inf"))
+    while following.wait and time.monotonic() < end and any(TABLE[Stage(row["state"])].outstanding for row in rows):
+        time.sleep(REMOTE_POLL_S)
+        rows = [client.call("GET", f"/deployments/{row['deployment']}") for row in rows]
+    if following.as_json:
+        click.echo(json.dumps(rows))
+    failed = [row for row in rows if row["state"] != Stage.COMMITTED]
+    if following.wait and failed:
+        lines = [f"{row['device']}: {row['state']}" + _why(row["failure"]) for row in failed]
+        raise DeploymentError(f"{len(failed)} of {len(rows)} not committed: {'; '.join(lines)}")
+
+
+def _why(failure: dict[str, Any] | None) -> str:
+    return f" ({failure['code']}: {failure['message']})" if failure else ""

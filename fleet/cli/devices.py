@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -11,22 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.contract.bundle import Bundle
+from fleet.api.client import pages
 from fleet.cli import completion
 from fleet.cli.context import Context, actor
 from fleet.errors import UsageError
 from fleet.operations.devices import (
+    Revocation,
     add_device,
     import_devices,
     only_here,
     parse_labels,
     read_rows,
-    remove_device,
     renew_bundle,
-    revoke_device,
 )
 from fleet.operations.fleet import Fleet
-from fleet.operations.names import select
-from fleet.operations.views import describe_deployment, describe_device, fleet_view
 from fleet.profiles_loader import load_profile, profile_paths
 from fleet.registry.rows import revoked_text
 from fleet.settings import default_files
@@ -105,8 +103,8 @@ def import_command(context: Context, file: Path, folder: Path, broker: str | Non
 def label_command(context: Context, device_id: str, labels: tuple[str, ...]) -> None:
     """Set labels, such as site=lyon, and remove those that are named with a dash after them, such as site-."""
     given = parse_labels(labels)
-    with Fleet(context.settings) as fleet:
-        now = fleet.registry.devices.label(device_id, given, actor())
+    with context.client() as client:
+        now = client.call("PATCH", f"/devices/{device_id}/labels", {"labels": given})["labels"]
     click.echo(f"{device_id}: {', '.join(f'{name}={value}' for name, value in sorted(now.items())) or 'no labels'}")
 
 
@@ -158,27 +156,20 @@ def _hand_over(bundle: Bundle, file: Path | None) -> None:
 @click.pass_obj
 def list_command(context: Context, selector: str | None, as_json: bool) -> None:
     """List the devices, or those that a selector means."""
-    with Fleet(context.settings) as fleet:
-        meant = None if selector is None else {one.device for one in select(fleet, selector)}
-        views = fleet_view(fleet.registry, datetime.now(UTC)).devices
-        views = [view for view in views if meant is None or view.device.id in meant]
+    with context.client() as client:
+        found = list(pages(client, "/devices", selector=selector))
     if as_json:
-        click.echo(json.dumps([describe_device(view) for view in views]))
+        click.echo(json.dumps(found))
         return
     table = Table("device", "profile", "presence", "agent", "added", "state", "artifact", box=None)
-    for view in views:
-        row, deployment = view.device, view.deployment
-        table.add_row(
-            row.id,
-            row.profile,
-            "revoked" if row.revoked_at else view.presence.value,
-            row.agent_version or "-",
-            f"{row.added_at:%Y-%m-%d}",
-            deployment.stage if deployment else "-",
-            deployment.artifact if deployment else "-",
-        )
+    for one in found:
+        deployment = one["deployment"] or {"state": "-", "artifact": "-"}
+        presence = "revoked" if one["revoked_at"] else one["presence"]
+        added = f"{datetime.fromisoformat(one['added_at']):%Y-%m-%d}"
+        columns = (one["agent_version"] or "-", added, deployment["state"], deployment["artifact"])
+        table.add_row(one["device"], one["profile"], presence, *columns)
     none = "no device is meant" if selector else "no devices yet; add one with `phifleet device add`"
-    Console().print(table if views else none)
+    Console().print(table if found else none)
 
 
 @device.command("show")
@@ -187,18 +178,15 @@ def list_command(context: Context, selector: str | None, as_json: bool) -> None:
 @click.pass_obj
 def show_command(context: Context, device_id: str, as_json: bool) -> None:
     """Show what is known of a device: facts, report, health, and its newest deployments."""
-    with Fleet(context.settings) as fleet:
-        (view,) = fleet_view(fleet.registry, datetime.now(UTC), [device_id]).devices
-        history = fleet.registry.deployments.history(device_id)
-    row, document = view.device, describe_device(view)
-    document |= {"facts": row.facts, "reported": row.reported, "health": row.health}
-    document["deployments"] = [describe_deployment(entry) for entry in history]
+    with context.client() as client:
+        document = client.call("GET", f"/devices/{device_id}")
+        document["deployments"] = client.call("GET", f"/devices/{device_id}/deployments", limit=20)["items"]
     if as_json:
         click.echo(json.dumps(document))
-    else:
-        Console().print_json(data=document)
-        if row.revoked_at:
-            click.echo(f"{row.id} is {revoked_text(row.revoked_at)}")
+        return
+    Console().print_json(data=document)
+    if document["revoked_at"]:
+        click.echo(f"{device_id} is {revoked_text(datetime.fromisoformat(document['revoked_at']))}")
 
 
 @device.command("revoke")
@@ -209,9 +197,10 @@ def revoke_command(context: Context, device_id: str, yes: bool) -> None:
     """Revoke a device: its certificates are void, its order is cancelled, and nobody listens to it any more."""
     if not yes:
         click.confirm(f"revoke {device_id}? It must be removed and added again to come back", abort=True)
-    with Fleet(context.settings) as fleet:
-        done = revoke_device(fleet, device_id, actor())
-    for line in done.lines(context.home.ca / "crl.pem"):
+    with context.client() as client:
+        done = client.call("POST", f"/devices/{device_id}/revoke")
+    since = datetime.fromisoformat(done["since"]) if done["since"] else None
+    for line in Revocation(done["device"], done["certificates"], since).lines(done["crl"]):
         click.echo(line)
 
 
@@ -221,11 +210,11 @@ def revoke_command(context: Context, device_id: str, yes: bool) -> None:
 @click.pass_obj
 def remove_command(context: Context, device_id: str, yes: bool) -> None:
     """Remove a device: its order is cancelled and its topics are cleared. What it serves, it goes on serving."""
-    with Fleet(context.settings) as fleet:
-        fleet.registry.devices.get(device_id)
+    with context.client() as client:
+        client.call("GET", f"/devices/{device_id}")
         if not yes:
             click.confirm(f"remove {device_id}?", abort=True)
-        revoked = remove_device(fleet, device_id, actor())
+        done = client.call("DELETE", f"/devices/{device_id}")
     click.echo(f"removed {device_id}")
-    if revoked:
-        click.echo(f"its certificate is on {context.home.ca / 'crl.pem'} now: let the broker read that again")
+    if done["certificates"]:
+        click.echo(f"its certificate is on {done['crl']} now: let the broker read that again")

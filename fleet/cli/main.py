@@ -6,15 +6,18 @@ import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from agent.contract.exit_codes import ExitCode
 from agent.platform.arguments import hoisted
 
+if TYPE_CHECKING:
+    from fleet.settings import FleetSettings
+
 #: They take a value, and are accepted after the command too: people type them where they think of them.
-GLOBAL_OPTIONS = ("--config", "--home", "--log-level", "--log-format")
+GLOBAL_OPTIONS = ("--config", "--home", "--server", "--log-level", "--log-format")
 #: Name of a command: where it is, and its line in the help. The text is here so that --help imports nothing.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "init": ("fleet.cli.trust:init", "Make the keys and the signed metadata of a new fleet."),
@@ -27,8 +30,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "device": ("fleet.cli.devices:device", "Add, list, show and remove devices."),
     "deploy": ("fleet.cli.deploy:deploy", "Order devices to run an artifact."),
     "rollout": ("fleet.cli.rollouts:rollout", "Change many devices in waves that stop by themselves."),
+    "cancel": ("fleet.cli.orders:cancel", "Cancel what devices were ordered and have not ended."),
+    "rollback": ("fleet.cli.orders:rollback", "Order devices what they had committed to before."),
+    "release": ("fleet.cli.names:release", "Name the variants of a model as one thing."),
+    "selector": ("fleet.cli.names:selector", "Save selectors under names."),
     "status": ("fleet.cli.status:status", "Show the fleet: presence, deployment, speed."),
     "audit": ("fleet.cli.audit:audit", "Read and verify the record of who did what."),
+    "token": ("fleet.cli.access:token", "Make and revoke tokens of the API."),
+    "webhook": ("fleet.cli.access:webhook", "Send what happens to other programs."),
     "db": ("fleet.cli.db:db", "Show and upgrade the tables of the database."),
     "trust": ("fleet.cli.trust:trust", "Show, renew and rotate keys and metadata."),
     "completion": ("fleet.cli.completion:completion", "Print the script that completes commands in a shell."),
@@ -38,6 +47,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 #: They make a fleet, or have nothing to do with one. For every other command a home that holds none is a mistake, and
 #: nothing is made there.
 WITHOUT_A_FLEET = frozenset({"init", "sample-model", "profiles", "plan", "build", "completion", "simulate", "demo"})
+#: They work at a server too; the others need the controller's home.
+AT_A_SERVER = frozenset(
+    {"device", "deploy", "rollout", "cancel", "rollback", "release", "selector", "status", "audit", "token", "webhook"}
+)
 #: With these a command says something about itself, and does nothing.
 ASKS_ONLY = frozenset({"-h", "--help", "--show-config"})
 
@@ -99,6 +112,7 @@ def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> N
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print it and end.")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings.")
 @click.option("--home", type=click.Path(path_type=Path), help="Folder of keys, artifacts and database.")
+@click.option("--server", help="URL of a controller's API, with server_token: to work from another machine.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Lowest level logged.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "console"]), help="auto: readable on a terminal.")
 @click.option("--show-config", is_flag=True, help="Print each setting and where it came from, and end.")
@@ -107,6 +121,7 @@ def cli(
     ctx: click.Context,
     config: Path | None,
     home: Path | None,
+    server: str | None,
     log_level: str | None,
     log_format: str | None,
     show_config: bool,
@@ -119,15 +134,26 @@ def cli(
     from fleet.cli.context import Context
 
     asks_only = bool(ctx.obj)  # what ``run`` has found in the arguments
-    ctx.obj = Context.load({"home": home, "log_level": log_level, "log_format": log_format}, config)
+    ctx.obj = Context.load({"home": home, "server": server, "log_level": log_level, "log_format": log_format}, config)
     logs.configure(ctx.obj.settings.log_level, ctx.obj.settings.log_format)
     if show_config:
         ctx.obj.show_config()
         ctx.exit()
-    if ctx.invoked_subcommand in COMMANDS and ctx.invoked_subcommand not in WITHOUT_A_FLEET and not asks_only:
+    command = ctx.invoked_subcommand
+    if command is not None and command in COMMANDS and command not in WITHOUT_A_FLEET and not asks_only:
+        _require_a_fleet(command, ctx.obj.settings)
+
+
+def _require_a_fleet(command: str, settings: FleetSettings) -> None:
+    if settings.server is None:
         from fleet.operations.fleet import require_fleet
 
-        require_fleet(ctx.obj.settings)
+        require_fleet(settings)
+    elif command not in AT_A_SERVER:
+        from fleet.errors import UsageError
+
+        where = f"run it on the controller, without the server {settings.server}"
+        raise UsageError(f"`phifleet {command}` works on the controller's home: {where}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

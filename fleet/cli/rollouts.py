@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import click
@@ -17,23 +17,21 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.contract.base import explain
+from fleet.api.client import Client, pages
 from fleet.cli import completion
 from fleet.cli.artifacts import wide_console
 from fleet.cli.context import Context, actor
 from fleet.core.evidence import Gate
-from fleet.core.rollout_events import AbortAsked, Approved, Event, PauseAsked, ResumeAsked
 from fleet.core.rollout_spec import RolloutSpec, Wave
-from fleet.core.rollouts import STATES, Rollout, State
-from fleet.core.selectors import parse
+from fleet.core.rollouts import State
 from fleet.errors import UsageError
-from fleet.operations.fleet import Fleet
-from fleet.operations.names import selector_text, variants
-from fleet.operations.rollout_views import describe_plan, describe_rollout, describe_rollout_devices
-from fleet.operations.rollouts import Plan, control_rollout, plan_rollout, start_rollout
-from fleet.registry.rollouts import DeviceStage, read
+from fleet.operations.names import check_name
+from fleet.registry.rollouts import DeviceStage
 
 REFRESH_S = 1.0
 _COLOURS = {State.COMPLETED: "green", State.ABORTED: "yellow", State.INCOMPLETE: "red", State.TAKEN_BACK: "red"}
+
+Rollout = dict[str, Any]
 
 
 @click.group()
@@ -75,16 +73,16 @@ def _with_options(command: Any) -> Any:
 @click.pass_obj
 def plan_command(context: Context, /, as_json: bool, **given: Any) -> None:
     """Say which devices each wave would take, with which variant, and which slowdown so many devices can show."""
-    with Fleet(context.settings) as fleet:
-        found = plan_rollout(fleet, _spec(fleet, given))
+    with context.client() as client:
+        found = client.call("POST", "/rollouts/plan", {"rollout": "plan", "spec": _spec(given)})
     if as_json:
-        click.echo(json.dumps(describe_plan(found)))
+        click.echo(json.dumps(found))
         return
     wide_console().print(_plan_table(found))
-    for device, why in list(found.unfit.items())[:20]:
+    for device, why in list(found["unfit"].items())[:20]:
         click.echo(f"no variant fits {device}: {why}")
-    if found.taken:
-        click.echo(f"{len(found.taken)} devices are in another rollout: {', '.join(found.taken[:20])}")
+    if found["taken"]:
+        click.echo(f"{len(found['taken'])} devices are in another rollout: {', '.join(found['taken'][:20])}")
 
 
 @rollout.command("start")
@@ -93,30 +91,29 @@ def plan_command(context: Context, /, as_json: bool, **given: Any) -> None:
 @click.pass_obj
 def start_command(context: Context, /, name: str | None, **given: Any) -> None:
     """Begin a rollout; the controller moves it."""
-    who = actor()
-    name = name or f"r-{who.at:%Y%m%d-%H%M%S}"
-    with Fleet(context.settings) as fleet:
-        started = start_rollout(fleet, name, _spec(fleet, given), who)
-    click.echo(f"rollout {started.id} has begun; follow it with `phifleet rollout watch {started.id}`")
+    name = check_name("--name", name or f"r-{actor().at:%Y%m%d-%H%M%S}")
+    with context.client() as client:
+        started = client.call("POST", "/rollouts", {"rollout": name, "spec": _spec(given)})
+    began = started["rollout"]
+    click.echo(f"rollout {began} has begun; follow it with `phifleet rollout watch {began}`")
 
 
 @rollout.command("list")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
 @click.pass_obj
 def list_command(context: Context, as_json: bool) -> None:
-    """List the rollouts, newest first."""
-    with Fleet(context.settings) as fleet:
-        rows = fleet.registry.rollouts.all()
+    """List the hundred newest rollouts, newest first."""
+    with context.client() as client:
+        rows = client.call("GET", "/rollouts")["items"]
     if as_json:
-        click.echo(json.dumps([describe_rollout(row, datetime.now(UTC)) for row in rows]))
+        click.echo(json.dumps(rows))
         return
     table = Table("rollout", "state", "wave", "devices", "begun (UTC)", "by", "reason", box=None)
-    for row in rows:
-        one = read(row)
-        wave = f"{one.wave + 1} of {len(one.spec.waves)}"
-        state = Text(one.state.replace("_", " "), _COLOURS.get(one.state, ""))
-        began = f"{row.created_at:%Y-%m-%d %H:%M}"
-        table.add_row(one.id, state, wave, one.spec.selector, began, row.created_by, one.reason)
+    for one in rows:
+        wave = f"{one['wave']} of {len(one['waves'])}"
+        state = Text(_words(one), _COLOURS.get(State(one["state"]), ""))
+        began = f"{datetime.fromisoformat(one['created_at']):%Y-%m-%d %H:%M}"
+        table.add_row(one["rollout"], state, wave, one["selector"], began, one["created_by"], one["reason"])
     wide_console().print(table)
 
 
@@ -126,13 +123,12 @@ def list_command(context: Context, as_json: bool) -> None:
 @click.pass_obj
 def status_command(context: Context, name: str, as_json: bool) -> None:
     """Show where a rollout stands."""
-    with Fleet(context.settings) as fleet:
+    with context.client() as client:
+        found = _get(client, name)
         if as_json:
-            shown = describe_rollout(fleet.registry.rollouts.get(name), datetime.now(UTC))
-            devices = describe_rollout_devices(fleet.registry.rollouts.devices(name))
-            click.echo(json.dumps(shown | {"device_stages": devices}))
+            click.echo(json.dumps(found | {"device_stages": list(pages(client, f"/rollouts/{name}/devices"))}))
             return
-        wide_console().print(_screen(fleet, name))
+    wide_console().print(_screen(found))
 
 
 @rollout.command("watch")
@@ -141,18 +137,18 @@ def status_command(context: Context, name: str, as_json: bool) -> None:
 def watch_command(context: Context, name: str) -> None:
     """Follow a rollout until it is over; exit code 9 where it did not complete."""
     console = Console()
-    with Fleet(context.settings) as fleet, contextlib.suppress(KeyboardInterrupt):
+    with context.client() as client, contextlib.suppress(KeyboardInterrupt):
         with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
             state = None
-            while not STATES[(one := read(fleet.registry.rollouts.get(name))).state].final:
+            while not (one := _get(client, name))["final"]:
                 if live is not None:
-                    live.update(_screen(fleet, name), refresh=True)
-                elif one.state is not state:
-                    click.echo(f"{one.state.replace('_', ' ')}, wave {one.wave + 1} of {len(one.spec.waves)}")
-                state = one.state
+                    live.update(_screen(one), refresh=True)
+                elif one["state"] != state:
+                    click.echo(f"{_words(one)}, wave {one['wave']} of {len(one['waves'])}")
+                state = one["state"]
                 time.sleep(REFRESH_S)
-        console.print(_screen(fleet, name))
-        if one.state is not State.COMPLETED:
+        console.print(_screen(one))
+        if one["state"] != State.COMPLETED:
             raise click.exceptions.Exit(9)
 
 
@@ -162,18 +158,16 @@ def watch_command(context: Context, name: str) -> None:
 @click.pass_obj
 def explain_command(context: Context, name: str, as_json: bool) -> None:
     """Print the evidence: how devices run now against before, and what stopped it."""
-    with Fleet(context.settings) as fleet:
-        row = fleet.registry.rollouts.get(name)
+    with context.client() as client:
+        one = _get(client, name)
+    found = one["findings"] or {}
     if as_json:
-        click.echo(
-            json.dumps({"rollout": name, "state": row.state, "reason": read(row).reason, **(row.findings or {})})
-        )
+        click.echo(json.dumps({"rollout": name, "state": one["state"], "reason": one["reason"], **found}))
         return
-    one = read(row)
-    click.echo(f"{name} is {one.state.replace('_', ' ')}" + (f": {one.reason}" if one.reason else ""))
-    for finding in (row.findings or {}).get("findings", []):
+    click.echo(f"{name} is {_words(one)}" + (f": {one['reason']}" if one["reason"] else ""))
+    for finding in found.get("findings", []):
         click.echo(f"{'stops  ' if finding['stops'] else '       '}{finding['text']}")
-    if not row.findings:
+    if not found:
         click.echo("no device has been compared yet: each side needs its requests first")
 
 
@@ -182,7 +176,7 @@ def explain_command(context: Context, name: str, as_json: bool) -> None:
 @click.pass_obj
 def pause_command(context: Context, name: str) -> None:
     """Order no further device until it is resumed; what is under way goes on."""
-    _control(context, name, PauseAsked())
+    _control(context, name, action="pause")
 
 
 @rollout.command("resume")
@@ -190,7 +184,7 @@ def pause_command(context: Context, name: str) -> None:
 @click.pass_obj
 def resume_command(context: Context, name: str) -> None:
     """Go on where it was paused."""
-    _control(context, name, ResumeAsked())
+    _control(context, name, action="resume")
 
 
 @rollout.command("approve")
@@ -198,7 +192,7 @@ def resume_command(context: Context, name: str) -> None:
 @click.pass_obj
 def approve_command(context: Context, name: str) -> None:
     """Let the next wave begin."""
-    _control(context, name, Approved())
+    _control(context, name, action="approve")
 
 
 @rollout.command("abort")
@@ -210,27 +204,35 @@ def approve_command(context: Context, name: str) -> None:
 @click.pass_obj
 def abort_command(context: Context, name: str, revert: bool, reason: str) -> None:
     """End it."""
-    _control(context, name, AbortAsked(revert=revert, reason=reason))
+    _control(context, name, action="abort", revert=revert, reason=reason)
 
 
-def _control(context: Context, name: str, event: Event) -> None:
-    with Fleet(context.settings) as fleet:
-        after = control_rollout(fleet, name, event, actor())
-    click.echo(f"rollout {name} is {after.state.replace('_', ' ')}")
+def _control(context: Context, name: str, **control: Any) -> None:
+    with context.client() as client:
+        after = client.call("POST", f"/rollouts/{name}/control", control)
+    click.echo(f"rollout {name} is {_words(after)}")
 
 
-def _spec(fleet: Fleet, given: dict[str, Any]) -> RolloutSpec:
-    """Return the options as a rollout's specification.
+def _get(client: Client, name: str) -> Rollout:
+    found: Rollout = client.call("GET", f"/rollouts/{name}")
+    return found
+
+
+def _words(one: Rollout) -> str:
+    return str(one["state"]).replace("_", " ")
+
+
+def _spec(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options as a rollout's specification; names in it are the server's to understand.
 
     Raises:
-        UsageError: an artifact is not there, or the options contradict each other.
+        UsageError: the options contradict each other.
     """
-    digests = tuple(manifest.digest for manifest in variants(fleet, given["artifacts"]))
     try:
-        return RolloutSpec(
+        spec = RolloutSpec(
             selector=given["selector"],
-            artifacts=digests,
-            waves=tuple(_wave(fleet, text) for text in _split(given["waves"])),
+            artifacts=tuple(given["artifacts"]),
+            waves=tuple(_wave(text) for text in _split(given["waves"])),
             bake_s=given["bake"],
             gate=None if given["no_gate"] else Gate(margin=given["margin"] / 100),
             approval=given["approval"],
@@ -244,52 +246,49 @@ def _spec(fleet: Fleet, given: dict[str, Any]) -> RolloutSpec:
         )
     except ValidationError as error:
         raise UsageError(f"this rollout cannot be: {explain(error)}") from None
+    return spec.model_dump(mode="json")
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside parentheses and double quotes."""
+    """Split at commas outside parentheses and double quotes."""
     return [part.strip() for part in re.findall(r'(?:"[^"]*"|\([^)]*\)|[^,])+', text) if part.strip()]
 
 
-def _wave(fleet: Fleet, text: str) -> Wave:
+def _wave(text: str) -> Wave:
     if text.endswith("%"):
         if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", text[:-1]):
             raise UsageError(f"--waves: {text!r} is no percentage")
         return Wave(percent=float(text[:-1]))
     if re.fullmatch(r"[0-9]{1,12}", text):
         return Wave(devices=int(text))
-    parse(selector_text(fleet, text))
     return Wave(selector=text)
 
 
-def _plan_table(found: Plan) -> Table:
+def _plan_table(found: dict[str, Any]) -> Table:
     table = Table("wave", "devices", "profile, variant", "slowdown per token that it can show", box=None)
-    for number, wave in enumerate(found.waves, 1):
-        for index, (cohort, count) in enumerate(sorted(wave.cohorts.items())):
-            effect = wave.detectable.get(cohort)
+    for number, wave in enumerate(found["waves"], 1):
+        for index, (cohort, count) in enumerate(sorted(wave["cohorts"].items())):
+            effect = wave["detectable"].get(cohort)
             seen = f"{effect:.0%} and more" if effect is not None else "none: too few devices"
-            table.add_row(f"{number} ({wave.wave})" if index == 0 else "", str(count), cohort, seen)
-        if not wave.cohorts:
-            table.add_row(f"{number} ({wave.wave})", "0", "", "")
+            table.add_row(f"{number} ({wave['wave']})" if index == 0 else "", str(count), cohort, seen)
+        if not wave["cohorts"]:
+            table.add_row(f"{number} ({wave['wave']})", "0", "", "")
     return table
 
 
-def _screen(fleet: Fleet, name: str) -> Group:
-    row = fleet.registry.rollouts.get(name)
-    one = read(row)
+def _screen(one: Rollout) -> Group:
     lines: list[Any] = [_headline(one)]
     table = Table("wave", *(stage.value for stage in DeviceStage), box=None)
-    devices = fleet.registry.rollouts.devices(name)
-    for index, wave in enumerate(one.spec.waves):
-        stages = [device.stage for device in devices if device.wave == index]
-        table.add_row(f"{index + 1} ({wave})", *(str(stages.count(stage.value) or "-") for stage in DeviceStage))
+    for index, (wave, stages) in enumerate(zip(one["waves"], one["stages"], strict=True)):
+        table.add_row(f"{index + 1} ({wave})", *(str(stages.get(stage.value, "-")) for stage in DeviceStage))
     lines.append(table)
-    lines += [Text(finding["text"], "red") for finding in (row.findings or {}).get("findings", []) if finding["stops"]]
+    found = (one["findings"] or {}).get("findings", [])
+    lines += [Text(finding["text"], "red") for finding in found if finding["stops"]]
     return Group(*lines)
 
 
 def _headline(one: Rollout) -> Text:
-    text = f"{one.id}: {one.state.replace('_', ' ')}, wave {one.wave + 1} of {len(one.spec.waves)}"
-    if one.due_at is not None and not STATES[one.state].final:
-        text += f"; until {one.due_at:%Y-%m-%d %H:%M} UTC at the latest"
-    return Text(f"{text}{f'; {one.reason}' if one.reason else ''}", _COLOURS.get(one.state, ""))
+    text = f"{one['rollout']}: {_words(one)}, wave {one['wave']} of {len(one['waves'])}"
+    if one["due_at"] is not None and not one["final"]:
+        text += f"; until {datetime.fromisoformat(one['due_at']):%Y-%m-%d %H:%M} UTC at the latest"
+    return Text(text + (f"; {one['reason']}" if one["reason"] else ""), _COLOURS.get(State(one["state"]), ""))

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fleet.api.client import Client, pages
 from fleet.cli import completion
 from fleet.cli.context import Context
 from fleet.core.deployments import Stage
@@ -45,6 +46,10 @@ def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool
     Live on a terminal until interrupted; DEVICES narrows it. Figures that have missed three of their intervals are
     marked as stale, and presence is unknown while no controller is connected to the broker.
     """
+    if context.settings.server is not None:
+        with context.client() as client:
+            _print_remote(client, devices, as_json)
+        return
     with Fleet(context.settings) as fleet:
         if as_json:
             click.echo(json.dumps(describe_fleet(fleet_view(fleet.registry, datetime.now(UTC), devices))))
@@ -166,3 +171,22 @@ def progress_text(progress: dict[str, Any] | None) -> str:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def _print_remote(client: Client, names: Sequence[str], as_json: bool) -> None:
+    found = client.call("GET", "/status")
+    shown = [client.call("GET", f"/devices/{name}") for name in names] if names else list(pages(client, "/devices"))
+    if as_json:
+        click.echo(json.dumps(found | {"devices": shown}))
+        return
+    console, table = Console(), Table("device", "presence", "state", "artifact", "runtime", "failure", box=None)
+    for one in shown:
+        order = one["deployment"] or {}
+        failure = order.get("failure") or {}
+        columns = (order.get("state"), order.get("artifact"), order.get("runtime"), failure.get("message"))
+        table.add_row(one["device"], one["presence"], *(str(value or "-") for value in columns))
+    running = [one for one in found["controllers"] if one["running"]]
+    hosts = ", ".join(f"{one['host']} ({one['version']})" for one in running)
+    past = Text("no controller runs: what is shown is of the past", "red")
+    console.print(f"controllers: {hosts}" if running else past)
+    console.print(table if shown else EMPTY)

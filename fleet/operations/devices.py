@@ -220,7 +220,7 @@ class Revocation:
     certificates: int
     since: datetime | None
 
-    def lines(self, crl: Path) -> Iterator[str]:
+    def lines(self, crl: Path | str) -> Iterator[str]:
         """For the operator: what was done, and what is left to do."""
         yield f"revoked {self.name}: {self.certificates} certificate(s) are on the list {crl}"
         if self.certificates:

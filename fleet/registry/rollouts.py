@@ -195,6 +195,16 @@ class Rollouts:
         with self._database.read() as session:
             return list(session.scalars(query.order_by(RolloutDeviceRow.wave, RolloutDeviceRow.device).limit(limit)))
 
+    def stages(self, rollout: str) -> dict[int, dict[str, int]]:
+        """Return, by wave, how many devices are in which stage."""
+        columns = (RolloutDeviceRow.wave, RolloutDeviceRow.stage)
+        query = select(*columns, func.count()).where(RolloutDeviceRow.rollout == rollout).group_by(*columns)
+        found: dict[int, dict[str, int]] = {}
+        with self._database.read() as session:
+            for wave, stage, count in session.execute(query):
+                found.setdefault(wave, {})[stage] = count
+        return found
+
     def to_order(self, rollout: str, most: int) -> list[RolloutDeviceRow]:
         """Devices that wait and are connected: one that is offline is ordered when it comes back."""
         query = select(RolloutDeviceRow).join(DeviceRow, DeviceRow.id == RolloutDeviceRow.device)

@@ -147,7 +147,8 @@ async def test_artifacts_are_listed_withdrawn_and_reinstated(api: Api) -> None:
 async def test_a_device_is_revoked_and_removed(api: Api) -> None:
     assert (await api.post("/devices/pi-1/revoke"))["certificates"] == 0
     assert (await api.get("/devices/pi-1"))["revoked_at"] is not None
-    assert (await api.ask("DELETE", "/devices/pi-2")).status == 204
+    removed = await (await api.ask("DELETE", "/devices/pi-2")).json()
+    assert (removed["device"], removed["certificates"]) == ("pi-2", 0)
     gone = await api.get("/devices/pi-2", 404)
     assert gone["detail"] == "no device is named pi-2; there are: pi-1, pi-3"
 

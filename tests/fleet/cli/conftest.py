@@ -40,7 +40,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("COLUMNS", "240")
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    for name in ("PHIFLEET_HOME", "PHIFLEET_CONFIG", "PHIFLEET_BROKER"):
+    for name in ("PHIFLEET_HOME", "PHIFLEET_CONFIG", "PHIFLEET_BROKER", "PHIFLEET_SERVER"):
         monkeypatch.delenv(name, raising=False)
     yield
     structlog.reset_defaults()

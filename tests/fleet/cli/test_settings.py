@@ -49,7 +49,7 @@ def test_variables_that_are_no_settings_are_let_through(name: str, monkeypatch: 
     ("text", "message"),
     [
         ('brokr = "x"', "unknown field brokr; did you mean broker?"),
-        ("colour = 1", "unknown field colour; there are broker, "),
+        ("colour = 1", "unknown field colour; there are api, "),
         ("broker_port = 70000", "broker_port: Input should be less than or equal to 65535"),
         ('broker = "http://x"', "must be embedded, mqtt://host:port or mqtts://host:port"),
         ('broker = "mqtt://"', "must be embedded, mqtt://host:port or mqtts://host:port"),
