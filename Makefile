@@ -14,12 +14,11 @@ export PIP_USER := 0
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo )
 DEV_EXTRAS := quantize,llamacpp,dev
 
-.PHONY: help demo test coverage test-fast test-bare test-variants check format bench docs dist clean
+.PHONY: help demo test test-fast test-bare test-variants check format bench docs dist clean
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
-	@echo "make test    all tests"
+	@echo "make test    all tests, what they cover, and the floors that must hold"
 	@echo "make test-fast  everything but real toolchains and models: the loop while you write, under three minutes"
-	@echo "make coverage   all tests, what they cover, and the floors that must hold"
 	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; four minutes"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
 	@echo "make check   format, lint, types, import rules, generated docs"
@@ -69,21 +68,19 @@ debian:
 demo: $(VENV)/.demo
 	@$(BIN)/phifleet demo $(ARGS)
 
-# Toolchains and models take both cores by themselves; everything else runs two files at a time.
+# First what is independent of toolchains and models, then these; and what all of it covers, held to the floors.
 HEAVY_TESTS := tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes
+LIGHT_COVERAGE := --cov --cov-config=tests/in_process.toml --cov-report=
+HEAVY_COVERAGE := --cov --cov-append --cov-report=
 test: $(VENV)/.dev debian
 ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(HEAVY_TESTS))
-	@$(BIN)/python -m pytest $(HEAVY_TESTS)
-endif
-
-# All tests once more, slower, for what they cover; a part of them says nothing about the floors.
-coverage: $(VENV)/.dev debian
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest --cov --cov-report=
+	@$(BIN)/python -m pytest -n 3 --dist loadfile $(LIGHT_COVERAGE) $(addprefix --ignore=,$(HEAVY_TESTS))
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(HEAVY_COVERAGE) $(HEAVY_TESTS)
 	@$(BIN)/python -m tests.coverage_floor
+endif
 
 # The developer's loop: everything but real toolchains and models, in under three minutes, on light packages.
 TOOLCHAIN_TESTS := tests/integration tests/bare tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes tests/fleet/demo

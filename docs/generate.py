@@ -18,6 +18,11 @@ from agent.contract.profile import DeviceProfile
 from agent.core import deployment
 from agent.core.inference import PARAMETERS, Capabilities, GuidanceKind
 from agent.runtimes.protocol.registry import REGISTRY, features
+from fleet.api.handlers import ROUTES
+from fleet.api.metrics import NAMES
+from fleet.api.problems import CODES
+from fleet.api.routes import PREFIX
+from fleet.cli.main import AT_A_SERVER, COMMANDS
 from fleet.core import rollouts, support
 
 DOCS = Path(__file__).parent
@@ -274,7 +279,70 @@ def _has_guidance(kind: GuidanceKind, has: Capabilities) -> str:
     return _yes(kind in has.guidance)
 
 
+_API = """
+# The controller's HTTP API
+
+`phifleet serve --api 127.0.0.1:8700` listens; off loopback it needs `api_cert` and `api_key`, and does not start
+without them. `phifleet token create NAME --role ROLE` prints a token, once. The description in OpenAPI 3.1 is at
+`/api/v1/openapi.json`, without a token; this page is generated from the same table.
+
+```sh
+curl -H "Authorization: Bearer $TOKEN" 'http://127.0.0.1:8700/api/v1/devices?selector=label.site=lyon&limit=100'
+```
+
+* **Roles.** Each may do what the ones before it may: `viewer` looks; `operator` labels devices, controls rollouts,
+  cancels orders and rolls devices back; `releaser` orders devices, starts rollouts, makes releases and withdraws
+  artifacts; `admin` has tokens, webhooks and the audit, revokes and removes devices.
+* **Scope.** A token may be for the devices of a selector alone. It sees and changes no other, whatever a selector
+  in a request says; a rollout that it starts is narrowed to its scope, and it controls rollouts whose devices are
+  all in it. What concerns the whole fleet answers 403, `token.scope`.
+* **Tokens** are kept as SHA-256. They may expire, are revoked at once, and show when they were last used, to the
+  minute.
+* **Lists** are pages of `limit` items (1 to 1000, 100 unless told otherwise); `after` takes the `next` of the page
+  before. Pages go by key: what is added or removed meanwhile shifts nothing.
+* **Sending again.** A POST with an `Idempotency-Key` may be sent again within 24 hours: it is done once, and the
+  first answer comes again with `Idempotency-Replayed: true`. The same key with another request answers 422; while
+  the first is being answered, 409. A fault of the controller's is not kept.
+* **Not overtaking anybody.** A rollout's `ETag` changes with each decision about it, and not with each device.
+  `POST .../control` with `If-Match` answers 412 when somebody else has decided meanwhile.
+* **Errors** are RFC 9457's `application/problem+json`, with a `code` that stays; `errors` lists fields.
+* **Events.** `GET /api/v1/events` sends each entry of the audit as a server-sent event, whose id `Last-Event-ID`
+  takes.
+* **Webhooks** get the same entries, signed as [Standard Webhooks](https://www.standardwebhooks.com) has it. Each is
+  sent to in order, and in its own time: an entry that is not taken within 10 seconds is sent again after 5 seconds,
+  10, 20, up to an hour, with the same `webhook-id`; a receiver may see one twice. 410 ends it. The database holds
+  the secret as it is, since it signs with it.
+* **Metrics.** `GET /metrics` has the controller's figures, and how inference runs by profile and artifact over all
+  devices, so that nobody must reach the devices' endpoints. [A Grafana dashboard](grafana/phifleet.json) shows
+  them.
+
+`phifleet --server URL` (with the token in `PHIFLEET_SERVER_TOKEN` or `server_token`) speaks it. These commands do:
+{commands}. The others work on the controller's home.
+
+## Routes
+"""
+
+
+def api() -> str:
+    """docs/api.md."""
+    commands = ", ".join(f"`{name}`" for name in COMMANDS if name in AT_A_SERVER)
+    lines = [
+        NOTICE + _API.replace("{commands}", commands),
+        "| method and path | role | what it does |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{route.method} {PREFIX}{route.path}` | {route.role.value} | {route.summary} |" for route in ROUTES]
+    lines += [f"| `GET {PREFIX}/events` | viewer | Follow the audit as server-sent events. |"]
+    lines += ["| `GET /metrics` | viewer | Figures for Prometheus. |", "", "## Problems", ""]
+    lines += ["| code | status | title |", "|---|---|---|"]
+    lines += [f"| `{code}` | {status} | {title} |" for code, (status, title) in CODES.items()]
+    lines += ["", "## Figures", "", "| name | labels | what |", "|---|---|---|"]
+    lines += [f"| `{name}` | {', '.join(labels) or '-'} | {text} |" for name, (text, labels) in NAMES.items()]
+    return "\n".join(lines) + "\n"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "api.md": api,
     "protocol.md": protocol,
     "states.md": states,
     "rollouts.md": rollout_states,
