@@ -71,7 +71,7 @@ def tell(folder: Path, devices: int, slower: float, seed: int, say: Callable[[st
     began = time.monotonic()
     settings = FleetSettings(home=folder / "home", broker_port=free_port())
     Repository(Home(settings.home)).init()
-    old, new = (_artifact(Home(settings.home), name) for name in ("phi-old", "phi-new"))
+    old, new = (make_artifact(Home(settings.home), name) for name in ("phi-old", "phi-new"))
     with Fleet(settings) as fleet, _controller(settings, folder) as controller:
         names = _enrol(fleet, devices)
         behaviour = Behaviour(
@@ -80,8 +80,8 @@ def tell(folder: Path, devices: int, slower: float, seed: int, say: Callable[[st
             slow=(Slow("phi-new", SLOW_PROFILE, slower),),
             machine={SLOW_PROFILE: "aarch64"},
         )
-        simulated = [SimulatedDevice(name, profile, behaviour) for name, profile in names.items()]
-        with _simulated(settings, simulated):
+        drawn = [SimulatedDevice(name, profile, behaviour) for name, profile in names.items()]
+        with simulated(settings, drawn):
             wait = _Wait(controller, say)
             wait.until(lambda: _connected(fleet) == devices, f"{devices} devices are connected")
             actor = Actor("story", datetime.now(UTC))
@@ -128,7 +128,7 @@ def _controller(settings: FleetSettings, folder: Path) -> Iterator[Process]:
 
 
 @contextlib.contextmanager
-def _simulated(settings: FleetSettings, devices: list[SimulatedDevice]) -> Iterator[None]:
+def simulated(settings: FleetSettings, devices: list[SimulatedDevice]) -> Iterator[None]:
     """The devices, on an event loop of a thread of their own."""
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
     simulation = Simulation(LinkSettings(settings.broker_url, "simulator"), devices)
@@ -158,7 +158,7 @@ def _enrol(fleet: Fleet, devices: int) -> dict[str, str]:
     return names
 
 
-def _artifact(home: Home, name: str) -> Manifest:
+def make_artifact(home: Home, name: str) -> Manifest:
     """Of a few bytes: simulated devices fetch none."""
     content = f"the weights of {name}".encode()
     digest = sha256_hex(content)
