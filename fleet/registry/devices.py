@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import delete, or_, select, update
 
 from agent.contract.messages import Facts
 from agent.contract.profile import DeviceProfile
 from fleet.core import deployments as core
 from fleet.errors import ConflictError
 from fleet.registry.database import Database
-from fleet.registry.models import DeviceRow
+from fleet.registry.models import DeviceRow, LabelRow
 from fleet.registry.rows import (
     Actor,
     add_audit,
@@ -64,6 +64,8 @@ class Devices:
             row = device_row(session, device, lock=True)
             merged = {**(row.labels or {}), **labels}
             row.labels = {name: value for name, value in merged.items() if value is not None}
+            session.execute(delete(LabelRow).where(LabelRow.device == device))
+            session.add_all(LabelRow(device=device, name=name, value=value) for name, value in row.labels.items())
             add_audit(session, actor, "device.label", device, dict(labels))
             return dict(row.labels)
 

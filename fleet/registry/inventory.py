@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, and_, func, or_, select, true
 
 from fleet.core.selectors import And, Compare, Facts, In, Or, Selector, matches
 from fleet.registry.database import Database
-from fleet.registry.models import ArtifactRow, DeploymentRow, DeviceRow
+from fleet.registry.models import ArtifactRow, DeploymentRow, DeviceRow, LabelRow
 
 GIB = 2**30
 #: Rows that are read at a time where a limit may be reached before the last.
@@ -116,12 +116,10 @@ def _read(rows: Any, models: dict[str, str]) -> Iterator[Found]:
 def _narrowed(selector: Selector) -> ColumnElement[bool]:
     """Return a condition that holds for every device that is meant, and for as few others as is easily said."""
     match selector:
-        case Compare(attribute, "=", value) if "*" not in value:
-            column = _column(attribute)
-            return true() if column is None else column == value
-        case In(attribute, values) if not any("*" in value for value in values):
-            column = _column(attribute)
-            return true() if column is None else column.in_(values)
+        case Compare(attribute, "=", value):
+            return _one_of(attribute, [value])
+        case In(attribute, values):
+            return _one_of(attribute, values)
         case And(terms):
             return and_(*(_narrowed(term) for term in terms))
         case Or(terms):
@@ -130,11 +128,11 @@ def _narrowed(selector: Selector) -> ColumnElement[bool]:
             return true()
 
 
-def _column(attribute: str) -> Any:
-    if attribute == "name":
-        return DeviceRow.id
-    if attribute == "profile":
-        return DeviceRow.profile
+def _one_of(attribute: str, values: Sequence[str]) -> ColumnElement[bool]:
+    if any("*" in value for value in values):
+        return true()
     if attribute.startswith("label."):
-        return DeviceRow.labels[attribute.removeprefix("label.")].as_string()
-    return None
+        name = attribute.removeprefix("label.")
+        return DeviceRow.id.in_(select(LabelRow.device).where(LabelRow.name == name, LabelRow.value.in_(values)))
+    columns = {"name": DeviceRow.id, "profile": DeviceRow.profile}
+    return columns[attribute].in_(values) if attribute in columns else true()

@@ -103,6 +103,17 @@ class DeviceRow(Base):
     labels: Mapped[dict[str, Any] | None]
 
 
+class LabelRow(Base):
+    """``DeviceRow.labels`` once more, so that a selector finds devices by a label without looking at all."""
+
+    __tablename__ = "device_labels"
+    __table_args__ = (Index("device_labels_by_value", "name", "value"),)
+
+    device: Mapped[str] = mapped_column(String(63), ForeignKey("devices.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    value: Mapped[str] = mapped_column(String(128))
+
+
 class ArtifactRow(Base):
     """An artifact whose manifest is a TUF target."""
 

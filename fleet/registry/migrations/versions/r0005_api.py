@@ -1,4 +1,4 @@
-"""What the API keeps: tokens, answers to be repeated, webhooks; and names for selectors and for releases."""
+"""What the API keeps: tokens, answers, webhooks; names for selectors and releases; labels where they are found."""
 
 from __future__ import annotations
 
@@ -64,11 +64,23 @@ def upgrade() -> None:
             sa.Column("created_at", UtcDateTime(), nullable=False),
             sa.Column("created_by", sa.String(), nullable=False),
         )
+    op.create_table(
+        "device_labels",
+        sa.Column("device", sa.String(63), sa.ForeignKey("devices.id"), primary_key=True),
+        sa.Column("name", sa.String(63), primary_key=True),
+        sa.Column("value", sa.String(128), nullable=False),
+    )
+    op.create_index("device_labels_by_value", "device_labels", ["name", "value"])
+    devices = sa.table("devices", sa.column("id", sa.String), sa.column("labels", json))
+    labels = sa.table("device_labels", *(sa.column(name, sa.String) for name in ("device", "name", "value")))
+    for device, there in op.get_bind().execute(sa.select(devices.c.id, devices.c.labels)).all():
+        for name, value in (there or {}).items():
+            op.get_bind().execute(labels.insert().values(device=device, name=name, value=value))
     set_version(6)
 
 
 def downgrade() -> None:
     """Who has a token cannot use it with an earlier phifleet, which has no API."""
-    for table in ("releases", "selectors", "webhooks", "idempotency", "tokens"):
+    for table in ("device_labels", "releases", "selectors", "webhooks", "idempotency", "tokens"):
         op.drop_table(table)
     set_version(5)
