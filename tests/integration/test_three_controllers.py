@@ -42,7 +42,7 @@ from tests.simulators.proxy import Proxy, proxy
 __all__ = ["fresh_postgresql", "postgresql"]  # fixtures
 
 #: A thousand were run as well; some dozens show the same in the time that a suite has.
-DEVICES = int(os.environ.get("PHIFLEET_TEST_DEVICES", "60"))
+DEVICES = int(os.environ.get("THREE_CONTROLLERS_DEVICES", "60"))
 PATIENCE_S = 240.0
 
 pytestmark = [
@@ -132,6 +132,11 @@ def test_whatever_happens_to_each_of_them_the_fleet_ends_where_it_should(tmp_pat
         stack.callback(controllers.stop)
         stack.enter_context(simulated(settings, devices))
 
+        def all_run() -> bool:
+            for process in controllers.processes:
+                process.check()
+            return True
+
         def over() -> bool:
             return STATES[read(fleet.registry.rollouts.get("autumn")).state].final
 
@@ -139,7 +144,7 @@ def test_whatever_happens_to_each_of_them_the_fleet_ends_where_it_should(tmp_pat
             return sum((row.reported or {}).get("digest") == digest for row in fleet.registry.devices.all())
 
         connected = lambda: sum(row.online and row.facts is not None for row in fleet.registry.devices.all())  # noqa: E731
-        _wait(lambda: connected() == DEVICES, "all are connected")
+        _wait(lambda: all_run() and connected() == DEVICES, "all are connected")
         deploy(fleet, [old], fleet.registry.devices.all(), DeployOptions(probation_s=0.5), _actor())
         _wait(lambda: serving(old.digest) == DEVICES, "all serve the old model")
         waves = (Wave(percent=20), Wave(percent=50), Wave(percent=100))
