@@ -56,6 +56,7 @@ _options = [
     ),
     click.option("--wave-deadline", type=click.FloatRange(0, min_open=True), help="Seconds; 7 days unless given."),
     click.option("--probation", type=click.FloatRange(0), help="Seconds of health; as the profile has it."),
+    click.option("--dynamic", is_flag=True, help="The last wave takes devices too that are meant only later."),
     click.option("--on-stop", type=click.Choice(["revert", "keep"]), default="revert", show_default=True),
     click.option("--priority", type=click.IntRange(0, 100), default=50, show_default=True),
 ]
@@ -242,6 +243,7 @@ def _spec(given: dict[str, Any]) -> dict[str, Any]:
             probation_s=given["probation"],
             on_stop=given["on_stop"],
             priority=given["priority"],
+            dynamic=given["dynamic"],
             **({"wave_deadline_s": given["wave_deadline"]} if given["wave_deadline"] else {}),
         )
     except ValidationError as error:

@@ -62,7 +62,7 @@ class RolloutSpec(Frozen):
     gate: Gate | None = Gate()
     on_stop: Annotated[Literal["revert", "keep"], Field(description="of devices that have changed")] = "revert"
     priority: Annotated[int, Field(ge=0, le=100)] = 50
-    dynamic: Annotated[bool, Field(description="devices that join the selector later are taken too")] = False
+    dynamic: Annotated[bool, Field(description="the last wave takes devices that are meant later, too")] = False
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

@@ -34,6 +34,8 @@ from fleet.store.protocol import find
 STEP_S = 1.0
 #: Devices that are ordered in one step: signing takes a millisecond each, and other rollouts wait meanwhile.
 MOST_ORDERS = 200
+#: How often a dynamic rollout looks for devices that its selector means only now.
+JOIN_EVERY = timedelta(seconds=30)
 SYSTEM = "controller"
 
 _log = structlog.get_logger(component="rollouts")
@@ -143,6 +145,7 @@ class Roller:
 
     def __init__(self, fleet: Fleet, owner: str, clock: Callable[[], datetime], step_s: float = STEP_S) -> None:
         self._fleet, self._owner, self._clock, self._step_s = fleet, owner, clock, step_s
+        self._looked_at: dict[str, datetime] = {}
 
     async def run(self) -> None:
         """Move them, for ever. A fault costs one step of one rollout, and is logged."""
@@ -175,6 +178,8 @@ class Roller:
             case State.OPENING:
                 self._open(rollout)
                 return
+            case State.RUNNING | State.BAKING:
+                self._take_those_who_joined(rollout)
             case State.STOPPING:
                 rollouts.cancel_waiting(rollout.id, rollout.reason)
             case State.TAKING_BACK:
@@ -208,6 +213,24 @@ class Roller:
         registry.rollouts.assign(rollout.id, rollout.wave, chosen, self._clock())
         count = sum(row.wave == rollout.wave for row in registry.rollouts.devices(rollout.id))
         self._apply(rollout, Assigned(devices=count))
+
+    def _take_those_who_joined(self, rollout: Rollout) -> None:
+        """Let the last wave of a dynamic rollout have devices that are meant now and were not when it was opened."""
+        spec, now = rollout.spec, self._clock()
+        if not spec.dynamic or rollout.wave + 1 < len(spec.waves):
+            return
+        if now - self._looked_at.get(rollout.id, now - JOIN_EVERY) < JOIN_EVERY:
+            return
+        self._looked_at[rollout.id] = now
+        registry = self._fleet.registry
+        candidates, _ = _candidates(registry, spec, _manifests(self._fleet, spec))
+        taken = registry.rollouts.taken(rollout.id, spec.priority)
+        joined = [one for one in candidates if one.device not in taken]
+        if spec.waves[-1].selector is not None:
+            joined = _take(registry, spec.waves[-1], joined, len(joined))
+        if joined:
+            registry.rollouts.assign(rollout.id, rollout.wave, joined, now)
+            _log.info("devices have joined", rollout=rollout.id, devices=len(joined))
 
     def _order(self, rollout: Rollout) -> None:
         """As many devices that wait as concurrency and rate allow."""

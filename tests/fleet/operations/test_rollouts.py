@@ -231,6 +231,22 @@ def test_devices_that_are_offline_when_it_stops_go_back_when_they_return(story: 
     assert set(story.devices.serves.values()) == {story.world.manifest.digest}
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_devices_that_join_later_are_taken_by_a_dynamic_rollout(story: Story, dynamic: bool):
+    late = story.devices.names[-3:]
+    for name in late:
+        story.world.registry.devices.label(name, {"ring": "late"}, story.world.actor)
+    story.start(selector=f"profile={PROFILE} and label.ring!=late", dynamic=dynamic, gate=None, bake_s=300.0)
+    story.until(RolloutState.BAKING)
+    story.turn(6)  # the second wave is under way, or bakes
+    story.world.registry.devices.label(late[0], {"ring": None}, story.world.actor)
+    story.until(RolloutState.COMPLETED)
+    taken = {row.device for row in story.world.registry.rollouts.devices("r-1")}
+    assert (late[0] in taken) is dynamic
+    assert late[1] not in taken
+    assert (story.devices.serves[late[0]] == story.new) is dynamic
+
+
 def test_a_person_pauses_approves_and_aborts(story: Story):
     story.start(approval=True, bake_s=60.0)
     story.until(RolloutState.APPROVING)
