@@ -16,6 +16,7 @@ from fleet.core.rollout_events import AbortAsked, Approved, Event, PauseAsked, R
 from fleet.core.selectors import parse
 from fleet.errors import UsageError
 from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
+from fleet.operations.audit import verify_audit
 from fleet.operations.deploy import DeployOptions, cancel_orders, deploy, roll_back
 from fleet.operations.devices import check_labels, remove_device, revoke_device
 from fleet.operations.names import create_release, save_selector, select, selector_text, variants
@@ -415,8 +416,7 @@ def list_newest_audit(call: Call) -> Reply:
 def get_audit_head(call: Call) -> Reply:
     """Verify the audit: the newest entry's hash, and what was changed or taken out since it was written."""
     call.require_whole_fleet()
-    entries, digest = call.fleet.registry.audit.head()
-    return Reply({"entries": entries, "hash": digest, "broken": call.fleet.registry.audit.broken()})
+    return Reply(verify_audit(call.fleet))
 
 
 # --- tokens and webhooks

@@ -273,6 +273,7 @@ class AuditHead(Answer):
     entries: int
     hash: str
     broken: list[str]
+    signed: Annotated[int | None, Field(description="entries that the newest signed snapshot vouches for")]
 
 
 class Token(Answer):

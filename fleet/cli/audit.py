@@ -46,3 +46,5 @@ def verify_command(context: Context) -> None:
     if found["broken"]:
         raise RegistryError("the audit was tampered with:\n  " + "\n  ".join(found["broken"][:20]))
     click.echo(f"{found['entries']} entries, each as it was written; the newest has the hash {found['hash']}")
+    if found["signed"] is not None:
+        click.echo(f"the signed metadata vouches for the first {found['signed']} of them")

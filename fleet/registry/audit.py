@@ -46,6 +46,15 @@ class Audit:
             row = session.execute(select(AuditHeadRow)).scalar_one()
             return row.entries, row.hash
 
+    def hash_of(self, entry: int) -> str | None:
+        """Return an entry's hash, or None where there is no such entry.
+
+        Raises:
+            RegistryError: the database cannot be used.
+        """
+        with self._database.read() as session:
+            return session.scalar(select(AuditRow.hash).where(AuditRow.id == entry))
+
     def trail(self, limit: int = 100) -> list[AuditRow]:
         """Return the newest entries, newest first.
 

@@ -30,6 +30,9 @@ from fleet.trust.keyring import Keyring
 #: A device in the middle of a download may still want what was current a moment ago.
 KEPT_VERSIONS = 16
 
+#: Of the snapshot: what the audit was when it was signed. Devices keep it, whatever becomes of the database.
+AUDIT_FIELD = "x-phifleet-audit"
+
 _ROOT = re.compile(r"\d+\.root\.json")
 _VERSIONED = re.compile(r"(?P<version>\d+)\.(?:snapshot|targets)\.json")
 
@@ -84,6 +87,8 @@ class Release:
         self._config = folder / "config.json"
         self._keyring = keyring
         self._clock = clock
+        #: How many entries the audit has, and the newest one's hash; None where nobody says.
+        self.audit_head: Callable[[], tuple[int, str] | None] = lambda: None
 
     def expiry(self) -> Expiry:
         """From ``config.json``; the operator may edit it.
@@ -212,6 +217,8 @@ class Release:
         signed.expires = now + self.expiry().of(signed.type)
         if signed.type == Timestamp.type:
             signed.unrecognized_fields[ISSUED_AT_FIELD] = now.isoformat()
+        if signed.type == Snapshot.type and (head := self.audit_head()) is not None:
+            signed.unrecognized_fields[AUDIT_FIELD] = {"entries": head[0], "hash": head[1]}
 
     def signers(self, role: str, keyids: Iterable[str], threshold: int) -> list[Signer]:
         """Return all signers that can be opened.

@@ -33,7 +33,7 @@ from fleet.errors import RepositoryError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
 from fleet.trust.keyring import KeyEntry, Keyring
-from fleet.trust.release import Expiry, Release, Signatures, blank, signing
+from fleet.trust.release import AUDIT_FIELD, Expiry, Release, Signatures, blank, signing
 
 DIRECTOR = "director"
 ONLINE_ROLES = (Snapshot.type, Timestamp.type)
@@ -74,6 +74,19 @@ class Repository:
         self._keyring = Keyring(home.keys, offline_keys)
         self._files = Release(home.tuf, self._keyring, clock)
         self._lock = FileLock(home.root / "trust.lock", timeout=lock_timeout_s)
+
+    def sign_audit(self, head: Callable[[], tuple[int, str] | None]) -> None:
+        """Let every snapshot from now on carry what ``head`` returns: the audit's number of entries, and its hash."""
+        self._files.audit_head = head
+
+    def signed_audit(self) -> tuple[int, str] | None:
+        """Return what the newest snapshot says of the audit, or None.
+
+        Raises:
+            RepositoryError: there is no repository, or it is damaged.
+        """
+        found = self._load().snapshot.signed.unrecognized_fields.get(AUDIT_FIELD)
+        return (int(found["entries"]), str(found["hash"])) if isinstance(found, dict) else None
 
     @property
     def exists(self) -> bool:
