@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Recorder:
         self._registry = registry
         self.malformed: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
-        self._rolled_up: Counter[str] = Counter()
+        self._turns: dict[str, int] = {}
         self._missing: set[str] = set()
 
     def record(self, batch: Sequence[Received]) -> None:
@@ -151,9 +152,11 @@ class Recorder:
 
     def _roll_up(self, session: Session, devices: Iterable[str], now: datetime) -> None:
         for device in devices:
-            if self._rolled_up[device] == 0:
+            # Each device at a report of its own: after a restart all of them report at once.
+            turn = self._turns.setdefault(device, zlib.crc32(device.encode()) % ROLL_UP_EVERY)
+            if turn == 0:
                 roll_up(session, device, now)
-            self._rolled_up[device] = (self._rolled_up[device] + 1) % ROLL_UP_EVERY
+            self._turns[device] = (turn + 1) % ROLL_UP_EVERY
 
 
 def _deployments(session: Session, read: Sequence[_Read]) -> dict[str, DeploymentRow]:

@@ -190,6 +190,22 @@ async def test_what_a_controller_published_once_is_not_sent_again_over_what_anot
     assert got[0].payload == b"order 2"
 
 
+async def test_a_shared_subscription_gets_nothing_that_was_retained_before(broker: Broker) -> None:
+    """Mosquitto 2.0 sends it unless it is told not to: a flood in which a controller's own reading drowns."""
+    shared: list[Message] = []
+    own: list[Message] = []
+    name = topic("state")
+    async with connected(broker.url) as one, connected(broker.url) as other:
+        await one.publish(name, b"before", retain=True)
+        await other.subscribe(f"$share/g/{name}", shared.append)
+        await other.subscribe(topic("something else"), own.append)
+        await one.publish(name, b"after", retain=True)
+        await until(lambda: shared)
+        await other.subscribe_exact([name], own.append)
+        await until(lambda: own)
+    assert [message.payload for message in shared] == [b"after"]
+
+
 async def test_shared_subscription_gives_each_message_to_one(broker: Broker) -> None:
     got: list[list[Message]] = [[], []]
     name = topic("work")
