@@ -28,8 +28,8 @@ _log = structlog.get_logger(component="recorder")
 
 #: Devices whose faulty messages are counted one by one; what comes past that is counted as "*".
 MAX_NAMES = 10_000
-#: A device's old health reports are rolled up at its first batch and then at every so many.
-ROLL_UP_EVERY = 32
+#: A device's old health reports are rolled up at every so many batches with its reports: two hours at one each 30 s.
+ROLL_UP_EVERY = 240
 
 _TYPES: dict[str, type[Report]] = {
     "presence": Presence,
