@@ -126,8 +126,6 @@ class _Reading:
         self.found = 0
         self._last = loop.time()
         self._complete = asyncio.Event()
-        if not names:
-            self._complete.set()
 
     def received(self, message: Message) -> None:
         """One message of these topics; an order is looked at and not recorded."""

@@ -25,7 +25,7 @@ from fleet.daemon.ingest import Ingest
 from fleet.daemon.publisher import Publisher
 from fleet.daemon.refresh import Refresh
 from fleet.daemon.retry import DATABASE_TRIES, DatabaseRetry
-from fleet.daemon.sweep import Sweep
+from fleet.daemon.sweep import Sweep, _Reading
 from fleet.errors import RegistryError, RepositoryError
 from fleet.trust.ca import DeviceCA
 from tests.fleet.daemon.test_controller import say
@@ -355,6 +355,25 @@ async def test_a_sweep_that_the_broker_or_the_database_breaks_off_begins_again(
             await until(lambda: events(logs, "retained messages read"), "the sweep ends")
     errors = [entry["error"] for entry in events(logs, "retained messages not read, trying again")]
     assert errors == [str(GONE), "quota exceeded"]
+
+
+async def test_a_refusal_that_is_over_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.deploy(DEVICE)
+    async with MemoryBroker().link("fleet") as link:
+        monkeypatch.setattr(link, "publish", refusing(1, LinkError("not authorized (135)"), link.publish))
+        policy = RetryPolicy(first_s=0.0, most_s=0.0)
+        publisher = Publisher(link, world.registry, world.clock.now, lambda _: True, 0.005, owner="me", policy=policy)
+        async with going(publisher) as logs:
+            await until(lambda: events(logs, "no publication refused any more"), "it is published")
+    assert events(logs, "publications refused, trying again")[0]["error"] == "not authorized (135)"
+
+
+async def test_an_order_that_nobody_waits_to_have_acknowledged_is_looked_at_all_the_same(world: World) -> None:
+    seen: list[Message] = []
+    reading = _Reading([topics.desired(DEVICE)], seen.append, asyncio.get_running_loop())
+    reading.received(Message(topics.desired(DEVICE), b"order", retained=True))
+    await reading.wait(1.0)
+    assert (reading.orders, seen) == ({DEVICE: b"order"}, [])
 
 
 async def test_what_did_not_come_is_read_again_while_the_broker_is_there(
