@@ -85,7 +85,7 @@ endif
 # The developer's loop: everything but real toolchains and models, in under three minutes, on light packages.
 TOOLCHAIN_TESTS := tests/integration tests/bare tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes tests/fleet/demo
 test-fast: $(VENV)/.fast
-	@$(BIN)/python -m pytest -n 4 $(addprefix --ignore=,$(TOOLCHAIN_TESTS)) -m "not browser and not toolchain and not statistics" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 4 $(addprefix --ignore=,$(TOOLCHAIN_TESTS)) -m "not browser and not toolchain and not thorough" $(PYTEST_ARGS)
 
 $(VENV)/.fast: pyproject.toml | $(VENV)/.made
 	@test -e $(VENV)/.dev || $(PIP) install --quiet --editable '.[fleet,dev]'

@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from agent.endpoint import Strictness
 from tests.agent.endpoint.conftest import Endpoint, Serve
 
@@ -41,6 +43,7 @@ async def test_it_says_whether_unknown_parameters_are_taken(endpoint: Endpoint, 
         assert ("additionalProperties" in description["components"]["schemas"]["ChatRequest"]) is strict
 
 
+@pytest.mark.thorough
 async def test_it_holds(serve: Serve, tmp_path: Path):
     endpoint = await serve(unknown_parameters=Strictness.REFUSE)
     (tmp_path / "schemathesis.toml").write_text("")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -59,6 +60,7 @@ async def test_it_describes_every_route_and_every_problem(api: Api) -> None:
     assert problems.keys() == CODES.keys()
 
 
+@pytest.mark.thorough
 async def test_it_holds(world: World, tmp_path: Path) -> None:
     world.deploy("pi-1")
     controller_runs(world)

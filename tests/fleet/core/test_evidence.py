@@ -55,23 +55,23 @@ def share(count: int, seed: int, slower: dict[str, float], devices: int, noise: 
     return sum(stopped(draw, slower, devices, noise) for _ in range(count)) / count
 
 
-@pytest.mark.statistics
+@pytest.mark.thorough
 @pytest.mark.parametrize("noise", [0.05, 0.15])
 def test_a_healthy_rollout_is_stopped_in_at_most_one_of_a_hundred(noise: float):
     assert share(1000 if noise < 0.1 else 400, 1, {"pi-5": 0.0, "copilot-pc": 0.0}, 30, noise) <= 0.01
 
 
-@pytest.mark.statistics
+@pytest.mark.thorough
 def test_at_the_margin_itself_it_is_still_at_most_one_of_a_hundred():
     assert share(400, 2, {"pi-5": GATE.margin}, 60) <= 0.01
 
 
-@pytest.mark.statistics
+@pytest.mark.thorough
 def test_a_fifth_slower_on_one_profile_stops_in_the_first_wave_of_thirty():
     assert share(1000, 3, {"pi-5": 0.2, "copilot-pc": 0.0}, 30) >= 0.99
 
 
-@pytest.mark.statistics
+@pytest.mark.thorough
 def test_a_slow_profile_is_found_because_profiles_are_judged_apart():
     draw = random.Random(4)
     mixed = 0
@@ -84,7 +84,7 @@ def test_a_slow_profile_is_found_because_profiles_are_judged_apart():
     assert share(200, 5, {"slow": 0.2, "a": 0.0, "b": 0.0, "c": 0.0}, 30) >= 0.97
 
 
-@pytest.mark.statistics
+@pytest.mark.thorough
 def test_what_the_plan_says_can_be_found_is_found():
     for devices in (10, 20, 30, 100):
         effect = detectable(devices, GATE)
@@ -96,7 +96,7 @@ def test_what_the_plan_says_can_be_found_is_found():
     assert found[2] <= 0.2
 
 
-@pytest.mark.statistics
+@pytest.mark.thorough
 def test_a_healthy_share_of_failures_does_not_stop_it_and_a_large_one_does():
     draw = random.Random(6)
 

@@ -114,6 +114,7 @@ def test_what_a_device_says_of_its_sequence_moves_no_order_of_others_and_not_pas
     assert sequences == {"pi-1": 1, "pi-2": 42, "pi-3": 1}, "a backup may have lost 41 orders, but no quadrillion"
 
 
+@pytest.mark.thorough
 def test_seventy_thousand_devices_are_ordered_at_once(world: World) -> None:
     """More values than one statement of any database may name."""
     names = [f"d-{number:05}" for number in range(70_000)]

@@ -23,6 +23,8 @@ from tests.simulators.repository import make_desired, make_manifest, make_reposi
 
 OLD = make_manifest(b"old")
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def late(clock: FakeClock) -> FakeClock:
