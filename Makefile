@@ -18,7 +18,7 @@ DEV_EXTRAS := quantize,llamacpp,dev
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
 	@echo "make test    all tests, what they cover, and the floors that must hold"
-	@echo "make test-fast  everything but real toolchains and models: the loop while you write, under three minutes"
+	@echo "make test-fast  all but real toolchains, models and thorough tests: the loop while you write, under three minutes"
 	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; four minutes"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
 	@echo "make check   format, lint, types, import rules, generated docs"
@@ -82,7 +82,8 @@ else
 	@$(BIN)/python -m tests.coverage_floor
 endif
 
-# The developer's loop: everything but real toolchains and models, in under three minutes, on light packages.
+# The developer's loop: everything but real toolchains, models and what is thorough, in under three minutes, on light
+# packages.
 TOOLCHAIN_TESTS := tests/integration tests/bare tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes tests/fleet/demo
 test-fast: $(VENV)/.fast
 	@$(BIN)/python -m pytest -n 4 $(addprefix --ignore=,$(TOOLCHAIN_TESTS)) -m "not browser and not toolchain and not thorough" $(PYTEST_ARGS)
