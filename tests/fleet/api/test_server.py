@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from agent.contract.messages import State
 from fleet.api.client import RemoteClient
 from fleet.api.server import ApiServer
 from fleet.cli.main import run
 from fleet.core.roles import Role
+from fleet.demo.processes import Process, running
 from fleet.errors import FleetError, UsageError
 from fleet.home import Home
 from fleet.operations.fleet import Fleet
@@ -26,6 +28,7 @@ from fleet.settings import FleetSettings
 from fleet.trust.ca import DeviceCA
 from tests.fleet.world import World, put_artifact, topic_of
 from tests.simulators.broker import free_port
+from tests.waiting import listens, wait_until
 
 
 @contextmanager
@@ -231,3 +234,20 @@ def test_what_is_no_controller_is_said_to_be_none(
             loop.call_soon_threadsafe(loop.stop)
         thread.join(20)
         loop.close()
+
+
+def test_a_controller_serves_it_and_says_when_it_cannot(world: World, tmp_path: Path) -> None:
+    port = free_port()
+    _, token = world.registry.tokens.create("laptop", Role.VIEWER, world.actor)
+    arguments = ["fleet", "--home", str(world.home.root), "serve", "--api", f"127.0.0.1:{port}"]
+    environment = {"PHIFLEET_BROKER_PORT": str(free_port())}
+    with running(Process("controller", arguments, tmp_path / "serve.log", environment)):
+        wait_until(lambda: listens("127.0.0.1", port), "it listens")
+        at = FleetSettings(home=tmp_path, server=f"http://127.0.0.1:{port}", server_token=SecretStr(token))
+        assert RemoteClient(at).call("GET", "/status")["controller_running"] is True
+        environment = {"PHIFLEET_BROKER_PORT": str(free_port())}
+        second = Process("second", arguments, tmp_path / "second.log", environment)
+        with running(second):
+            wait_until(lambda: "cannot be listened on" in second.tail(), "it says why it does not")
+    assert f"error: api 127.0.0.1:{port} cannot be listened on: " in (tmp_path / "second.log").read_text()
+    assert "Traceback" not in (tmp_path / "serve.log").read_text() + (tmp_path / "second.log").read_text()
