@@ -14,6 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import BigInteger, create_engine, inspect, text
 
+from fleet.core.selectors import parse
 from fleet.errors import RegistryError
 from fleet.registry import Actor, open_registry, schema
 from fleet.registry.database import Database
@@ -178,3 +179,20 @@ def test_a_backup_is_the_database_as_it_was_also_while_others_write(released: st
         database.backup(tmp_path / "backup.db")
         database.upgrade()
     assert rows(f"sqlite:///{tmp_path / 'backup.db'}", "SELECT version FROM phifleet_schema") == [(2,)]
+
+
+def test_labels_from_before_their_index_are_found_by_it(url: str) -> None:
+    columns = "id, profile, added_at, cleared, sequence, online, agent_version, malformed, labels"
+    values = "'pi-1', 'iot-x86', '2026-01-15 12:00:00', false, 0, false, '', 0, :labels"
+    with closing(Database.unchecked(url, create=True)) as database:
+        database.upgrade("0004")
+        engine = engine_of(url)
+        with engine.begin() as connection:
+            labels = {"labels": '{"site": "lyon", "rack": "a"}'}
+            connection.execute(text(f"INSERT INTO devices ({columns}) VALUES ({values})"), labels)
+        engine.dispose()
+        database.upgrade()
+    with closing(open_registry(url)) as registry:
+        found = registry.inventory.select(parse("label.site=lyon and label.rack in (a, b)"))
+        assert [one.device for one in found] == ["pi-1"]
+        assert registry.inventory.select(parse("label.site=paris")) == []
