@@ -92,11 +92,7 @@ class LocalClient:
             raise UsageError(explain(error)) from None
         nobody = TokenRow(id="", name=self._actor.who, role=Role.ADMIN.value, scope=None)
         given = {name: value for name, value in query.items() if value is not None}
-        known = {one.name for one in route.query}
-        call = Call(
-            self._fleet, nobody, self._actor.who, datetime.now(UTC), found,
-            {name: value for name, value in given.items() if name in known}, model,
-        )  # fmt: skip
+        call = Call(self._fleet, nobody, self._actor.who, datetime.now(UTC), found, given, model)
         try:
             return route.handler(call).body
         except ProblemError as problem:

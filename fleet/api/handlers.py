@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
 from agent.contract.manifest import Manifest
+from agent.platform.addresses import is_loopback
 from fleet.api import shapes
 from fleet.api.problems import ProblemError
 from fleet.api.routes import AFTER, LIMIT, Call, Parameter, Reply, Route
 from fleet.core.roles import Role
 from fleet.core.rollout_events import AbortAsked, Approved, Event, PauseAsked, ResumeAsked
-from fleet.core.selectors import parse
+from fleet.core.selectors import Compare, parse
 from fleet.errors import UsageError
 from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
 from fleet.operations.audit import verify_audit
@@ -51,6 +51,11 @@ def _route(
         return handler
 
     return add
+
+
+def _whole(rows: Iterable[Any], describe: Callable[[Any], dict[str, Any]], status: int = 200) -> Reply:
+    """A list that is one page."""
+    return Reply({"items": [describe(row) for row in rows], "next": None}, status)
 
 
 # --- the fleet
@@ -125,7 +130,7 @@ def list_device_deployments(call: Call) -> Reply:
     call.require(name)
     call.fleet.registry.devices.get(name)
     rows = call.fleet.registry.deployments.history(name, call.limit)
-    return Reply({"items": [describe_deployment(row) for row in rows], "next": None})
+    return _whole(rows, describe_deployment)
 
 
 @_route(
@@ -138,7 +143,7 @@ def list_device_health(call: Call) -> Reply:
     call.require(name)
     call.fleet.registry.devices.get(name)
     rows = (health.rollups if call.query.get("rollup") else health.of)(name, call.limit)
-    return Reply({"items": [describe_health(row) for row in rows], "next": None})
+    return _whole(rows, describe_health)
 
 
 # --- selectors
@@ -147,7 +152,7 @@ def list_device_health(call: Call) -> Reply:
 @_route("GET", "/selectors", Role.VIEWER, answer=shapes.Page[shapes.Selector])
 def list_selectors(call: Call) -> Reply:
     """List the saved selectors."""
-    return Reply({"items": [describe_selector(row) for row in call.fleet.registry.selectors.all()], "next": None})
+    return _whole(call.fleet.registry.selectors.all(), describe_selector)
 
 
 @_route("PUT", "/selectors/{name}", Role.OPERATOR, body=shapes.SelectorValue, answer=shapes.Selector)
@@ -227,7 +232,7 @@ def reinstate(call: Call) -> Reply:
 @_route("GET", "/releases", Role.VIEWER, answer=shapes.Page[shapes.Release])
 def list_releases(call: Call) -> Reply:
     """List the releases, newest first."""
-    return Reply({"items": [describe_release(row) for row in call.fleet.registry.releases.all()], "next": None})
+    return _whole(call.fleet.registry.releases.all(), describe_release)
 
 
 @_route("POST", "/releases", Role.RELEASER, body=shapes.NewRelease, answer=shapes.Release, status=201)
@@ -255,7 +260,8 @@ def post_deployments(call: Call) -> Reply:
     order: shapes.Order = call.body
     names = list(order.devices)
     if order.profile is not None:
-        names += [one.device for one in select(call.fleet, f'profile="{_quotable(order.profile)}"')]
+        of_profile = Compare("profile", "=", order.profile)
+        names += [one.device for one in call.fleet.registry.inventory.select(of_profile)]
     if order.selector is not None:
         names += [one.device for one in select(call.fleet, call.within_scope(order.selector))]
     if not names:
@@ -264,11 +270,7 @@ def post_deployments(call: Call) -> Reply:
     rows = call.fleet.registry.devices.some(names)
     options = DeployOptions(order.probation_s, order.deadline_s, order.not_before, order.not_after, order.force)
     made = deploy(call.fleet, variants(call.fleet, order.artifacts), rows, options, call.actor)
-    return Reply({"items": [describe_deployment(row) for row in made], "next": None}, 201)
-
-
-def _quotable(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"')
+    return _whole(made, describe_deployment, 201)
 
 
 @_route("GET", "/deployments/{deployment}", Role.VIEWER, answer=shapes.Deployment)
@@ -284,7 +286,7 @@ def post_cancel(call: Call) -> Reply:
     """Cancel orders: what is not out yet is withdrawn, else the device goes back to what it serves."""
     call.require(*call.body.devices)
     rows = cancel_orders(call.fleet, call.body.devices, call.actor)
-    return Reply({"items": [describe_deployment(row) for row in rows], "next": None})
+    return _whole(rows, describe_deployment)
 
 
 @_route("POST", "/deployments/rollback", Role.OPERATOR, body=shapes.Devices, answer=shapes.Page[shapes.Deployment])
@@ -292,7 +294,7 @@ def post_rollback(call: Call) -> Reply:
     """Order devices to run what they committed to before what they run now."""
     call.require(*call.body.devices)
     rows = roll_back(call.fleet, call.body.devices, call.actor)
-    return Reply({"items": [describe_deployment(row) for row in rows], "next": None})
+    return _whole(rows, describe_deployment)
 
 
 # --- rollouts
@@ -409,7 +411,7 @@ def list_newest_audit(call: Call) -> Reply:
     """List what was done last, newest first."""
     call.require_whole_fleet()
     rows = call.fleet.registry.audit.trail(call.limit)
-    return Reply({"items": [describe_audit(row) for row in rows], "next": None})
+    return _whole(rows, describe_audit)
 
 
 @_route("GET", "/audit/head", Role.ADMIN, answer=shapes.AuditHead)
@@ -426,7 +428,7 @@ def get_audit_head(call: Call) -> Reply:
 def list_tokens(call: Call) -> Reply:
     """List the tokens, newest first."""
     call.require_whole_fleet()
-    return Reply({"items": [describe_token(row) for row in call.fleet.registry.tokens.all()], "next": None})
+    return _whole(call.fleet.registry.tokens.all(), describe_token)
 
 
 @_route("POST", "/tokens", Role.ADMIN, body=shapes.NewToken, answer=shapes.CreatedToken, status=201)
@@ -456,7 +458,7 @@ def delete_token(call: Call) -> Reply:
 def list_webhooks(call: Call) -> Reply:
     """List the webhooks, and how far each has come."""
     call.require_whole_fleet()
-    return Reply({"items": [describe_webhook(row) for row in call.fleet.registry.webhooks.all()], "next": None})
+    return _whole(call.fleet.registry.webhooks.all(), describe_webhook)
 
 
 @_route("POST", "/webhooks", Role.ADMIN, body=shapes.NewWebhook, answer=shapes.CreatedWebhook, status=201)
@@ -489,9 +491,5 @@ def check_webhook_url(url: str) -> None:
         raise UsageError(f"{url!r} is not a URL: {error}") from None
     if not host or parts.username or parts.password or parts.fragment:
         raise UsageError(f"{url!r}: a webhook is https://HOST/PATH, without a user and without a fragment")
-    try:
-        here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        here = host == "localhost"
-    if parts.scheme != "https" and not here:
+    if parts.scheme != "https" and not is_loopback(host):
         raise UsageError(f"{url}: only this machine is spoken to without TLS; use https")

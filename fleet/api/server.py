@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import ssl
 
 import structlog
 from aiohttp import web
 
+from agent.platform.addresses import is_loopback
 from fleet.api.app import create_app
 from fleet.errors import UsageError
 from fleet.operations.fleet import Fleet
@@ -33,7 +33,7 @@ class ApiServer:
         host, _, port = (fleet.settings.api or DEFAULT).rpartition(":")
         self.host, self.port = host.removeprefix("[").removesuffix("]"), int(port)
         self._tls = _tls(fleet.settings)
-        if self._tls is None and not _is_loopback(self.host):
+        if self._tls is None and not is_loopback(self.host):
             raise UsageError(
                 f"api {self.host}:{self.port} can be reached from other machines: set api_cert and api_key, so that "
                 "tokens are not sent in the clear, or listen on 127.0.0.1"
@@ -89,10 +89,3 @@ def _tls(settings: FleetSettings) -> ssl.SSLContext | None:
     except (OSError, ssl.SSLError) as error:
         raise UsageError(f"api_cert {settings.api_cert}, api_key {settings.api_key}: cannot be used: {error}") from None
     return context
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

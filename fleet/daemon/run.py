@@ -20,9 +20,9 @@ from fleet.daemon.ingest import BATCH
 from fleet.delivery.broker import EmbeddedBroker
 from fleet.delivery.chunk_server import ChunkServer
 from fleet.delivery.metadata import MetadataServer
-from fleet.errors import BrokerError, RegistryError, RepositoryError
+from fleet.errors import BrokerError, RepositoryError
 from fleet.home import Home
-from fleet.registry import Registry, open_registry
+from fleet.registry import open_registry
 from fleet.registry.upgrading import upgrade_own_file
 from fleet.settings import EMBEDDED, FleetSettings
 from fleet.store import FolderStore
@@ -57,7 +57,7 @@ async def run_controller(
         raise RepositoryError(f"{home.root} has no repository of signed metadata; make one with `phifleet init`")
     _upgrade(settings)
     with contextlib.closing(open_registry(settings.database_url)) as registry:
-        repository.sign_audit(functools.partial(_audit_head, registry))
+        repository.sign_audit(registry.audit.head)
         try:
             # Two connections: chunks wait for a slow broker on the one, and orders never behind them on the other.
             control, bulk = (MqttLink(link_settings(settings, role)) for role in ("controller", "chunks"))
@@ -90,13 +90,6 @@ def _upgrade(settings: FleetSettings) -> None:
     done = upgrade_own_file(settings.database_url, datetime.now(UTC))
     if done is not None:
         _log.info("database upgraded", before=done.before, after=done.after, backup=str(done.backup))
-
-
-def _audit_head(registry: Registry) -> tuple[int, str] | None:
-    try:
-        return registry.audit.head()
-    except RegistryError:  # what is signed must not wait for a database
-        return None
 
 
 def link_settings(settings: FleetSettings, role: str) -> LinkSettings:

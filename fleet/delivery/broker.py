@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import signal
 import socket
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from agent.platform.addresses import is_loopback
 from agent.platform.packages import install_command
 from fleet.errors import BrokerError
 
@@ -128,11 +128,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def _refuse_unless_loopback(host: str) -> None:
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
+    if not is_loopback(host):
         raise BrokerError(
             f"the embedded broker listens on loopback only, not on {host}: it has neither passwords nor topic ACLs,"
             " so any host that reaches it could order devices about; run mosquitto with TLS and client certificates"

@@ -55,7 +55,7 @@ def deploy(
         StoreError: an artifact's files are not what was built.
         RepositoryError: it cannot be signed.
     """
-    _refuse_unless_one_model(artifacts)
+    refuse_unless_one_model(artifacts)
     refuse_withdrawn(fleet, artifacts)
     profiles = {device.id: profile_of(device) for device in devices}
     fit = _fit(artifacts, devices, profiles)
@@ -184,10 +184,15 @@ def _order_back(fleet: Fleet, digests: Mapping[str, str | None], without: str, a
     return fleet.registry.deployments.create(list(digests), draft, fleet.repository.sign_desired, actor)
 
 
-def _refuse_unless_one_model(artifacts: Sequence[Manifest]) -> None:
+def refuse_unless_one_model(artifacts: Sequence[Manifest], what: str = "variants") -> None:
+    """Variants serve the same purpose, so they are of one model; ``what`` begins the sentence where they are not.
+
+    Raises:
+        UsageError: they are not; names each with its model.
+    """
     if len({manifest.model.name for manifest in artifacts}) != 1:
         names = ", ".join(f"{manifest.id} of {manifest.model.name}" for manifest in artifacts)
-        raise UsageError(f"variants must be of one model, and these are not: {names}")
+        raise UsageError(f"{what} must be of one model, and these are not: {names}")
 
 
 def _fit(artifacts: Sequence[Manifest], devices: Sequence[DeviceRow], profiles: Mapping[str, DeviceProfile]) -> _Fit:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from agent.contract.base import DeviceId, explain
 from agent.contract.bundle import Bundle
 from agent.contract.profile import DeviceProfile
+from agent.platform.addresses import is_loopback
 from agent.platform.files import PRIVATE, reason, write_atomic
 from fleet.errors import ConflictError, MissingError, UsageError
 from fleet.operations.fleet import Fleet
@@ -245,10 +245,7 @@ def revoke_device(fleet: Fleet, name: str, actor: Actor) -> Revocation:
 def only_here(broker: str) -> bool:
     """Return whether a broker's URL names this machine itself, which no other device can connect to."""
     host = urlsplit(broker).hostname or ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return is_loopback(host) or host.endswith(".localhost")
 
 
 def refuse_unless_new(path: Path | None) -> None:

@@ -6,7 +6,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from fleet.errors import RegistryError, RepositoryError, UsageError
+from fleet.errors import RepositoryError, UsageError
 from fleet.home import Home
 from fleet.settings import FleetSettings
 
@@ -75,7 +75,7 @@ class Fleet:
         repository = Repository(self.home)
         if not repository.exists:
             raise RepositoryError(f"{self.home.root} has no root of trust; make one with `phifleet init`")
-        repository.sign_audit(self._audit_head)
+        repository.sign_audit(lambda: self.registry.audit.head())  # noqa: PLW0108 - opened when it is asked for
         return repository
 
     @cached_property
@@ -84,12 +84,6 @@ class Fleet:
         from fleet.trust.ca import DeviceCA
 
         return DeviceCA(self.home)
-
-    def _audit_head(self) -> tuple[int, str] | None:
-        try:
-            return self.registry.audit.head()
-        except (RegistryError, UsageError):  # what is signed must not wait for a database
-            return None
 
     def close(self) -> None:
         """Let go of the database, if it was opened."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from agent.contract.manifest import Manifest
 from fleet.core.selectors import parse
 from fleet.errors import MissingError, UsageError
+from fleet.operations.deploy import refuse_unless_one_model
 from fleet.operations.fleet import Fleet
 from fleet.registry import Actor
 from fleet.registry.inventory import Found
@@ -40,9 +41,7 @@ def create_release(fleet: Fleet, name: str, artifacts: Sequence[str], actor: Act
     manifests = [find(fleet.artifacts, text) for text in dict.fromkeys(artifacts)]
     if not manifests:
         raise UsageError(f"release {name}: name at least one artifact")
-    if len({manifest.model.name for manifest in manifests}) != 1:
-        models = ", ".join(f"{manifest.id} of {manifest.model.name}" for manifest in manifests)
-        raise UsageError(f"release {name}: its variants must be of one model, and these are not: {models}")
+    refuse_unless_one_model(manifests, f"release {name}: its variants")
     fleet.registry.releases.create(name, [manifest.digest for manifest in manifests], actor)
     return manifests
 

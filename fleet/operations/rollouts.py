@@ -22,7 +22,7 @@ from fleet.core.rollouts import STATES, Rollout, State, plan
 from fleet.core.selectors import parse
 from fleet.errors import FleetError, UsageError
 from fleet.operations.artifacts import refuse_withdrawn
-from fleet.operations.deploy import DeployOptions, make_order, profile_of
+from fleet.operations.deploy import DeployOptions, make_order, profile_of, refuse_unless_one_model
 from fleet.operations.fleet import Fleet
 from fleet.operations.names import check_name, selector_text, variants
 from fleet.registry import Actor, Registry
@@ -325,9 +325,7 @@ def _resolved(fleet: Fleet, spec: RolloutSpec) -> RolloutSpec:
 
 def _manifests(fleet: Fleet, spec: RolloutSpec) -> list[Manifest]:
     manifests = [find(fleet.artifacts, digest) for digest in spec.artifacts]
-    if len({manifest.model.name for manifest in manifests}) != 1:
-        names = ", ".join(f"{manifest.id} of {manifest.model.name}" for manifest in manifests)
-        raise UsageError(f"variants must be of one model, and these are not: {names}")
+    refuse_unless_one_model(manifests)
     refuse_withdrawn(fleet, manifests)
     return manifests
 

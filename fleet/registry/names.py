@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from fleet.errors import ConflictError, MissingError
 from fleet.registry.database import Database
@@ -34,11 +35,7 @@ class Selectors:
             UsageError: there is none; names those there are.
         """
         with self._database.write() as session:
-            row = session.get(SelectorRow, name, with_for_update=True)
-            if row is None:
-                raise MissingError(_no_such("selector", name, session.scalars(select(SelectorRow.name)).all()))
-            session.delete(row)
-            add_audit(session, actor, "selector.delete", name)
+            _delete(session, SelectorRow, "selector", name, actor)
 
     def all(self) -> list[SelectorRow]:
         """Return every one, by name."""
@@ -76,11 +73,7 @@ class Releases:
             UsageError: there is none; names those there are.
         """
         with self._database.write() as session:
-            row = session.get(ReleaseRow, name, with_for_update=True)
-            if row is None:
-                raise MissingError(_no_such("release", name, session.scalars(select(ReleaseRow.name)).all()))
-            session.delete(row)
-            add_audit(session, actor, "release.delete", name)
+            _delete(session, ReleaseRow, "release", name, actor)
 
     def all(self) -> list[ReleaseRow]:
         """Return every one, the newest first."""
@@ -88,5 +81,10 @@ class Releases:
             return list(session.scalars(select(ReleaseRow).order_by(ReleaseRow.created_at.desc(), ReleaseRow.name)))
 
 
-def _no_such(kind: str, name: str, known: Sequence[str]) -> str:
-    return f"no {kind} is named {name}; there are: {', '.join(sorted(known)[:20]) or 'none'}"
+def _delete(session: Session, model: type[SelectorRow | ReleaseRow], kind: str, name: str, actor: Actor) -> None:
+    row = session.get(model, name, with_for_update=True)
+    if row is None:
+        known = ", ".join(sorted(session.scalars(select(model.name)))[:20])
+        raise MissingError(f"no {kind} is named {name}; there are: {known or 'none'}")
+    session.delete(row)
+    add_audit(session, actor, f"{kind}.delete", name)

@@ -29,7 +29,7 @@ from agent.contract.director import DIRECTOR_TARGET, DirectorKeys
 from agent.contract.manifest import Manifest, manifest_target
 from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired
 from agent.platform.files import explained, remove_leftovers, sync_folder
-from fleet.errors import RepositoryError
+from fleet.errors import FleetError, RepositoryError
 from fleet.home import Home
 from fleet.trust.clock import utc_now
 from fleet.trust.keyring import KeyEntry, Keyring
@@ -75,9 +75,19 @@ class Repository:
         self._files = Release(home.tuf, self._keyring, clock)
         self._lock = FileLock(home.root / "trust.lock", timeout=lock_timeout_s)
 
-    def sign_audit(self, head: Callable[[], tuple[int, str] | None]) -> None:
-        """Let every snapshot from now on carry what ``head`` returns: the audit's number of entries, and its hash."""
-        self._files.audit_head = head
+    def sign_audit(self, head: Callable[[], tuple[int, str]]) -> None:
+        """Let every snapshot from now on carry what ``head`` returns: the audit's number of entries, and its hash.
+
+        What is signed does not wait for a database: while ``head`` raises an error of ours, the snapshot stays silent.
+        """
+
+        def head_if_there() -> tuple[int, str] | None:
+            try:
+                return head()
+            except FleetError:
+                return None
+
+        self._files.audit_head = head_if_there
 
     def signed_audit(self) -> tuple[int, str] | None:
         """Return what the newest snapshot says of the audit, or None.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.endpoint.openai.strictness import Strictness
 from agent.errors import ConfigError
+from agent.platform.addresses import is_loopback
 
 MIB = 1024 * 1024
 
@@ -116,9 +116,4 @@ class EndpointConfig:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
-        if self.unix_socket is not None or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return self.unix_socket is not None or is_loopback(self.host)
