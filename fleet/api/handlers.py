@@ -307,9 +307,15 @@ def _shown(call: Call, row: RolloutRow, status: int = 200) -> Reply:
     return Reply(shown, status, {"ETag": f'"{tag(read(row))}"'})
 
 
-def _require_rollout(call: Call, name: str) -> None:
+def _concerned(call: Call, row: RolloutRow) -> set[str]:
+    """Return the devices that a rollout has, and those that a later wave may take."""
+    taken = {one.device for one in call.fleet.registry.rollouts.devices(row.id)}
+    return taken | {one.device for one in call.fleet.registry.inventory.select(parse(read(row).spec.selector))}
+
+
+def _require_rollout(call: Call, row: RolloutRow) -> None:
     if call.scope is not None:
-        call.require(*(row.device for row in call.fleet.registry.rollouts.devices(name)))
+        call.require(*_concerned(call, row))
 
 
 @_route("POST", "/rollouts/plan", Role.VIEWER, body=shapes.NewRollout, answer=shapes.RolloutPlan)
@@ -325,9 +331,7 @@ def list_rollouts(call: Call) -> Reply:
     rows = call.fleet.registry.rollouts.page(call.after, call.limit + 1)
     if call.scope is not None:
         meant = {one.device for one in select(call.fleet, call.scope)}
-        rows = [
-            row for row in rows if meant.issuperset(one.device for one in call.fleet.registry.rollouts.devices(row.id))
-        ]
+        rows = [row for row in rows if meant.issuperset(_concerned(call, row))]
     return Reply(
         call.page(
             rows, lambda row: f"{row.created_at.isoformat()} {row.id}", lambda row: describe_rollout(row, call.at)
@@ -348,7 +352,7 @@ def post_rollout(call: Call) -> Reply:
 def get_rollout(call: Call) -> Reply:
     """Show a rollout; its ETag changes with each decision about it."""
     row = call.fleet.registry.rollouts.get(call.path["rollout"])
-    _require_rollout(call, row.id)
+    _require_rollout(call, row)
     return _shown(call, row)
 
 
@@ -359,8 +363,7 @@ def get_rollout(call: Call) -> Reply:
 def post_control(call: Call) -> Reply:
     """Pause, resume, approve or abort a rollout; with If-Match, only if nobody else has decided meanwhile."""
     name, control = call.path["rollout"], call.body
-    call.fleet.registry.rollouts.get(name)
-    _require_rollout(call, name)
+    _require_rollout(call, call.fleet.registry.rollouts.get(name))
     if (control.action == "abort") is (control.revert is None):
         raise ProblemError(
             "request.invalid", "revert says whether changed devices go back: abort needs it, nothing else has it"
@@ -381,8 +384,7 @@ def post_control(call: Call) -> Reply:
 def list_rollout_devices(call: Call) -> Reply:
     """List a rollout's devices, those of the first wave first."""
     name = call.path["rollout"]
-    call.fleet.registry.rollouts.get(name)
-    _require_rollout(call, name)
+    _require_rollout(call, call.fleet.registry.rollouts.get(name))
     rows = describe_rollout_devices(call.fleet.registry.rollouts.devices(name))
     after = call.after
 

@@ -11,7 +11,9 @@ import pytest
 from agent.contract.messages import State
 from fleet.api.handlers import ROUTES
 from fleet.core.roles import Role
+from fleet.operations.rollouts import Roller
 from fleet.registry import Received, Recorder
+from fleet.registry.rollouts import Candidate
 from tests.fleet.api.conftest import Api
 from tests.fleet.world import World, put_artifact, topic_of
 
@@ -220,6 +222,21 @@ async def test_a_token_with_a_scope_sees_and_changes_its_devices_alone(api: Api)
         answer = await api.ask(method, path, body, token=mine)
         assert (answer.status, (await answer.json())["code"]) == (403, "token.scope"), path
     assert (await api.post("/rollouts/plan", {"rollout": "r", "spec": spec}, token=mine))["devices"] == 2
+    # One for the whole fleet that has no device yet, or only those of the scope so far, is none of its own.
+    await api.post("/rollouts", {"rollout": "all", "spec": spec}, 201)
+    mine_alone = [Candidate("pi-1", "iot-x86, x", api.world.manifest.digest, None)]
+    for taken in ([], mine_alone):
+        api.world.registry.rollouts.assign("all", 0, taken, api.world.clock.now())
+        assert (await api.get("/rollouts", token=mine))["items"] == []
+        for method, path, body in (
+            ("GET", "/rollouts/all", None),
+            ("GET", "/rollouts/all/devices", None),
+            ("POST", "/rollouts/all/control", {"action": "abort", "revert": True}),
+        ):
+            answer = await api.ask(method, path, body, token=mine)
+            assert (answer.status, (await answer.json())["code"]) == (403, "token.scope"), path
+    await api.post("/rollouts/all/control", {"action": "abort", "revert": False})
+    Roller(api.fleet, "me", api.world.clock.now).step_all()
     narrowed = await api.post("/rollouts", {"rollout": "r", "spec": spec}, 201, token=mine)
     assert narrowed["selector"] == "(name in (pi-1, pi-2)) and (has profile)"
 
