@@ -35,6 +35,7 @@ from fleet.settings import load
 from fleet.trust.repository import Repository
 from tests.models import Built
 from tests.simulators import broker as brokers
+from tests.waiting import child_running
 
 TIMEOUT_S = 90.0
 
@@ -102,9 +103,8 @@ class Rig:
     def worker(self) -> int | None:
         """The process that holds the model, if there is one now."""
         assert self.agent is not None
-        children = psutil.Process(self.agent.pid).children()
-        found = [child.pid for child in children if "agent.runtimes.engines.worker" in " ".join(child.cmdline())]
-        return found[0] if found else None
+        found = child_running(psutil.Process(self.agent.pid), "agent.runtimes.engines.worker")
+        return found.pid if found else None
 
     @staticmethod
     def kill(process: Process | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -34,6 +35,15 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def child_running(parent: psutil.Process, module: str) -> psutil.Process | None:
+    """A child of a process that runs this module; one that ends while it is looked at is none."""
+    for child in parent.children():
+        with contextlib.suppress(psutil.Error):
+            if any(module in word for word in child.cmdline()):
+                return child
+    return None
 
 
 def listens(host: str, port: int) -> bool:

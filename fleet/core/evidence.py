@@ -16,6 +16,7 @@ larger shares (the same inequality), and by a plain cap for what is obvious.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -186,6 +187,7 @@ def judge(evidence: Mapping[str, GroupEvidence], gate: Gate) -> Verdict:
     return Verdict(tuple(sorted(findings, key=lambda finding: (not finding.stops, -finding.e / finding.bound))))
 
 
+@functools.lru_cache(maxsize=4096)  # a wave is judged after each report, and few counts of it have changed
 def e_value(signs: Signs) -> float:
     """Evidence that devices are worse than the margin: 1 is none."""
     return _sum_exp(
@@ -194,6 +196,7 @@ def e_value(signs: Signs) -> float:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def failure_e_value(failed: int, ended: int, healthy_share: float) -> float:
     """Evidence that more deployments fail than in a healthy fleet."""
     step = (1 - healthy_share) / (_SHARES + 1)

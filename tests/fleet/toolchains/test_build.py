@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -26,18 +25,15 @@ from fleet.toolchains.checkpoint.checkpoint import inspect
 from fleet.toolchains.progress import Progress
 from tests.disk import MIB, small_disk
 from tests.models import Built, checkpoint
-from tests.waiting import alive, wait_until
+from tests.waiting import alive, child_running, wait_until
 
 INT4 = Recipe(toolchain=Toolchain.ONNX_GENAI, precision=Precision.INT4, target=Target.CPU)
 PROFILE = load_profile("iot-x86")
+CHILD = "fleet.toolchains.build.child"
 
 
 def _child_of_this_process() -> psutil.Process | None:
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if "fleet.toolchains.build.child" in child.cmdline():
-                return child
-    return None
+    return child_running(psutil.Process(), CHILD)
 
 
 def test_an_artifact_is_whole_and_speaks_in_its_runtime(sample_artifact: Built) -> None:
@@ -134,9 +130,8 @@ def test_an_interrupted_build_ends_its_child_and_is_cleaned_up(tiny_dir: Path, t
     for line in parent.stdout:
         if line.startswith("loading"):
             break
-    child = next(
-        one for one in psutil.Process(parent.pid).children() if "fleet.toolchains.build.child" in one.cmdline()
-    )
+    child = child_running(psutil.Process(parent.pid), CHILD)
+    assert child is not None
     parent.send_signal(getattr(signal, name))
     parent.wait(30)
     parent.stdout.close()
