@@ -8,21 +8,25 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
+from fleet.api import dashboard
 from fleet.api.events import stream_events
 from fleet.api.handlers import ROUTES
 from fleet.api.metrics import Metrics
 from fleet.api.openapi import describe
 from fleet.api.problems import CODES, MEDIA_TYPE, ProblemError, problem_of
 from fleet.api.routes import PREFIX, Call, Reply, Route
+from fleet.api.shapes import SignIn
 from fleet.core.roles import Role
 from fleet.errors import FleetError
 from fleet.operations.fleet import Fleet
+from fleet.operations.links import exchange_link
+from fleet.operations.views import describe_token
 from fleet.registry.models import TokenRow
 from fleet.registry.tokens import Refusal
 
@@ -34,6 +38,13 @@ _REFUSALS = {
     Refusal.EXPIRED: ("token.expired", "the token has expired; make another with `phifleet token create`"),
     Refusal.REVOKED: ("token.revoked", "the token was revoked; make another with `phifleet token create`"),
 }
+_LINK_REFUSALS = {
+    Refusal.UNKNOWN: "no such link; `phifleet dashboard` makes one",
+    Refusal.EXPIRED: "the link has expired; `phifleet dashboard` makes another",
+    Refusal.REVOKED: "the link was used before, and is good once; `phifleet dashboard` makes another",
+}
+
+B = TypeVar("B", bound=BaseModel)
 
 _log = structlog.get_logger(component="api")
 
@@ -59,12 +70,24 @@ def create_app(
         body, content_type = await asyncio.to_thread(found.render)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
+    async def sign_in(request: web.Request) -> web.Response:
+        raw = await _read(request)
+        wanted = _parsed(SignIn, request, raw)
+        found = await asyncio.to_thread(exchange_link, fleet, wanted.code, clock())
+        if isinstance(found, Refusal):
+            raise ProblemError("link.refused", _LINK_REFUSALS[found])
+        row, token = found
+        return web.json_response(describe_token(row) | {"token": token}, status=201)
+
     async def description(_: web.Request) -> web.Response:
         return web.json_response(describe())
 
     async def problems(_: web.Request) -> web.Response:
         return web.json_response({code: {"status": status, "title": title} for code, (status, title) in CODES.items()})
 
+    app.router.add_post(f"{PREFIX}/sign-in", sign_in)
+    app.router.add_get("/", dashboard.index)
+    app.router.add_get("/static/{name}", dashboard.static)
     app.router.add_get(f"{PREFIX}/events", events)
     app.router.add_get("/metrics", figures)
     app.router.add_get(f"{PREFIX}/openapi.json", description)
@@ -194,10 +217,14 @@ def _body(route: Route, request: web.Request, raw: bytes) -> BaseModel | None:
         if raw.strip():
             raise ProblemError("request.invalid", "this request has no body")
         return None
+    return _parsed(route.body, request, raw)
+
+
+def _parsed(shape: type[B], request: web.Request, raw: bytes) -> B:
     if request.content_type != "application/json":
         raise ProblemError("request.media_type", f"Content-Type: application/json, and not {request.content_type}")
     try:
-        return route.body.model_validate_json(raw)
+        return shape.model_validate_json(raw)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         if any(one["type"] == "json_invalid" for one in problems):

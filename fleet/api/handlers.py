@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from agent.contract.manifest import Manifest
 from agent.platform.addresses import is_loopback
+from agent.platform.versions import product_version
 from fleet.api import shapes
 from fleet.api.problems import ProblemError
 from fleet.api.routes import AFTER, LIMIT, Call, Parameter, Reply, Route
@@ -19,7 +20,9 @@ from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
 from fleet.operations.audit import verify_audit
 from fleet.operations.deploy import DeployOptions, cancel_orders, deploy, roll_back
 from fleet.operations.devices import check_labels, remove_device, revoke_device
+from fleet.operations.links import make_link
 from fleet.operations.names import create_release, save_selector, select, selector_text, variants
+from fleet.operations.overview import overview
 from fleet.operations.rollout_views import describe_plan, describe_rollout, describe_rollout_devices
 from fleet.operations.rollouts import control_rollout, plan_rollout, start_rollout
 from fleet.operations.views import (
@@ -68,6 +71,21 @@ def get_status(call: Call) -> Reply:
     return Reply(summarize(call.fleet.registry, call.at))
 
 
+@_route("GET", "/overview", Role.VIEWER, answer=shapes.Overview)
+def get_overview(call: Call) -> Reply:
+    """Show how inference runs on each device, in columns, and what needs attention."""
+    names = None if call.scope is None else [one.device for one in select(call.fleet, call.scope)]
+    return Reply(overview(call.fleet.registry, call.at, names))
+
+
+@_route("GET", "/me", Role.VIEWER, answer=shapes.Me)
+def get_me(call: Call) -> Reply:
+    """Show what the token that asks may do."""
+    about = describe_token(call.token)
+    shown = {name: about[name] for name in ("name", "role", "scope", "expires_at")}
+    return Reply(shown | {"version": product_version()})
+
+
 # --- devices
 
 
@@ -101,6 +119,24 @@ def set_labels(call: Call) -> Reply:
     call.require(name)
     check_labels(call.body.labels)
     return Reply({"labels": call.fleet.registry.devices.label(name, call.body.labels, call.actor)})
+
+
+@_route("POST", "/labels", Role.OPERATOR, body=shapes.LabelMany, answer=shapes.Count)
+def post_labels(call: Call) -> Reply:
+    """Set labels of many devices; null removes one."""
+    wanted: shapes.LabelMany = call.body
+    names = list(wanted.devices)
+    if wanted.selector is not None:
+        names += [one.device for one in select(call.fleet, call.within_scope(wanted.selector))]
+    names = sorted(set(names))
+    if not names:
+        raise UsageError("no device is meant: name devices or a selector")
+    call.require(*names)
+    check_labels(wanted.labels)
+    call.fleet.registry.devices.some(names)
+    for name in names:
+        call.fleet.registry.devices.label(name, wanted.labels, call.actor)
+    return Reply({"devices": len(names)})
 
 
 @_route("POST", "/devices/{device}/revoke", Role.ADMIN, answer=shapes.Revoked)
@@ -191,6 +227,9 @@ def _artifacts(call: Call) -> list[dict[str, Any]]:
             "published": manifest.digest in published and manifest.digest not in withdrawn,
             "withdrawn": manifest.digest in withdrawn,
             "quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
+            "speed": manifest.speed.model_dump(mode="json") if manifest.speed else None,
+            "license": manifest.model.license,
+            "parameters": manifest.model.parameters,
         }
 
     return [describe(manifest) for manifest in call.fleet.artifacts.list().manifests]
@@ -454,6 +493,17 @@ def delete_token(call: Call) -> Reply:
     call.require_whole_fleet()
     call.fleet.registry.tokens.revoke(call.path["token"], call.actor)
     return Reply(status=204)
+
+
+@_route("POST", "/links", Role.ADMIN, body=shapes.NewLink, answer=shapes.Link, status=201)
+def post_link(call: Call) -> Reply:
+    """Make a link that signs a person in to the page, once, within ten minutes."""
+    call.require_whole_fleet()
+    wanted: shapes.NewLink = call.body
+    if wanted.scope is not None:
+        parse(selector_text(call.fleet, wanted.scope))
+    path, until = make_link(call.fleet, wanted.role, call.actor, wanted.scope)
+    return Reply({"path": path, "expires_at": until.isoformat()}, 201)
 
 
 @_route("GET", "/webhooks", Role.ADMIN, answer=shapes.Page[shapes.Webhook])

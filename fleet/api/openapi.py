@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from agent.platform.versions import product_version
 from fleet.api.handlers import ROUTES
 from fleet.api.problems import CODES, MEDIA_TYPE
 from fleet.api.routes import PREFIX, Route
-from fleet.api.shapes import ProblemBody
+from fleet.api.shapes import CreatedToken, ProblemBody, SignIn
 
 _REF = "#/components/schemas/{model}"
 #: What any route may answer with beside its own.
@@ -66,6 +66,7 @@ def describe() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(f"{PREFIX}{route.path}", {})[route.method.lower()] = _operation(route, names)
+    paths[f"{PREFIX}/sign-in"] = _sign_in(names)
     streams = {f"{PREFIX}/events": _EVENTS, "/metrics": _METRICS}
     for item in streams.values():
         item["get"]["responses"] |= _problems(("token.missing", "token.role", "database", "fault"))
@@ -73,14 +74,16 @@ def describe() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "phifleet",
-            "version": _version(),
+            "version": product_version(),
             "license": {"name": "MIT", "identifier": "MIT"},
             "description": "The controller of a fleet. Lists are pages: `next` is what `after` takes. A POST with an "
             "`Idempotency-Key` may be sent again within 24 hours and is done once.",
         },
         "servers": [{"url": "/"}],
         "security": [{"token": []}],
-        "tags": [{"name": name} for name in sorted({_tag(route) for route in routes} | {"events", "metrics"})],
+        "tags": [
+            {"name": name} for name in sorted({_tag(route) for route in routes} | {"events", "metrics", "sign-in"})
+        ],
         "paths": paths | streams,
         "components": {
             "schemas": schemas,
@@ -89,10 +92,29 @@ def describe() -> dict[str, Any]:
     }
 
 
+def _sign_in(names: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    sent = {"application/json": {"schema": names[SignIn, "validation"]}}
+    answered = {"application/json": {"schema": names[CreatedToken, "serialization"]}}
+    return {
+        "post": {
+            "operationId": "sign_in",
+            "summary": "Give a token for the code of a link, once.",
+            "description": "Needs no token.",
+            "security": [],
+            "tags": ["sign-in"],
+            "requestBody": {"required": True, "content": sent},
+            "responses": {
+                "201": {"description": "The token.", "content": answered},
+                **_problems((*_ALWAYS, "link.refused")),
+            },
+        }
+    }
+
+
 def _schemas(routes: Sequence[Route]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
     shapes = [(route.body, "validation") for route in routes if route.body]
     shapes += [(route.answer, "serialization") for route in routes if route.answer]
-    shapes.append((ProblemBody, "serialization"))
+    shapes += [(ProblemBody, "serialization"), (SignIn, "validation"), (CreatedToken, "serialization")]
     unique = list(dict.fromkeys(shapes))
     found, shared = models_json_schema(unique, ref_template=_REF)  # type: ignore[arg-type] # its literal type is private
     return dict(found), shared["$defs"]
@@ -152,10 +174,3 @@ def _problems(codes: Sequence[str]) -> dict[str, Any]:
 
 def _tag(route: Route) -> str:
     return route.path.split("/")[1]
-
-
-def _version() -> str:
-    try:
-        return version("phifleet")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "unknown"

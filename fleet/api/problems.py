@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fleet.core.selectors import SelectorError
 from fleet.errors import (
     BrokerError,
     BuildError,
@@ -64,6 +65,7 @@ CODES: dict[str, tuple[int, str]] = {
     "token.revoked": (401, "The token was revoked"),
     "token.role": (403, "The token's role does not allow it"),
     "token.scope": (403, "The token's scope does not allow it"),
+    "link.refused": (401, "The link does not sign in"),
     "not_found": (404, "There is no such resource"),
     "conflict": (409, "It cannot be done as things stand"),
     "changed": (412, "It was changed since it was looked at"),
@@ -96,4 +98,7 @@ _BY_ERROR: tuple[tuple[type[FleetError], str], ...] = (
 def problem_of(error: FleetError) -> ProblemError:
     """Return what a client is told of an error of ours."""
     code = next((code for kind, code in _BY_ERROR if isinstance(error, kind)), "fault")
-    return ProblemError(code, str(error), headers={"Retry-After": "5"} if code == "database" else None)
+    more: dict[str, Any] = {}
+    if isinstance(error, SelectorError):
+        more["position"] = error.position
+    return ProblemError(code, str(error), headers={"Retry-After": "5"} if code == "database" else None, **more)

@@ -97,6 +97,84 @@ class Health(Answer):
     temperature_c: float | None
 
 
+class Attention(Answer):
+    """Something that a person should look at. ``device`` and ``rollout``: which, if it is of one."""
+
+    kind: str
+    text: str
+    device: str | None = None
+    rollout: str | None = None
+    age_s: float | None = None
+
+
+class Overview(Answer):
+    """The fleet in columns, device by device in the order of names; milliseconds, tokens a second, seconds.
+
+    ``profile``, ``artifact`` and ``state`` are places in ``profiles``, ``artifacts`` and ``states``.
+    """
+
+    at: str
+    devices: list[str]
+    profiles: list[str]
+    artifacts: list[str]
+    states: list[str]
+    profile: list[int]
+    artifact: list[int]
+    state: list[int]
+    presence: list[str]
+    tpot_ms: list[float | None]
+    ttft_ms: list[float | None]
+    tokens_per_s: list[float | None]
+    health_age_s: list[float | None]
+    stale: list[bool]
+    attention: Annotated[list[Attention], Field(description="two hundred at most, the gravest first")]
+    attention_count: int
+
+
+class Me(Answer):
+    """The token that asks."""
+
+    name: str
+    role: Role
+    scope: str | None
+    expires_at: str | None
+    version: str
+
+
+class NewLink(Body):
+    """A link to the page that signs in whoever opens it first, with this role."""
+
+    role: Role = Role.ADMIN
+    scope: Annotated[SelectorText | None, Field(description="a selector: no other device is shown or changed")] = None
+
+
+class Link(Answer):
+    """What to append to the address of the page: it is good once, until it expires."""
+
+    path: str
+    expires_at: str
+
+
+class SignIn(Body):
+    """The code of a link."""
+
+    code: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class LabelMany(Body):
+    """Labels of many devices, by name or by selector; null removes one."""
+
+    devices: Annotated[list[str], Field(max_length=10_000)] = []
+    selector: SelectorText | None = None
+    labels: Annotated[dict[str, str | None], Field(min_length=1, max_length=50)]
+
+
+class Count(Answer):
+    """How many devices it was done to."""
+
+    devices: int
+
+
 class Labels(Body):
     """Names to values; null removes a label."""
 
@@ -126,6 +204,9 @@ class Artifact(Answer):
     published: bool
     withdrawn: bool
     quality: dict[str, Any] | None
+    speed: Annotated[dict[str, Any] | None, Field(description="as the build machine measured it")]
+    license: str
+    parameters: int
 
 
 class Reason(Body):
@@ -344,3 +425,4 @@ class ProblemBody(Answer):
     code: str
     detail: str
     errors: list[dict[str, Any]] = []
+    position: Annotated[int | None, Field(description="of a selector's problem: the character, from 0")] = None

@@ -8,9 +8,11 @@ from datetime import UTC, datetime, timedelta
 import click
 from rich.table import Table
 
+from fleet.api.server import DEFAULT
 from fleet.cli.artifacts import wide_console
 from fleet.cli.context import Context
 from fleet.core.roles import Role
+from fleet.settings import FleetSettings
 
 
 @click.group()
@@ -60,6 +62,31 @@ def revoke_token(context: Context, token_id: str) -> None:
     with context.client() as client:
         client.call("DELETE", f"/tokens/{token_id}")
     click.echo(f"token {token_id} is revoked")
+
+
+@click.command()
+@click.option(
+    "--role", type=click.Choice([role.value for role in Role]), default="admin", show_default=True, help="On the page."
+)
+@click.option("--scope", help="A selector: no other device is shown or changed.")
+@click.pass_obj
+def dashboard(context: Context, role: str, scope: str | None) -> None:
+    """Print a link that opens the fleet's page in a browser, signed in. It is good once, within ten minutes.
+
+    A running `phifleet serve` with `api` in its settings serves the page.
+    """
+    with context.client() as client:
+        made = client.call("POST", "/links", {"role": role, "scope": scope})
+    if context.settings.server is None and context.settings.api is None:
+        click.echo(f"the page is there while `phifleet serve --api {DEFAULT}` runs", err=True)
+    click.echo(page_url(context.settings) + made["path"])
+
+
+def page_url(settings: FleetSettings) -> str:
+    """Return where the page is: at the server that is set, or where a controller with these settings serves it."""
+    if settings.server is not None:
+        return settings.server.rstrip("/")
+    return f"{'https' if settings.api_cert else 'http'}://{settings.api or DEFAULT}"
 
 
 @click.group()

@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("fleet.cli.status:status", "Show the fleet: presence, deployment, speed."),
     "audit": ("fleet.cli.audit:audit", "Read and verify the record of who did what."),
     "token": ("fleet.cli.access:token", "Make and revoke tokens of the API."),
+    "dashboard": ("fleet.cli.access:dashboard", "Print a link that opens the page, signed in."),
     "webhook": ("fleet.cli.access:webhook", "Send what happens to other programs."),
     "db": ("fleet.cli.db:db", "Show and upgrade the tables of the database."),
     "trust": ("fleet.cli.trust:trust", "Show, renew and rotate keys and metadata."),
@@ -49,7 +50,20 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 WITHOUT_A_FLEET = frozenset({"init", "sample-model", "profiles", "plan", "build", "completion", "simulate", "demo"})
 #: They work at a server too; the others need the controller's home.
 AT_A_SERVER = frozenset(
-    {"device", "deploy", "rollout", "cancel", "rollback", "release", "selector", "status", "audit", "token", "webhook"}
+    {
+        "device",
+        "deploy",
+        "rollout",
+        "cancel",
+        "rollback",
+        "release",
+        "selector",
+        "status",
+        "audit",
+        "token",
+        "webhook",
+        "dashboard",
+    }
 )
 #: With these a command says something about itself, and does nothing.
 ASKS_ONLY = frozenset({"-h", "--help", "--show-config"})

@@ -9,10 +9,10 @@ import platform
 import secrets
 from collections.abc import Callable
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 
 import structlog
 
+from agent.platform.versions import product_version
 from fleet.daemon.link import ControlLink
 from fleet.errors import RegistryError
 from fleet.registry import Registry
@@ -49,7 +49,7 @@ class Heart:
             id=self.id,
             host=self._host,
             pid=os.getpid(),
-            version=_version(),
+            version=product_version(),
             started_at=self._started_at,
             interval_s=self._interval_s,
             broker=self._link.address,
@@ -78,10 +78,3 @@ class Heart:
 
     def _connected(self) -> None:
         self._connected_since = self._clock()
-
-
-def _version() -> str:
-    try:
-        return version("phifleet")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "unknown"

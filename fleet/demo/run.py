@@ -16,6 +16,7 @@ from pathlib import Path
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.messages import Reported, State
 from agent.contract.profile import DeviceClass, DeviceProfile, QualityGate, Recipe
+from fleet.core.roles import Role
 from fleet.demo.outcome import DemoOptions, Outcome
 from fleet.demo.processes import Process, free_port, port_is_free, running
 from fleet.demo.progress import DemoProgress, Step
@@ -24,6 +25,7 @@ from fleet.errors import UsageError
 from fleet.operations.deploy import DeployOptions, deploy
 from fleet.operations.devices import add_device
 from fleet.operations.fleet import Fleet
+from fleet.operations.links import make_link
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor
 from fleet.settings import CONFIG_VARIABLE, FleetSettings, load
@@ -71,6 +73,7 @@ def _settings(options: DemoOptions, folder: Path) -> FleetSettings:
         "home": folder / "fleet",
         "broker": options.broker,
         "broker_port": free_port(),
+        "api": f"127.0.0.1:{free_port()}" if options.keep else None,
         "database": f"sqlite:///{folder.as_posix()}/fleet.db",
     }
     return load(own, Path(os.devnull))[0]
@@ -131,6 +134,8 @@ class _Demo:
             "PHIFLEET_BROKER_PORT": str(settings.broker_port),
             "PHIFLEET_DATABASE": settings.database_url,
         }
+        if settings.api is not None:
+            environment["PHIFLEET_API"] = settings.api
         return Process("controller", ["fleet", "serve"], self._folder / "controller.log", environment)
 
     def _agent(self, profile: DeviceProfile) -> Process:
@@ -181,6 +186,8 @@ class _Demo:
     def _keep(self, watch: Watch, endpoint: str) -> None:
         self._progress.note(f"serving on {endpoint}; try:  curl {endpoint}/models")
         self._progress.note(f"the fleet's view:  phifleet --home {self._fleet.home.root} status")
+        path, _ = make_link(self._fleet, Role.ADMIN, Actor("demo", datetime.now(UTC)))
+        self._progress.note(f"the fleet's page, signed in, good once:  http://{self._fleet.settings.api}{path}")
         self._progress.note("Ctrl-C ends it")
         while True:
             watch.check()

@@ -69,7 +69,36 @@ def tell(folder: Path, devices: int, slower: float, seed: int, say: Callable[[st
         FleetError: a part cannot work; says which.
     """
     began = time.monotonic()
-    settings = FleetSettings(home=folder / "home", broker_port=free_port())
+    with staged(folder, devices, slower, seed, say) as stage:
+        fleet = stage.fleet
+        start_rollout(fleet, ROLLOUT, _spec(stage.new), Actor("story", datetime.now(UTC)))
+        stage.until(lambda: STATES[read(fleet.registry.rollouts.get(ROLLOUT)).state].final, "the rollout is over")
+        row = fleet.registry.rollouts.get(ROLLOUT)
+        found = tuple(one["text"] for one in (row.findings or {}).get("findings", []) if one["stops"])
+        return Ended(read(row), found, devices, _serving(fleet, stage.old.digest), time.monotonic() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A fleet whose devices all serve the old model and have been measured."""
+
+    fleet: Fleet
+    old: Manifest
+    new: Manifest
+    until: Callable[[Callable[[], bool], str], None]
+
+
+@contextlib.contextmanager
+def staged(
+    folder: Path, devices: int, slower: float, seed: int, say: Callable[[str], None], api: str | None = None
+) -> Iterator[Stage]:
+    """Enrol simulated devices, and let all of them serve a model; ``api``: host and port of the controller's.
+
+    Raises:
+        StoryError: something did not happen in time.
+        FleetError: a part cannot work; says which.
+    """
+    settings = FleetSettings(home=folder / "home", broker_port=free_port(), api=api)
     Repository(Home(settings.home)).init()
     old, new = (make_artifact(Home(settings.home), name) for name in ("phi-old", "phi-new"))
     with Fleet(settings) as fleet, _controller(settings, folder) as controller:
@@ -88,11 +117,7 @@ def tell(folder: Path, devices: int, slower: float, seed: int, say: Callable[[st
             deploy(fleet, [old], fleet.registry.devices.all(), DeployOptions(probation_s=1.0), actor)
             wait.until(lambda: _serving(fleet, old.digest) == devices, f"all serve {old.id}")
             wait.until(lambda: _measured(fleet, names) == devices, "all have been measured")
-            start_rollout(fleet, ROLLOUT, _spec(new), Actor("story", datetime.now(UTC)))
-            wait.until(lambda: STATES[read(fleet.registry.rollouts.get(ROLLOUT)).state].final, "the rollout is over")
-            row = fleet.registry.rollouts.get(ROLLOUT)
-            found = tuple(one["text"] for one in (row.findings or {}).get("findings", []) if one["stops"])
-            return Ended(read(row), found, devices, _serving(fleet, old.digest), time.monotonic() - began)
+            yield Stage(fleet, old, new, wait.until)
 
 
 def _spec(new: Manifest) -> RolloutSpec:
@@ -120,6 +145,8 @@ class _Wait:
 @contextlib.contextmanager
 def _controller(settings: FleetSettings, folder: Path) -> Iterator[Process]:
     environment = {"PHIFLEET_BROKER_PORT": str(settings.broker_port)}
+    if settings.api is not None:
+        environment["PHIFLEET_API"] = settings.api
     process = Process("controller", ["fleet", "--home", str(settings.home), "serve"], folder / "serve.log", environment)
     try:
         yield process

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint, false
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import DateTime, TypeDecorator
@@ -339,6 +339,8 @@ class TokenRow(Base):
     revoked_at: Mapped[datetime | None]
     #: To the minute.
     used_at: Mapped[datetime | None]
+    #: It is no token but the code of a link, which is given for one, once.
+    sign_in: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class IdempotencyRow(Base):

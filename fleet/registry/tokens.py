@@ -50,31 +50,52 @@ class Tokens:
         self._database = database
 
     def create(
-        self, name: str, role: Role, actor: Actor, *, scope: str | None = None, expires_at: datetime | None = None
+        self,
+        name: str,
+        role: Role,
+        actor: Actor,
+        *,
+        scope: str | None = None,
+        expires_at: datetime | None = None,
+        sign_in: bool = False,
     ) -> tuple[TokenRow, str]:
-        """Return a new token's row, and the token, which nobody can read again."""
-        token, identity = PREFIX + secrets.token_urlsafe(32), secrets.token_hex(4)
-        row = TokenRow(
-            id=identity,
-            name=name,
-            hash=_hash(token),
-            role=role.value,
-            scope=scope,
-            created_at=actor.at,
-            created_by=actor.who,
-            expires_at=expires_at,
-        )
+        """Return a new token's row, and the token, which nobody can read again.
+
+        ``sign_in``: it is the code of a link, good for nothing but to be exchanged.
+        """
+        row, token = _new(name, role.value, scope, actor, expires_at)
+        row.sign_in = sign_in
         with self._database.write() as session:
             session.add(row)
             details = {"name": name, "role": role.value, "scope": scope}
-            add_audit(session, actor, "token.create", identity, details)
+            add_audit(session, actor, "token.link" if sign_in else "token.create", row.id, details)
+        return row, token
+
+    def exchange(self, code: str, at: datetime, expires_at: datetime) -> tuple[TokenRow, str] | Refusal:
+        """Return a token for the code of a link, which is good no more; or why it is not good."""
+        with self._database.write() as session:
+            link = session.scalar(
+                select(TokenRow).where(TokenRow.hash == _hash(code), TokenRow.sign_in).with_for_update()
+            )
+            if link is None:
+                return Refusal.UNKNOWN
+            if link.revoked_at is not None:
+                return Refusal.REVOKED
+            if link.expires_at is not None and link.expires_at <= at:
+                return Refusal.EXPIRED
+            link.revoked_at = link.used_at = at
+            actor = Actor(f"link:{link.id}", at)
+            row, token = _new(link.name, link.role, link.scope, actor, expires_at)
+            session.add(row)
+            details = {"name": row.name, "role": row.role, "scope": row.scope}
+            add_audit(session, actor, "token.create", row.id, details)
         return row, token
 
     def check(self, token: str, at: datetime) -> TokenRow | Refusal:
         """Return the token's row, or why it is not good."""
         with self._database.read() as session:
             row = session.scalar(select(TokenRow).where(TokenRow.hash == _hash(token)))
-        if row is None:
+        if row is None or row.sign_in:
             return Refusal.UNKNOWN
         if row.revoked_at is not None:
             return Refusal.REVOKED
@@ -102,7 +123,11 @@ class Tokens:
     def all(self) -> list[TokenRow]:
         """Return every token, the newest first."""
         with self._database.read() as session:
-            return list(session.scalars(select(TokenRow).order_by(TokenRow.created_at.desc(), TokenRow.id)))
+            return list(
+                session.scalars(
+                    select(TokenRow).where(~TokenRow.sign_in).order_by(TokenRow.created_at.desc(), TokenRow.id)
+                )
+            )
 
     def begin(self, token: str, key: str, request: str, at: datetime) -> Kept | None:
         """Return what was answered under this key; None where nothing was, and this request is the one to answer."""
@@ -126,6 +151,21 @@ class Tokens:
         """Nothing was done for this request, so that it may come again."""
         with self._database.write() as session:
             session.execute(delete(IdempotencyRow).where(IdempotencyRow.token == token, IdempotencyRow.key == key))
+
+
+def _new(name: str, role: str, scope: str | None, actor: Actor, expires_at: datetime | None) -> tuple[TokenRow, str]:
+    token = PREFIX + secrets.token_urlsafe(32)
+    row = TokenRow(
+        id=secrets.token_hex(4),
+        name=name,
+        hash=_hash(token),
+        role=role,
+        scope=scope,
+        created_at=actor.at,
+        created_by=actor.who,
+        expires_at=expires_at,
+    )
+    return row, token
 
 
 def _hash(token: str) -> str:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from importlib import resources
-
 from aiohttp import web
 
 from agent.endpoint.openai.errors import ApiError
+from agent.platform.assets import STRICT_POLICY, Assets
 
-_KINDS = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
-#: By the name under /static/: the file in the package's folder.
-_FILES = {
-    "icon.svg": "icon.svg",
-    "index.html": "index.html",
-    "markdown.js": "markdown.js",
-    "marked.umd.js": "vendor/marked.umd.js",
-    "page.css": "page.css",
-    "page.js": "page.js",
-    "purify.min.js": "vendor/purify.min.js",
-}
 #: The sanitiser alone may turn text into markup: a browser with Trusted Types refuses everything else.
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
-)
+_POLICY = f"{STRICT_POLICY}; trusted-types dompurify"
+_FILES = {
+    "icon.svg": "page/icon.svg",
+    "index.html": "page/index.html",
+    "markdown.js": "page/markdown.js",
+    "marked.umd.js": "page/vendor/marked.umd.js",
+    "page.css": "page/page.css",
+    "page.js": "page/page.js",
+    "purify.min.js": "page/vendor/purify.min.js",
+}
+_ASSETS = Assets("agent.endpoint", _FILES, _POLICY)
 
 
 async def index(request: web.Request) -> web.Response:
@@ -39,21 +32,9 @@ async def static(request: web.Request) -> web.Response:
 
 
 def _file(request: web.Request, name: str) -> web.Response:
-    if name not in _FILES:
+    found = _ASSETS.get(name, request.headers.get("If-None-Match"))
+    if found is None:
         raise ApiError(404, f"there is nothing at GET {request.path[:128]}", code="not_found")
-    body, tag = _read(name)
-    headers = {
-        "Content-Security-Policy": _POLICY,
-        "Cache-Control": "no-cache",
-        "ETag": tag,
-        "Referrer-Policy": "no-referrer",
-    }
-    if request.headers.get("If-None-Match") == tag:
-        return web.Response(status=304, headers=headers)
-    return web.Response(body=body, content_type=_KINDS[name.rpartition(".")[2]], charset="utf-8", headers=headers)
-
-
-@functools.cache
-def _read(name: str) -> tuple[bytes, str]:
-    body = resources.files("agent.endpoint").joinpath("page", *_FILES[name].split("/")).read_bytes()
-    return body, f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    if found.status == 304:
+        return web.Response(status=304, headers=found.headers)
+    return web.Response(body=found.body, content_type=found.content_type, charset="utf-8", headers=found.headers)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from agent.endpoint import ApiKey
-from tests.agent.endpoint.browser import CHROMIUM, Page, browse
 from tests.agent.endpoint.conftest import Endpoint, Serve
+from tests.browser import CHROMIUM, Page, browse
 from tests.simulators.inference import EVERYTHING, SimulatedInference
 from tests.waiting import until
 

@@ -54,7 +54,8 @@ async def test_it_describes_every_route_and_every_problem(api: Api) -> None:
         for route in api.client.app.router.routes()
         if route.resource is not None and route.method != "HEAD"
     }
-    assert served - described == {("GET", "/api/v1/openapi.json"), ("GET", "/api/v1/problems")}
+    page = {("GET", "/"), ("GET", "/static/{name}")}
+    assert served - described == {("GET", "/api/v1/openapi.json"), ("GET", "/api/v1/problems"), *page}
     assert described <= served
     problems = await (await api.client.get("/api/v1/problems")).json()
     assert problems.keys() == CODES.keys()

@@ -45,9 +45,12 @@ class Page:
 
     async def until(self, script: str, seconds: float = 10.0) -> None:
         """Wait for an expression to be true."""
-        async with asyncio.timeout(seconds):
-            while not await self.run(f"Boolean({script})"):
-                await asyncio.sleep(0.05)
+        end = asyncio.get_running_loop().time() + seconds
+        while not await self.run(f"Boolean({script})"):
+            if asyncio.get_running_loop().time() > end:
+                shown = await self.run("document.body?.innerText.slice(0, 1500)")
+                raise AssertionError(f"waited {seconds:g} s in vain for {script}; the page shows:\n{shown}")
+            await asyncio.sleep(0.05)
 
     async def size(self, width: int, height: int, *, dark: bool = False) -> None:
         """Of the window."""

@@ -1,0 +1,117 @@
+// The heat map of the fleet on a canvas, and lines over time.
+import { html, quantile, useEffect, useLayoutEffect, useRef, useState } from "./parts.js";
+
+const COLD = [38, 120, 178], HOT = [205, 62, 40];
+const mix = (share) => `rgb(${COLD.map((value, index) => Math.round(value + (HOT[index] - value) * share)).join(",")})`;
+
+/** One cell a device, by profile; blue is fast, red is slow, grey has no fresh figure. */
+export function HeatMap({ overview }) {
+  const canvas = useRef(null);
+  const layout = useRef({ side: 1, columns: 1, order: [] });
+  const [width, setWidth] = useState(800);
+  const [said, setSaid] = useState("");
+  useLayoutEffect(() => {
+    const watch = new ResizeObserver(([entry]) => setWidth(Math.max(200, Math.floor(entry.contentRect.width))));
+    watch.observe(canvas.current.parentElement);
+    return () => watch.disconnect();
+  }, []);
+  const fresh = overview.tpot_ms.filter((value, index) => value !== null && !overview.stale[index]);
+  const low = quantile(fresh, 0.05), high = quantile(fresh, 0.95);
+  const share = (value) => (high > low ? Math.min(1, Math.max(0, Math.log(value / low) / Math.log(high / low))) : 0);
+  useEffect(() => {
+    const count = overview.devices.length || 1;
+    const side = Math.max(3, Math.min(22, Math.floor(Math.sqrt((width * 260) / count))));
+    const columns = Math.max(1, Math.floor(width / side));
+    const order = [...overview.devices.keys()].sort((a, b) => overview.profile[a] - overview.profile[b] || a - b);
+    layout.current = { side, columns, order };
+    const scale = window.devicePixelRatio || 1, height = Math.ceil(count / columns) * side;
+    canvas.current.width = width * scale;
+    canvas.current.height = height * scale;
+    canvas.current.style.height = `${height}px`;
+    const pen = canvas.current.getContext("2d");
+    pen.scale(scale, scale);
+    const gap = side > 6 ? 1 : 0.5;
+    order.forEach((device, place) => {
+      const value = overview.tpot_ms[device];
+      pen.fillStyle = value === null || overview.stale[device] || overview.presence[device] === "offline" ? "#8e999f" : mix(share(value));
+      pen.fillRect((place % columns) * side, Math.floor(place / columns) * side, side - gap, side - gap);
+    });
+  });
+  function under(event) {
+    const { side, columns, order } = layout.current;
+    const column = Math.floor(event.offsetX / side), row = Math.floor(event.offsetY / side);
+    return column < columns ? order[row * columns + column] : undefined;
+  }
+  function say(event) {
+    const device = under(event);
+    if (device === undefined) { setSaid(""); return; }
+    const value = overview.tpot_ms[device];
+    setSaid(`${overview.devices[device]}, ${overview.profiles[overview.profile[device]]}: ` +
+      (value === null ? "no figure yet" : `${value.toFixed(1)} ms a token${overview.stale[device] ? ", not fresh" : ""}`));
+  }
+  const legend = fresh.length
+    ? `blue ${low.toFixed(1)} ms a token, red ${high.toFixed(1)} ms; grey: offline, or no fresh figure`
+    : "no device has reported a figure yet";
+  return html`<figure class="heat"><div><canvas ref=${canvas} role="img"
+      aria-label=${`Time per token of ${overview.devices.length} devices: ${legend}. The table below has the same by profile.`}
+      onMouseMove=${say} onMouseLeave=${() => setSaid("")}
+      onClick=${(event) => { const device = under(event); if (device !== undefined) location.hash = `#/devices/${overview.devices[device]}`; }}></canvas></div>
+    <figcaption class="quiet">${said || legend}</figcaption></figure>`;
+}
+
+const DARK = matchMedia("(prefers-color-scheme: dark)");
+function useDark() {
+  const [dark, setDark] = useState(DARK.matches);
+  useEffect(() => {
+    const changed = () => setDark(DARK.matches);
+    DARK.addEventListener("change", changed);
+    return () => DARK.removeEventListener("change", changed);
+  }, []);
+  return dark;
+}
+
+/** One line over time. `times` are seconds since 1970, ascending. */
+export function Line({ label, unit, times, values }) {
+  const place = useRef(null);
+  const plot = useRef(null);
+  const there = values.filter((value) => value !== null);
+  const dark = useDark();
+  useEffect(() => {
+    if (!there.length) return undefined;
+    const style = getComputedStyle(document.documentElement);
+    const axis = { stroke: style.getPropertyValue("--quiet"), grid: { stroke: style.getPropertyValue("--line") }, font: "12px system-ui" };
+    const width = place.current.clientWidth || 300;
+    plot.current = new uPlot({
+      width, height: 140, legend: { show: false }, cursor: { show: false }, series: [{}, { stroke: style.getPropertyValue("--accent"), width: 1.5, spanGaps: true }],
+      axes: [axis, { ...axis, size: 52 }],
+    }, [times, values], place.current);
+    return () => { plot.current.destroy(); plot.current = null; };
+  }, [there.length > 0, dark]);
+  useEffect(() => { plot.current?.setData([times, values]); }, [times, values]);
+  const last = there.length ? there[there.length - 1] : null;
+  return html`<figure class="line"><figcaption>${label} <b>${last === null ? "-" : `${last.toFixed(last < 10 ? 1 : 0)} ${unit}`}</b></figcaption>
+    ${there.length ? html`<div ref=${place} role="img" aria-label=${`${label}: newest ${last} ${unit}, from ${Math.min(...there)} to ${Math.max(...there)} over ${there.length} reports`}></div>`
+      : html`<p class="empty">no report has this figure yet</p>`}</figure>`;
+}
+
+/** Loss over size: one mark an artifact, by toolchain. */
+export function Frontier({ artifacts }) {
+  const measured = artifacts.filter((one) => one.quality);
+  if (measured.length < 2) return null;
+  const kinds = [...new Set(measured.map((one) => one.toolchain))].sort();
+  const sizes = measured.map((one) => one.size), losses = measured.map((one) => Math.max(1e-4, one.quality.kl_divergence));
+  const span = (values) => [Math.log(Math.min(...values)) - 0.15, Math.log(Math.max(...values)) + 0.15];
+  const [left, right] = span(sizes), [bottom, top] = span(losses);
+  const x = (size) => 60 + (520 * (Math.log(size) - left)) / (right - left);
+  const y = (loss) => 210 - (190 * (Math.log(loss) - bottom)) / (top - bottom);
+  const mark = (kind, cx, cy) => [
+    html`<circle cx=${cx} cy=${cy} r="5"/>`, html`<rect x=${cx - 5} y=${cy - 5} width="10" height="10"/>`,
+    html`<path d=${`M${cx},${cy - 6}l6,11h-12z`}/>`, html`<path d=${`M${cx},${cy - 6}l6,6l-6,6l-6,-6z`}/>`][kinds.indexOf(kind) % 4];
+  return html`<figure><svg viewBox="0 0 600 250" class="frontier" role="img" aria-label="Loss over size of the artifacts; the table has the figures">
+      <path class="axis" d="M60,10V215H590"/><text x="325" y="244" text-anchor="middle">size (log)</text><text x="6" y="20">loss (log)</text>
+      <text x="60" y="230">${bytes(Math.min(...sizes))}</text><text x="590" y="230" text-anchor="end">${bytes(Math.max(...sizes))}</text>
+      ${measured.map((one) => html`<g class=${`kind${kinds.indexOf(one.toolchain) % 4}`}><title>${one.artifact}: ${bytes(one.size)}, ${one.quality.kl_divergence.toFixed(3)} nats</title>
+        ${mark(one.toolchain, x(one.size), y(Math.max(1e-4, one.quality.kl_divergence)))}</g>`)}
+    </svg><figcaption class="legend">${kinds.map((kind, index) => html`<span><svg width="16" height="14" aria-hidden="true" class=${`kind${index % 4}`}>${mark(kind, 8, 7)}</svg> ${kind}</span>`)}</figcaption></figure>`;
+}
+const bytes = (count) => (count >= 1e9 ? `${(count / 1e9).toFixed(1)} GB` : `${(count / 1e6).toFixed(0)} MB`);
