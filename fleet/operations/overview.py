@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from sqlalchemy import Row
+
 from fleet.core.deployments import Stage
-from fleet.core.freshness import Presence, age_s
+from fleet.core.freshness import Presence, age_s, is_stale, presence
 from fleet.core.rollouts import STATES, State
-from fleet.operations.views import DeviceView, fleet_view
+from fleet.operations.views import pulses
 from fleet.registry import Registry
+from fleet.registry.inventory import FIGURES
 from fleet.registry.models import RolloutRow
 from fleet.registry.rollouts import read
 
@@ -18,7 +22,6 @@ from fleet.registry.rollouts import read
 LISTED = 200
 #: How long a rollout that ended is news.
 NEWS_S = 86_400.0
-_FIGURES = {"tpot_ms": "tpot_ms_p50", "ttft_ms": "ttft_ms_p50", "tokens_per_s": "tokens_per_s"}
 _ENDED_BADLY = {Stage.FAILED: "failed", Stage.ROLLED_BACK: "was rolled back"}
 _WAITS = {
     State.APPROVING: "waits for a person to approve its next wave",
@@ -36,21 +39,24 @@ def overview(registry: Registry, at: datetime, names: Sequence[str] | None = Non
     Raises:
         RegistryError: the database cannot be used.
     """
-    view = fleet_view(registry, at, names or ()) if names is None or names else None
-    devices = [] if view is None else [one for one in view.devices if one.device.revoked_at is None]
-    columns: dict[str, Any] = {"at": at.isoformat(), "devices": [one.device.id for one in devices]}
+    alive = pulses(registry)
+    devices = [
+        _Device(row, presence(row.online, row.presence_received_at, alive, at), at)
+        for row in registry.inventory.figures(names)
+    ]
+    columns: dict[str, Any] = {"at": at.isoformat(), "devices": [one.row.id for one in devices]}
     for column, values in (
-        ("profile", [one.device.profile for one in devices]),
-        ("artifact", [str((one.device.reported or {}).get("artifact") or "") for one in devices]),
-        ("state", [one.deployment.stage if one.deployment else "none" for one in devices]),
+        ("profile", [one.row.profile for one in devices]),
+        ("artifact", [one.row.serves or "" for one in devices]),
+        ("state", [one.row.stage or "none" for one in devices]),
     ):
         known = {value: place for place, value in enumerate(sorted(set(values)))}
         columns[f"{column}s"], columns[column] = list(known), [known[value] for value in values]
     columns["presence"] = [one.presence.value for one in devices]
-    for name, field in _FIGURES.items():
-        columns[name] = [(one.device.health or {}).get(field) for one in devices]
-    columns["health_age_s"] = [one.health_age_s for one in devices]
-    columns["stale"] = [one.health_stale for one in devices]
+    for name in FIGURES:
+        columns[name] = [getattr(one.row, name) for one in devices]
+    columns["health_age_s"] = [age_s(one.row.health_at, at) for one in devices]
+    columns["stale"] = [one.stale for one in devices]
     found = [] if names is not None else list(_of_rollouts(registry.rollouts.page(None, 100), at))
     found += [entry for one in devices for entry in _of_device(one)]
     return columns | {"attention": found[:LISTED], "attention_count": len(found)}
@@ -64,23 +70,35 @@ def _of_rollouts(rows: Iterable[RolloutRow], at: datetime) -> Iterator[dict[str,
             yield {"kind": "rollout", "text": text, "rollout": row.id, "age_s": age}
 
 
-def _of_device(view: DeviceView) -> Iterator[dict[str, Any]]:
-    row, deployment = view.device, view.deployment
+@dataclass(frozen=True, slots=True)
+class _Device:
+    row: Row[Any]
+    presence: Presence
+    at: datetime
+
+    @property
+    def stale(self) -> bool:
+        return is_stale(self.row.health_at, self.row.health_interval_s, self.at)
+
+
+def _of_device(device: _Device) -> Iterator[dict[str, Any]]:
+    row = device.row
 
     def entry(kind: str, text: str, since: datetime | None) -> dict[str, Any]:
-        return {"kind": kind, "text": f"{row.id} {text}", "device": row.id, "age_s": age_s(since, view.at)}
+        return {"kind": kind, "text": f"{row.id} {text}", "device": row.id, "age_s": age_s(since, device.at)}
 
     if row.cloned_at is not None:
         yield entry("cloned", "speaks from two machines: its identity was copied", row.cloned_at)
-    if deployment is not None and deployment.stage in _ENDED_BADLY:
-        why = deployment.failure_message or "no reason was reported"
-        text = f"{_ENDED_BADLY[Stage(deployment.stage)]} with {deployment.artifact}: {why}"
-        yield entry("failed", text, deployment.finished_at or deployment.reported_at)
-    if deployment is not None and deployment.publish_error:
-        yield entry("unpublished", f"has an order that was not published: {deployment.publish_error}", None)
-    if view.presence is Presence.OFFLINE and (row.last_seen or row.presence_at) is not None:
-        yield entry("offline", "is offline", row.last_seen or row.presence_at)
-    elif row.health_at is not None and view.health_stale and view.presence is Presence.ONLINE:
+    if row.stage in _ENDED_BADLY:
+        why = row.failure_message or "no reason was reported"
+        text = f"{_ENDED_BADLY[Stage(row.stage)]} with {row.artifact}: {why}"
+        yield entry("failed", text, row.finished_at or row.reported_at)
+    if row.publish_error:
+        yield entry("unpublished", f"has an order that was not published: {row.publish_error}", None)
+    seen = row.last_seen or row.presence_at
+    if device.presence is Presence.OFFLINE and seen is not None:
+        yield entry("offline", "is offline", seen)
+    elif row.health_at is not None and device.stale and device.presence is Presence.ONLINE:
         yield entry("silent", "is online and has stopped to report its health", row.health_at)
-    if view.held:
+    if row.paused and row.stage in (Stage.QUEUED, Stage.PUBLISHED):
         yield entry("held", "holds its order back: the person at the device has paused it", None)

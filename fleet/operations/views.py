@@ -185,6 +185,15 @@ def age_text(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
+def pulses(registry: Registry) -> list[ControllerPulse]:
+    """Return the controllers' last signs of life.
+
+    Raises:
+        RegistryError: the database cannot be used.
+    """
+    return [_pulse(row) for row in registry.controllers.all()]
+
+
 def _pulse(row: ControllerRow) -> ControllerPulse:
     return ControllerPulse(row.seen_at, row.interval_s, row.connected_since, row.stopped_at is not None)
 
