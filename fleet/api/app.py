@@ -167,7 +167,12 @@ class Api:
         except BaseException:
             tokens.forget(call.token.id, key)
             raise
-        tokens.answer(call.token.id, key, reply.status, reply.body, reply.headers)
+        if route.shown_once:
+            why = "it was done; its answer holds a secret and was shown once: revoke what it made, and make another"
+            repeated = ProblemError("idempotency.shown_once", why)
+            tokens.answer(call.token.id, key, repeated.status, repeated.to_json(), repeated.headers)
+        else:
+            tokens.answer(call.token.id, key, reply.status, reply.body, reply.headers)
         return _response(reply)
 
 

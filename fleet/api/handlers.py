@@ -472,7 +472,7 @@ def list_tokens(call: Call) -> Reply:
     return _whole(call.fleet.registry.tokens.all(), describe_token)
 
 
-@_route("POST", "/tokens", Role.ADMIN, body=shapes.NewToken, answer=shapes.CreatedToken, status=201)
+@_route("POST", "/tokens", Role.ADMIN, body=shapes.NewToken, answer=shapes.CreatedToken, status=201, shown_once=True)
 def post_token(call: Call) -> Reply:
     """Make a token; it is shown this once, and kept as a hash."""
     call.require_whole_fleet()
@@ -495,7 +495,7 @@ def delete_token(call: Call) -> Reply:
     return Reply(status=204)
 
 
-@_route("POST", "/links", Role.ADMIN, body=shapes.NewLink, answer=shapes.Link, status=201)
+@_route("POST", "/links", Role.ADMIN, body=shapes.NewLink, answer=shapes.Link, status=201, shown_once=True)
 def post_link(call: Call) -> Reply:
     """Make a link that signs a person in to the page, once, within ten minutes."""
     call.require_whole_fleet()
@@ -513,7 +513,9 @@ def list_webhooks(call: Call) -> Reply:
     return _whole(call.fleet.registry.webhooks.all(), describe_webhook)
 
 
-@_route("POST", "/webhooks", Role.ADMIN, body=shapes.NewWebhook, answer=shapes.CreatedWebhook, status=201)
+@_route(
+    "POST", "/webhooks", Role.ADMIN, body=shapes.NewWebhook, answer=shapes.CreatedWebhook, status=201, shown_once=True
+)
 def post_webhook(call: Call) -> Reply:
     """Send what is written into the audit from now on to a URL, signed as Standard Webhooks has it."""
     call.require_whole_fleet()

@@ -71,6 +71,7 @@ CODES: dict[str, tuple[int, str]] = {
     "changed": (412, "It was changed since it was looked at"),
     "idempotency.in_progress": (409, "The same request is being answered"),
     "idempotency.mismatch": (422, "The Idempotency-Key was used for another request"),
+    "idempotency.shown_once": (409, "The answer was given, and is not kept"),
     "usage": (422, "It cannot be done as it was asked for"),
     "profile": (422, "The device profile cannot be used"),
     "store": (500, "An artifact is missing or damaged"),

@@ -159,6 +159,8 @@ class Route:
     query: tuple[Parameter, ...] = ()
     status: int = 200
     if_match: bool = False
+    #: The answer holds what is shown once: it is not kept for a request that comes again.
+    shown_once: bool = False
     #: Of problems that this route may answer with, beside those that any may.
     problems: tuple[str, ...] = ()
 

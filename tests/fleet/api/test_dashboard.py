@@ -82,6 +82,24 @@ async def test_a_link_that_expired_or_never_was_does_not_sign_in(api: Api):
     assert refused["position"] == 8
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/tokens", {"name": "ci", "role": "viewer"}, "token"),
+        ("/links", {"role": "viewer"}, "path"),
+        ("/webhooks", {"url": "https://chat.example/hook"}, "secret"),
+    ],
+)
+async def test_what_is_shown_once_is_kept_nowhere(api: Api, path: str, body: dict[str, Any], field: str):
+    first = await api.ask("POST", path, body, Idempotency_Key="one")
+    secret = (await first.json())[field]
+    again = await api.ask("POST", path, body, Idempotency_Key="one")
+    assert (again.status, (await again.json())["code"]) == (409, "idempotency.shown_once")
+    api.world.registry.close()
+    kept = b"".join(file.read_bytes() for file in api.world.home.root.glob("fleet.db*"))
+    assert kept and (field == "secret" or secret.rpartition("=")[2].encode() not in kept), "a webhook's secret signs"
+
+
 def something_happened(api: Api) -> None:
     """One device failed, one is offline, one is well; a label is markup."""
     world = api.world
