@@ -68,7 +68,7 @@ debian:
 demo: $(VENV)/.demo
 	@$(BIN)/phifleet demo $(ARGS)
 
-# First what is independent of toolchains and models, then these; and what all of it covers, held to the floors.
+# First what is independent of toolchains and models, the long files before the many short ones; then these; and what all of it covers, held to the floors.
 HEAVY_TESTS := tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes
 LIGHT_COVERAGE := --cov --cov-config=tests/in_process.toml --cov-report=
 HEAVY_COVERAGE := --cov --cov-append --cov-report=
@@ -77,7 +77,7 @@ ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -n 4 --dist loadfile $(LIGHT_COVERAGE) $(addprefix --ignore=,$(HEAVY_TESTS))
+	@$(BIN)/python -m pytest -n 4 --dist loadfile $(LIGHT_COVERAGE) tests/integration tests $(addprefix --ignore=,$(HEAVY_TESTS))
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(HEAVY_COVERAGE) $(HEAVY_TESTS)
 	@$(BIN)/python -m tests.coverage_floor
 endif

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -43,6 +45,28 @@ def test_the_demo_answers_and_cleans_up(tmp_path: Path):
     assert told["transfer"]["seconds"] > 0
     assert all(told["health"][name] > 0 for name in ("ttft_ms", "tpot_ms", "tokens_per_s"))
     assert told["seconds"] > 0
+    assert [each for each in tmp_path.iterdir() if each.name.startswith("phifleet-demo-")] == []
+
+
+def test_kept_it_serves_the_page_and_its_link_signs_in_once(tmp_path: Path):
+    said = tmp_path / "said"
+    with said.open("wb") as output:
+        demo = subprocess.Popen([*COMMAND, "--keep"], env=environment(tmp_path), stdout=output, stderr=output)
+        try:
+            wait_until(lambda: "#sign-in=" in said.read_text() or demo.poll() is not None, "the link is printed", 240)
+            found = re.search(r"(http://127\.0\.0\.1:\d+)/#sign-in=(\S+)", said.read_text())
+            assert found, said.read_text()
+            root, code = found.groups()
+            assert "<title>phifleet</title>" in httpx.get(f"{root}/").text
+            answers = [httpx.post(f"{root}/api/v1/sign-in", json={"code": code}) for _ in range(2)]
+            assert [one.status_code for one in answers] == [201, 401]
+            headers = {"Authorization": f"Bearer {answers[0].json()['token']}"}
+            shown = httpx.get(f"{root}/api/v1/overview", headers=headers).json()
+            assert (shown["devices"], shown["presence"]) == (["demo-device"], ["online"])
+        finally:
+            demo.send_signal(signal.SIGINT)
+            demo.wait(60)
+    assert demo.returncode == 130
     assert [each for each in tmp_path.iterdir() if each.name.startswith("phifleet-demo-")] == []
 
 
