@@ -77,7 +77,7 @@ ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -n 4 --dist loadfile $(LIGHT_COVERAGE) tests/integration tests $(addprefix --ignore=,$(HEAVY_TESTS))
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(LIGHT_COVERAGE) tests/integration tests $(addprefix --ignore=,$(HEAVY_TESTS))
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(HEAVY_COVERAGE) $(HEAVY_TESTS)
 	@$(BIN)/python -m tests.coverage_floor
 endif
