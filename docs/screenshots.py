@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fleet.core.roles import Role
-from fleet.core.rollout_spec import RolloutSpec, Wave
 from fleet.demo.processes import free_port
-from fleet.demo.story import Stage, staged
+from fleet.demo.story import ROLLOUT, Stage, canary_spec, staged
 from fleet.operations.links import make_link
 from fleet.operations.rollouts import start_rollout
 from fleet.registry import Actor
@@ -29,12 +28,8 @@ async def shoot(stage: Stage, root: str, folder: Path) -> None:
         await page.until("document.querySelector('canvas')", 30)
         await asyncio.sleep(2)
         await page.screenshot(FOLDER / "overview.png")
-        waves = (Wave(devices=60), Wave(percent=25), Wave(percent=100))
-        spec = RolloutSpec(
-            selector="has profile", artifacts=(stage.new.digest,), waves=waves, bake_s=20.0, probation_s=1.0
-        )
-        start_rollout(stage.fleet, "autumn", spec, Actor("screenshots", datetime.now(UTC)))
-        await page.run("location.hash = '#/rollouts/autumn'")
+        start_rollout(stage.fleet, ROLLOUT, canary_spec(stage.new), Actor("screenshots", datetime.now(UTC)))
+        await page.run(f"location.hash = '#/rollouts/{ROLLOUT}'")
         await page.until("document.querySelector('h1 .state')?.textContent === 'taken back'", 300)
         await asyncio.sleep(4)
         await page.screenshot(FOLDER / "rollout.png")

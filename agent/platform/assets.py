@@ -8,22 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 
+from aiohttp import web
+
 _KINDS = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
 #: Nothing from outside, nothing in line, and no text becomes markup.
 STRICT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Asset:
-    """What to answer. ``body`` empty and ``status`` 304: the browser has it."""
-
-    status: int
-    body: bytes
-    content_type: str
-    headers: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +26,8 @@ class Assets:
     files: Mapping[str, str]
     policy: str
 
-    def get(self, name: str, if_none_match: str | None = None) -> Asset | None:
-        """Return a file; None: there is none with this name."""
+    def answer(self, request: web.Request, name: str) -> web.Response | None:
+        """Return a file, or that the browser has it; None: there is none with this name."""
         if name not in self.files:
             return None
         body, tag = _read(self.package, self.files[name])
@@ -46,10 +38,10 @@ class Assets:
             "Referrer-Policy": "no-referrer",
             "X-Content-Type-Options": "nosniff",
         }
+        if request.headers.get("If-None-Match") == tag:
+            return web.Response(status=304, headers=headers)
         kind = _KINDS[name.rpartition(".")[2]]
-        if if_none_match == tag:
-            return Asset(304, b"", kind, headers)
-        return Asset(200, body, kind, headers)
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
 
 
 @lru_cache(maxsize=256)

@@ -465,6 +465,11 @@ def get_audit_head(call: Call) -> Reply:
 # --- tokens and webhooks
 
 
+def _check_scope(call: Call, scope: str | None) -> None:
+    if scope is not None:
+        parse(selector_text(call.fleet, scope))
+
+
 @_route("GET", "/tokens", Role.ADMIN, answer=shapes.Page[shapes.Token])
 def list_tokens(call: Call) -> Reply:
     """List the tokens, newest first."""
@@ -477,8 +482,7 @@ def post_token(call: Call) -> Reply:
     """Make a token; it is shown this once, and kept as a hash."""
     call.require_whole_fleet()
     wanted: shapes.NewToken = call.body
-    if wanted.scope is not None:
-        parse(selector_text(call.fleet, wanted.scope))
+    _check_scope(call, wanted.scope)
     if wanted.expires_at is not None and wanted.expires_at <= call.at:
         raise UsageError(f"expires_at {wanted.expires_at.isoformat()} is past")
     row, token = call.fleet.registry.tokens.create(
@@ -500,8 +504,7 @@ def post_link(call: Call) -> Reply:
     """Make a link that signs a person in to the page, once, within ten minutes."""
     call.require_whole_fleet()
     wanted: shapes.NewLink = call.body
-    if wanted.scope is not None:
-        parse(selector_text(call.fleet, wanted.scope))
+    _check_scope(call, wanted.scope)
     path, until = make_link(call.fleet, wanted.role, call.actor, wanted.scope)
     return Reply({"path": path, "expires_at": until.isoformat()}, 201)
 

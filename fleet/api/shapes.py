@@ -127,7 +127,9 @@ class Overview(Answer):
     tokens_per_s: list[float | None]
     health_age_s: list[float | None]
     stale: list[bool]
-    attention: Annotated[list[Attention], Field(description="two hundred at most, the gravest first")]
+    attention: Annotated[
+        list[Attention], Field(description="two hundred at most, rollouts first, then devices by name")
+    ]
     attention_count: int
 
 

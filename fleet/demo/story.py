@@ -71,7 +71,7 @@ def tell(folder: Path, devices: int, slower: float, seed: int, say: Callable[[st
     began = time.monotonic()
     with staged(folder, devices, slower, seed, say) as stage:
         fleet = stage.fleet
-        start_rollout(fleet, ROLLOUT, _spec(stage.new), Actor("story", datetime.now(UTC)))
+        start_rollout(fleet, ROLLOUT, canary_spec(stage.new), Actor("story", datetime.now(UTC)))
         stage.until(lambda: STATES[read(fleet.registry.rollouts.get(ROLLOUT)).state].final, "the rollout is over")
         row = fleet.registry.rollouts.get(ROLLOUT)
         found = tuple(one["text"] for one in (row.findings or {}).get("findings", []) if one["stops"])
@@ -120,7 +120,8 @@ def staged(
             yield Stage(fleet, old, new, wait.until)
 
 
-def _spec(new: Manifest) -> RolloutSpec:
+def canary_spec(new: Manifest) -> RolloutSpec:
+    """Return the story's rollout: sixty devices first, and watched for twenty seconds."""
     waves = (Wave(devices=60), Wave(percent=25), Wave(percent=100))
     return RolloutSpec(selector="has profile", artifacts=(new.digest,), waves=waves, bake_s=20.0, probation_s=1.0)
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
 
 from fleet.core.roles import Role
 from fleet.errors import MissingError
@@ -63,13 +64,8 @@ class Tokens:
 
         ``sign_in``: it is the code of a link, good for nothing but to be exchanged.
         """
-        row, token = _new(name, role.value, scope, actor, expires_at)
-        row.sign_in = sign_in
         with self._database.write() as session:
-            session.add(row)
-            details = {"name": name, "role": role.value, "scope": scope}
-            add_audit(session, actor, "token.link" if sign_in else "token.create", row.id, details)
-        return row, token
+            return _add(session, actor, name, role.value, scope, expires_at, sign_in=sign_in)
 
     def exchange(self, code: str, at: datetime, expires_at: datetime) -> tuple[TokenRow, str] | Refusal:
         """Return a token for the code of a link, which is good no more; or why it is not good."""
@@ -84,12 +80,7 @@ class Tokens:
             if link.expires_at is not None and link.expires_at <= at:
                 return Refusal.EXPIRED
             link.revoked_at = link.used_at = at
-            actor = Actor(f"link:{link.id}", at)
-            row, token = _new(link.name, link.role, link.scope, actor, expires_at)
-            session.add(row)
-            details = {"name": row.name, "role": row.role, "scope": row.scope}
-            add_audit(session, actor, "token.create", row.id, details)
-        return row, token
+            return _add(session, Actor(f"link:{link.id}", at), link.name, link.role, link.scope, expires_at)
 
     def check(self, token: str, at: datetime) -> TokenRow | Refusal:
         """Return the token's row, or why it is not good."""
@@ -153,7 +144,16 @@ class Tokens:
             session.execute(delete(IdempotencyRow).where(IdempotencyRow.token == token, IdempotencyRow.key == key))
 
 
-def _new(name: str, role: str, scope: str | None, actor: Actor, expires_at: datetime | None) -> tuple[TokenRow, str]:
+def _add(
+    session: Session,
+    actor: Actor,
+    name: str,
+    role: str,
+    scope: str | None,
+    expires_at: datetime | None,
+    *,
+    sign_in: bool = False,
+) -> tuple[TokenRow, str]:
     token = PREFIX + secrets.token_urlsafe(32)
     row = TokenRow(
         id=secrets.token_hex(4),
@@ -164,7 +164,11 @@ def _new(name: str, role: str, scope: str | None, actor: Actor, expires_at: date
         created_at=actor.at,
         created_by=actor.who,
         expires_at=expires_at,
+        sign_in=sign_in,
     )
+    session.add(row)
+    details = {"name": name, "role": role, "scope": scope}
+    add_audit(session, actor, "token.link" if sign_in else "token.create", row.id, details)
     return row, token
 
 

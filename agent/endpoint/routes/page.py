@@ -32,9 +32,7 @@ async def static(request: web.Request) -> web.Response:
 
 
 def _file(request: web.Request, name: str) -> web.Response:
-    found = _ASSETS.get(name, request.headers.get("If-None-Match"))
+    found = _ASSETS.answer(request, name)
     if found is None:
         raise ApiError(404, f"there is nothing at GET {request.path[:128]}", code="not_found")
-    if found.status == 304:
-        return web.Response(status=304, headers=found.headers)
-    return web.Response(body=found.body, content_type=found.content_type, charset="utf-8", headers=found.headers)
+    return found

@@ -1,6 +1,6 @@
 // Who may use the API, and whom it tells.
 import { at, call, get, post } from "./api.js";
-import { Action, Problem, State, Table, Time, announce, html, useData, useState } from "./parts.js";
+import { Action, Problem, State, Table, Time, html, useData, useState } from "./parts.js";
 
 export function Access() {
   const tokens = useData(() => get("/tokens"), [], 30000);

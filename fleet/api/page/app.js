@@ -32,7 +32,7 @@ function SignIn({ problem, signedIn }) {
     <${Problem} error=${error}/><p class="buttons"><button type="submit">Sign in</button></p></form></main>`;
 }
 
-function Controller({ me, live }) {
+function Controller({ me }) {
   const { data, error } = useData(() => (me.scope ? Promise.resolve(null) : get("/status")), [], 5000);
   const trouble = error ? (error.code === "unreachable" ? "The controller's API does not answer: what is shown is the past." : error.code === "database" ? "The controller cannot use its database: what is shown is the past." : error.message)
     : data && !data.controller_running ? "No controller runs: what is shown is the past. Start phifleet serve."
@@ -81,7 +81,7 @@ function App() {
       <nav aria-label="Pages">${shown.map(([id, title]) => html`<a href=${`#/${id}`} aria-current=${where.page === id ? "page" : undefined}>${title}</a>`)}</nav>
       <span class="who">${me.role}${me.scope ? `, ${me.scope}` : ""} <span class=${live ? "live on" : "live"} title=${live ? "Changes are shown as they happen" : "Read again every few seconds"}>${live ? "live" : "every 10 s"}</span>
         <button type="button" class="plain" onClick=${leave}>Sign out</button></span></header>
-    <${Controller} me=${me} live=${live}/>
+    <${Controller} me=${me}/>
     <main id="main" ref=${main} tabindex="-1"><${Page} key=${where.page + where.name} me=${me} where=${where} pages=${shown}/></main>`;
 }
 

@@ -1,6 +1,6 @@
 // What was done, by whom; and whether the record is as it was written.
 import { get } from "./api.js";
-import { Problem, State, Table, Time, html, useData, useState } from "./parts.js";
+import { Problem, Table, Time, html, useData, useState } from "./parts.js";
 
 export function Audit() {
   const { data, error } = useData(() => get("/audit/newest?limit=500"), []);

@@ -1,5 +1,5 @@
 // The heat map of the fleet on a canvas, and lines over time.
-import { html, quantile, useEffect, useLayoutEffect, useRef, useState } from "./parts.js";
+import { bytes, html, quantile, useEffect, useLayoutEffect, useRef, useState } from "./parts.js";
 
 const COLD = [38, 120, 178], HOT = [205, 62, 40];
 const mix = (share) => `rgb(${COLD.map((value, index) => Math.round(value + (HOT[index] - value) * share)).join(",")})`;
@@ -114,4 +114,3 @@ export function Frontier({ artifacts }) {
         ${mark(one.toolchain, x(one.size), y(Math.max(1e-4, one.quality.kl_divergence)))}</g>`)}
     </svg><figcaption class="legend">${kinds.map((kind, index) => html`<span><svg width="16" height="14" aria-hidden="true" class=${`kind${index % 4}`}>${mark(kind, 8, 7)}</svg> ${kind}</span>`)}</figcaption></figure>`;
 }
-const bytes = (count) => (count >= 1e9 ? `${(count / 1e9).toFixed(1)} GB` : `${(count / 1e6).toFixed(0)} MB`);

@@ -1,7 +1,7 @@
 // Devices by selector, and one device: its facts, its history, its figures over time, and what can be done to it.
 import { at, call, get, post } from "./api.js";
 import { Line } from "./charts.js";
-import { Action, Ago, Empty, Problem, State, Table, Time, announce, bytes, html, may, number, plural, useData, useMemo, usePages, useState } from "./parts.js";
+import { Action, Ago, Problem, State, Table, Time, bytes, html, may, number, plural, useData, useMemo, usePages, useState } from "./parts.js";
 
 export function Devices({ me, query }) {
   const selector = query.get("selector") ?? "";

@@ -1,6 +1,6 @@
 // Rollouts: what one would do, start it, watch its waves and its evidence, decide, and read why it ended.
-import { at, call, get, post } from "./api.js";
-import { Action, Ago, Empty, Problem, State, Table, Time, announce, html, may, number, plural, useData, usePages, useState } from "./parts.js";
+import { at, get, post } from "./api.js";
+import { Action, Empty, Problem, State, Table, Time, html, may, number, plural, useData, usePages, useState } from "./parts.js";
 
 export function Rollouts({ me }) {
   const { data, error, turn } = usePages((after) => get(`/rollouts?limit=50${after ? `&after=${encodeURIComponent(after)}` : ""}`), []);
