@@ -54,7 +54,9 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
             who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
         ),
     )
-    parts = StepParts(trust, store, Fetcher(link, store, who.device), host, monitor, clock, available_bytes)
+    parts = StepParts(
+        trust, store, Fetcher(link, store, who.device, dialect=trust.dialect), host, monitor, clock, available_bytes
+    )
     steps = Steps(parts, reporter.progress)
     deployer = Deployer(steps, parts, FileJournal(settings.state_dir / "journal"), state, reporter.report)
     server = EndpointServer(

@@ -34,11 +34,13 @@ TOPICS: list[tuple[Callable[..., str], tuple[Any, ...], str, str, type[BaseModel
     (topics.desired, ("{device}",), "fleet", "1, yes", messages.SignedDesired),
     (topics.reported, ("{device}",), "agent", "1, yes", messages.Reported),
     (topics.health, ("{device}",), "agent", "0, no", messages.HealthReport),
-    (lambda: topics.METADATA_WANT, (), "agent", "1, no", messages.MetadataWant),
+    (topics.metadata_want, ("{device}",), "agent", "1, no", messages.MetadataWant),
     (topics.metadata, ("{device}",), "fleet", "1, no", messages.MetadataAnswer),
-    (topics.want, ("{digest}",), "agent", "1, no", messages.Want),
+    (topics.want, ("{device}",), "agent", "1, no", messages.Want),
     (topics.shared_chunk, ("{digest}", "{n}"), "fleet", "0, no", None),
     (topics.own_chunk, ("{device}", "{digest}", "{n}"), "fleet", "0, no", None),
+    (lambda: topics.METADATA_WANT_V1, (), "agent 0.1", "1, no", messages.MetadataWantV1),
+    (topics.want_v1, ("{digest}",), "agent 0.1", "1, no", messages.WantV1),
 ]
 MODELS: list[type[BaseModel]] = [
     messages.Presence,
@@ -59,6 +61,8 @@ MODELS: list[type[BaseModel]] = [
     messages.MetadataAnswer,
     messages.Want,
     messages.ChunkRange,
+    messages.MetadataWantV1,
+    messages.WantV1,
     manifest.Manifest,
     manifest.ArtifactFile,
     manifest.ModelFacts,
@@ -87,8 +91,13 @@ def _topic_lines() -> Iterator[str]:
         message = f"[{model.__name__}](#{model.__name__.lower()})" if model else "raw bytes of chunk n"
         yield f"| `{build(*arguments)}` | {sender} | {quality} | {message} |"
     yield ""
-    yield "Chunk n counts over the chunks of all files in the manifest's order. A controller takes part in the shared"
-    yield f"subscriptions `{topics.METADATA_WANT_SHARED}` and `{topics.ARTIFACT_WANT_SHARED}`.\n"
+    yield "Chunk n counts over the chunks of all files in the manifest's order. Controllers share what devices ask for"
+    yield f"and report: `{topics.for_one_of('{secret}', 'chunks', topics.ALL_WANTS)}` and its like, where the secret is"
+    yield "in their database. A device that knew it could join the group, and take its turns."
+    yield ""
+    yield "An agent 0.1 asks at two topics to which every device may write. A controller answers there those devices"
+    yield "that have not asked at their own topic, all of them as one in the order of chunks. An agent of this release"
+    yield "asks there only a controller that does not answer at its own topic, or that says it knows no newer wants.\n"
 
 
 def _model_lines() -> Iterator[str]:

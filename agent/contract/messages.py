@@ -230,10 +230,13 @@ class ChunkRange(WireModel):
 
 
 class Want(WireModel):
-    """A device asks for chunks: at most ``credit`` of the ranges, in the order named, are sent now."""
+    """A device asks for chunks of an artifact: at most ``credit`` of the ranges, in the order named, are sent now.
 
-    version: int = 1
-    device: DeviceId
+    Who asks is said by the topic, which the broker holds to the device's certificate.
+    """
+
+    version: int = 2
+    artifact: Digest
     ranges: Annotated[tuple[ChunkRange, ...], Field(min_length=1, max_length=256)]
     credit: Annotated[int, Field(gt=0, le=4096, description="chunks the device has room for")]
     shared: Annotated[bool, Field(description="the device follows the shared topic; else send to its own")] = False
@@ -242,12 +245,28 @@ class Want(WireModel):
 class MetadataWant(WireModel):
     """Asks for one segment of a metadata file. The answer is raw bytes; see ``MetadataAnswer`` for its properties."""
 
-    version: int = 1
-    device: DeviceId
+    version: int = 2
     name: Annotated[
         str, Field(min_length=1, max_length=256, description="e.g. 3.root.json or targets/artifacts/x.json")
     ]
     offset: Count = 0
+
+
+class WantV1(WireModel):
+    """As agents 0.1 ask, on a topic that all devices write to: anybody can ask in anybody's name."""
+
+    version: int = 1
+    device: DeviceId
+    ranges: Annotated[tuple[ChunkRange, ...], Field(min_length=1, max_length=256)]
+    credit: Annotated[int, Field(gt=0, le=4096, description="chunks the device has room for")]
+    shared: Annotated[bool, Field(description="the device follows the shared topic; else send to its own")] = False
+
+
+class MetadataWantV1(MetadataWant):
+    """As agents 0.1 ask, on a topic that all devices write to."""
+
+    version: int = 1
+    device: DeviceId
 
 
 class MetadataStatus(StrEnum):
@@ -264,6 +283,7 @@ class MetadataAnswer(WireModel):
     name: str
     offset: Count = 0
     total: Bytes = 0
+    wants: Annotated[int, Field(description="the version of wants that the controller understands")] = 1
 
     def to_properties(self) -> dict[str, str]:
         """As MQTT 5 user properties, which are strings."""

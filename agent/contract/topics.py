@@ -6,22 +6,34 @@ import re
 
 PREFIX = "phifleet/v1"
 
-METADATA_WANT = f"{PREFIX}/metadata/want"
-#: Controllers share the load of metadata requests and of wants: MQTT 5 section 4.8.2, shared subscriptions.
-#: A group of its own for each filter: rumqttd keeps one filter a group and silently delivers to the newest alone.
-METADATA_WANT_SHARED = f"$share/phifleet-metadata/{METADATA_WANT}"
-ARTIFACT_WANT_SHARED = f"$share/phifleet-chunks/{PREFIX}/artifacts/+/want"
+#: What devices ask for. The device is in the topic, so the broker's ACL says who may ask in whose name.
+ALL_WANTS = f"{PREFIX}/devices/+/want"
+ALL_METADATA_WANTS = f"{PREFIX}/devices/+/metadata/want"
+#: Where agents 0.1 ask. Every device may write there, in any device's name; answered until 0.3.
+METADATA_WANT_V1 = f"{PREFIX}/metadata/want"
+ALL_WANTS_V1 = f"{PREFIX}/artifacts/+/want"
 
 ALL_PRESENCE = f"{PREFIX}/devices/+/presence"
 ALL_FACTS = f"{PREFIX}/devices/+/facts"
 ALL_REPORTED = f"{PREFIX}/devices/+/reported"
 ALL_HEALTH = f"{PREFIX}/devices/+/health"
 
-_DEVICE_TOPIC = re.compile(rf"^{PREFIX}/devices/(?P<device>[a-z0-9][a-z0-9-]{{0,62}})/(?P<leaf>[a-z]+)$")
+_DEVICE = r"(?P<device>[a-z0-9][a-z0-9-]{0,62})"
+_DEVICE_TOPIC = re.compile(rf"^{PREFIX}/devices/{_DEVICE}/(?P<leaf>[a-z]+)$")
+_ASKING_TOPIC = re.compile(rf"^{PREFIX}/devices/{_DEVICE}/(?:metadata/)?want$")
 _CHUNK_TOPIC = re.compile(
     rf"^{PREFIX}/(?:artifacts/(?P<shared>[0-9a-f]{{64}})/chunks|devices/[^/]+/chunks/(?P<own>[0-9a-f]{{64}}))/(?P<n>\d{{1,9}})$"
 )
-_WANT_TOPIC = re.compile(rf"^{PREFIX}/artifacts/(?P<digest>[0-9a-f]{{64}})/want$")
+_WANT_V1_TOPIC = re.compile(rf"^{PREFIX}/artifacts/(?P<digest>[0-9a-f]{{64}})/want$")
+
+
+def for_one_of(group: str, part: str, topic_filter: str) -> str:
+    """Return ``topic_filter`` as a shared subscription: each message goes to one controller (MQTT 5, section 4.8.2).
+
+    ``group`` is a secret of the controllers. A device that knew it could join, and the broker would drop the messages
+    that it assigns to that device. ``part`` keeps the filters of one group apart: rumqttd keeps one filter a group.
+    """
+    return f"$share/phifleet-{part}-{group}/{topic_filter}"
 
 
 def presence(device: str) -> str:
@@ -54,8 +66,18 @@ def metadata(device: str) -> str:
     return f"{PREFIX}/devices/{device}/metadata"
 
 
-def want(digest: str) -> str:
-    """Where a device asks for chunks of an artifact."""
+def metadata_want(device: str) -> str:
+    """Return where one device asks for metadata."""
+    return f"{PREFIX}/devices/{device}/metadata/want"
+
+
+def want(device: str) -> str:
+    """Return where one device asks for chunks."""
+    return f"{PREFIX}/devices/{device}/want"
+
+
+def want_v1(digest: str) -> str:
+    """Return where agents 0.1 ask for chunks of an artifact."""
     return f"{PREFIX}/artifacts/{digest}/want"
 
 
@@ -91,7 +113,13 @@ def parse_chunk(topic: str) -> tuple[str, int] | None:
     return (match["shared"] or match["own"], int(match["n"])) if match else None
 
 
-def parse_want(topic: str) -> str | None:
-    """Return the digest of a want topic, or None."""
-    match = _WANT_TOPIC.match(topic)
+def parse_asking(topic: str) -> str | None:
+    """Return the device that asks for chunks or metadata on this topic, or None."""
+    match = _ASKING_TOPIC.match(topic)
+    return match["device"] if match else None
+
+
+def parse_want_v1(topic: str) -> str | None:
+    """Return the digest of a topic on which agents 0.1 ask for chunks, or None."""
+    match = _WANT_V1_TOPIC.match(topic)
     return match["digest"] if match else None

@@ -19,8 +19,9 @@ import structlog
 from agent.contract import topics
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import ChunkRange, Progress, Want
+from agent.contract.messages import ChunkRange, Progress, Want, WantV1
 from agent.core.chunks import ChunkTable
+from agent.core.dialect import Dialect
 from agent.core.ports import Link, Message, ProgressHandler
 from agent.core.transfer import Outcome, Request, TransferCore
 from agent.errors import LinkError, StoreError, TransferError
@@ -46,9 +47,11 @@ class Fetcher:
         store: ArtifactStore,
         device: str,
         *,
+        dialect: Dialect | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        self._dialect = dialect or Dialect()
         self._link = link
         self._store = store
         self._device = device
@@ -79,7 +82,8 @@ class Fetcher:
                 jitter=self._jitter,
             )
             if not core.complete:
-                await _Session(self._link, self._device, partial, core, self._monotonic, on_progress).run(present)
+                session = _Session(self._link, self._device, self._dialect, partial, core, self._monotonic, on_progress)
+                await session.run(present)
             await in_thread(lambda _stop: self._store.commit(partial))
         finally:
             self._store.abandon(partial)
@@ -103,6 +107,7 @@ class _Session:
         self,
         link: Link,
         device: str,
+        dialect: Dialect,
         partial: Partial,
         core: TransferCore,
         monotonic: Callable[[], float],
@@ -110,6 +115,7 @@ class _Session:
     ) -> None:
         self._link = link
         self._device = device
+        self._dialect = dialect
         self._digest = partial.manifest.digest
         self._partial = partial
         self._core = core
@@ -205,12 +211,19 @@ class _Session:
 
     async def _send(self, request: Request) -> None:
         ranges = tuple(ChunkRange(first=first, last=last) for first, last in request.ranges)
-        want = Want(device=self._device, ranges=ranges, credit=request.credit, shared=request.shared)
+        topic, want = self._want(ranges, request)
         try:
-            await self._link.publish(topics.want(self._digest), want.to_json())
+            await self._link.publish(topic, want.to_json())
         except LinkError as error:
             _log.warning("want not sent", digest=self._digest, error=str(error))
             self._core.unsent(self._monotonic())
+
+    def _want(self, ranges: tuple[ChunkRange, ...], request: Request) -> tuple[str, Want | WantV1]:
+        credit, shared = request.credit, request.shared
+        if self._dialect.shared_topics:
+            old = WantV1(device=self._device, ranges=ranges, credit=credit, shared=shared)
+            return topics.want_v1(self._digest), old
+        return topics.want(self._device), Want(artifact=self._digest, ranges=ranges, credit=credit, shared=shared)
 
     def _flush_now_and_then(self) -> None:
         if self._taken_bytes < self._flush_at or (self._flush is not None and not self._flush.done()):

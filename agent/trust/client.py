@@ -17,6 +17,7 @@ from agent.contract.director import DirectorKeys
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest, manifest_target
 from agent.contract.messages import ArtifactRef, Desired, SignedDesired
+from agent.core.dialect import Dialect
 from agent.core.ports import Clock, Link
 from agent.errors import TrustError
 from agent.platform.concurrency import in_thread
@@ -43,7 +44,9 @@ class TrustClient:
         self._device = identity.device
         self._root = identity.root
         self._folder = identity.trust_folder
-        self._requests = MetadataRequests(link, identity.device, retry_policy)
+        #: What the answers to metadata requests tell about the controller.
+        self.dialect = Dialect()
+        self._requests = MetadataRequests(link, identity.device, retry_policy, self.dialect)
         self.clock = VerifiedClock(clock, self._folder / "time.json", identity.issued_at)
         self._lock = asyncio.Lock()
         self._director: DirectorKeys | None = None

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from agent.contract import topics
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES
-from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant
+from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, MetadataWantV1
+from agent.core.dialect import Dialect
 from agent.core.ports import Link, Message
 from agent.errors import AgentError, TrustError
 
@@ -55,9 +56,12 @@ class UnreachableError(TrustError):
 
 
 class MetadataRequests:
-    """One device's requests; all methods run on the event loop."""
+    """One device's requests; all methods run on the event loop. ``dialect`` learns from the answers."""
 
-    def __init__(self, link: Link, device: str, retry_policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, link: Link, device: str, retry_policy: RetryPolicy | None = None, dialect: Dialect | None = None
+    ) -> None:
+        self.dialect = dialect or Dialect()
         self._link = link
         self._device = device
         self.retry_policy = retry_policy or RetryPolicy()
@@ -73,15 +77,15 @@ class MetadataRequests:
             UnreachableError: no link, or no answer that can be used.
         """
         await self._subscribe()
-        want = MetadataWant(device=self._device, name=name, offset=offset)
+        want = MetadataWant(name=name, offset=offset)
         correlation, timeout = secrets.token_bytes(16), self.retry_policy.timeout_s
         future: asyncio.Future[Segment] = asyncio.get_running_loop().create_future()
         self._waiting[correlation] = want, future
         try:
-            for _ in range(self.retry_policy.attempts):
+            for attempt in range(self.retry_policy.attempts):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(timeout):
-                        await self._ask(want, correlation)
+                        await self._ask(want, correlation, repeated=attempt > 0)
                         return await asyncio.shield(future)
                 timeout *= self.retry_policy.factor
         finally:
@@ -98,36 +102,50 @@ class MetadataRequests:
             await self._link.subscribe(topics.metadata(self._device), self._on_answer)
             self._subscribed = True
 
-    async def _ask(self, want: MetadataWant, correlation: bytes) -> None:
+    async def _ask(self, want: MetadataWant, correlation: bytes, *, repeated: bool) -> None:
         try:
-            await self._link.publish(
-                topics.METADATA_WANT,
-                want.to_json(),
-                response_topic=topics.metadata(self._device),
-                correlation=correlation,
-            )
+            await self._publish(topics.metadata_want(self._device), want, correlation)
         except AgentError as error:
-            raise UnreachableError(f"cannot ask for {want.name}: {error}") from error
+            # A broker whose ACL is of 0.1 does not let one ask there: its controller may listen at the old topic.
+            try:
+                await self._publish_v1(want, correlation)
+            except AgentError:
+                raise UnreachableError(f"cannot ask for {want.name}: {error}") from error
+            return
+        if self.dialect.asks_both(repeated=repeated):
+            with suppress(AgentError):  # a broker that has forgotten 0.1 refuses it, rightly
+                await self._publish_v1(want, correlation)
+
+    async def _publish_v1(self, want: MetadataWant, correlation: bytes) -> None:
+        old = MetadataWantV1(device=self._device, name=want.name, offset=want.offset)
+        await self._publish(topics.METADATA_WANT_V1, old, correlation)
+
+    async def _publish(self, topic: str, want: MetadataWant, correlation: bytes) -> None:
+        await self._link.publish(
+            topic, want.to_json(), response_topic=topics.metadata(self._device), correlation=correlation
+        )
 
     def _on_answer(self, message: Message) -> None:
         want, future = self._waiting.get(message.correlation or b"", (None, None))
         if want is None or future is None or future.done():
             return  # late, or a duplicate
         try:
-            future.set_result(_checked(want, message))
+            answer = MetadataAnswer.from_properties(dict(message.properties))
+            segment = _checked(want, answer, message.payload)
+            self.dialect.answered(answer.wants)
+            future.set_result(segment)
         except NotFoundError as error:
             future.set_exception(error)
         except ValueError:
             self.ignored += 1  # whoever can publish here can send rubbish; the right answer may still come
 
 
-def _checked(want: MetadataWant, message: Message) -> Segment:
-    answer = MetadataAnswer.from_properties(dict(message.properties))
+def _checked(want: MetadataWant, answer: MetadataAnswer, payload: bytes) -> Segment:
     if (answer.name, answer.offset) != (want.name, want.offset):
         raise ValueError("an answer to another question")
     if answer.status is MetadataStatus.NOT_FOUND:
         raise NotFoundError(f"the fleet has no {want.name}")
     size = min(MAX_CHUNK_BYTES, answer.total - want.offset)
-    if len(message.payload) != size or (size <= 0 and answer.total != 0):
+    if len(payload) != size or (size <= 0 and answer.total != 0):
         raise ValueError("not the segment that the answer says it is")
-    return Segment(message.payload, answer.total)
+    return Segment(payload, answer.total)

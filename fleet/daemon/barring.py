@@ -8,6 +8,7 @@ controller connects once with the device's client id: the broker ends the device
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,9 @@ from fleet.registry import Registry
 POLL_S = 1.0
 #: Sessions that are ended at once.
 AT_ONCE = 8
+#: How long a device that is not in the registry is not looked up again, and how many such are remembered.
+UNKNOWN_S = 5.0
+MAX_UNKNOWN = 10_000
 
 Evict = Callable[[str], Awaitable[None]]
 """Ends the session of one device; raises LinkError where the broker does not let one."""
@@ -45,6 +49,41 @@ class BarredDevices:
         """Set them; returns those that are new."""
         new, self._devices = devices - self._devices, devices
         return new
+
+
+class KnownDevices:
+    """Who is answered by the servers of chunks and metadata. May be asked from any thread."""
+
+    def __init__(
+        self, registry: Registry, barred: BarredDevices, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._registry, self._barred, self._monotonic = registry, barred, monotonic
+        self._known = set(registry.devices.ids())
+        self._unknown: dict[str, float] = {}
+
+    def refusal(self, device: str) -> str | None:
+        """Say why the device is not answered, or None."""
+        if device in self._barred:
+            return "the device was revoked or removed"
+        if device in self._known or self._is_new(device):
+            return None
+        return "there is no such device in this fleet"
+
+    def _is_new(self, device: str) -> bool:
+        if self._monotonic() < self._unknown.get(device, 0.0):
+            return False
+        try:
+            found = self._registry.devices.has(device)
+        except RegistryError:  # the database is away: who can prove that it may ask gets an answer
+            return True
+        if found:
+            self._known.add(device)
+            self._unknown.pop(device, None)
+        else:
+            if len(self._unknown) >= MAX_UNKNOWN:
+                self._unknown.clear()
+            self._unknown[device] = self._monotonic() + UNKNOWN_S
+        return found
 
 
 @dataclass(slots=True)

@@ -34,7 +34,6 @@ MAX_HEALTH = 200_000
 #: How often what was dropped or replaced is logged.
 COUNTS_S = 60.0
 
-#: A group of its own for each filter: rumqttd keeps one filter a group.
 _LEAVES = ("presence", "facts", "reported", "health")
 
 _log = structlog.get_logger(component="controller")
@@ -73,7 +72,7 @@ class Ingest:
         self._loop = asyncio.get_running_loop()
         group = await asyncio.to_thread(self._registry.shared, "group")
         for leaf in _LEAVES:
-            topic = f"$share/phifleet-{leaf}-{group}/{topics.PREFIX}/devices/+/{leaf}"
+            topic = topics.for_one_of(group, leaf, f"{topics.PREFIX}/devices/+/{leaf}")
             await self._link.subscribe(
                 topic, self.receive, qos=0 if leaf == "health" else 1, bulk=True, manual_ack=True
             )

@@ -14,7 +14,7 @@ import structlog
 
 from agent.link import LinkError, LinkSettings, MqttLink
 from agent.platform import systemd
-from fleet.daemon.barring import BarredDevices
+from fleet.daemon.barring import BarredDevices, KnownDevices
 from fleet.daemon.controller import Controller, Part
 from fleet.daemon.ingest import BATCH
 from fleet.delivery.broker import EmbeddedBroker
@@ -66,9 +66,10 @@ async def run_controller(
                 if stop.is_set():
                     return
                 barred = BarredDevices()
+                group, known = registry.shared("group"), KnownDevices(registry, barred)
                 servers = (
-                    ChunkServer(bulk, FolderStore(home.artifacts).open, barred=barred),
-                    MetadataServer(control, repository, barred=barred),
+                    ChunkServer(bulk, FolderStore(home.artifacts).open, group=group, admission=known.refusal),
+                    MetadataServer(control, repository, group=group, admission=known.refusal),
                 )
                 controller = Controller(
                     control,

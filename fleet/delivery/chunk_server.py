@@ -1,11 +1,14 @@
-"""Answers wants: publishes chunks of artifacts, as many as were asked for, and keeps nothing about any device."""
+"""Answers wants: publishes chunks of artifacts, as many as were asked for.
+
+What it remembers of devices is only for fairness, and may be lost at any time: another controller may answer next.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +17,10 @@ import structlog
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Want
+from agent.contract.messages import ChunkRange, Want, WantV1
 from agent.link import BulkSource, Handler, Message
-from fleet.delivery.send_queue import SendQueue
+from fleet.delivery.admission import Admission, everybody
+from fleet.delivery.send_queue import ANYBODY, Chunk, SendQueue
 from fleet.errors import StoreError
 
 #: Artifacts with open files; the least recently wanted is closed.
@@ -87,17 +91,25 @@ class ChunkServerStats:
 
 
 class ChunkServer:
-    """One of any number that share the wants. Give it a link of its own: bulk then never delays control."""
+    """One of any number that share the wants. Give it a link of its own: bulk then never delays control.
+
+    ``group`` is what the controllers of this fleet share and no device knows; ``admission`` says who is answered.
+    """
 
     def __init__(
         self,
         link: BulkLink,
         artifacts: Artifacts,
         *,
-        barred: Container[str] = (),
+        group: str,
+        admission: Admission = everybody,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._barred = barred
+        self._admission = admission
+        self._topic = topics.for_one_of(group, "chunks", topics.ALL_WANTS)
+        self._topic_v1 = topics.for_one_of(group, "chunks-v1", topics.ALL_WANTS_V1)
+        #: Devices that have asked on their own topic: nobody is answered who asks for them on the old one.
+        self._on_own_topic: set[str] = set()
         self._link = link
         self._artifacts = artifacts
         self._monotonic = monotonic
@@ -116,11 +128,13 @@ class ChunkServer:
             agent.errors.LinkError: the broker refuses the subscription.
         """
         self._link.serve_bulk(self._next)
-        await self._link.subscribe(topics.ARTIFACT_WANT_SHARED, self._on_want, bulk=True)
+        await self._link.subscribe(self._topic, self._on_want, bulk=True)
+        await self._link.subscribe(self._topic_v1, self._on_want_v1, bulk=True)
 
     async def stop(self) -> None:
         """Answer no more wants, and drop those that wait."""
-        await self._link.unsubscribe(topics.ARTIFACT_WANT_SHARED)
+        for topic in (self._topic, self._topic_v1):
+            await self._link.unsubscribe(topic)
         with self._lock:
             self._queue.forget()
             while self._open:
@@ -152,39 +166,73 @@ class ChunkServer:
 
     def _on_want(self, message: Message) -> None:
         self._wants += 1
-        digest = topics.parse_want(message.topic)
+        device = topics.parse_asking(message.topic)
+        if device is None or not self._admitted(device):
+            return
+        self._on_own_topic.add(device)
         try:
             want = Want.from_json(message.payload)
         except MalformedMessageError as error:
-            self._malformed += 1
-            self._complain("want malformed", message.topic, str(error))
+            self._malformed_want(message.topic, error)
             return
-        if want.device in self._barred:
+        self._queue_up(device, device, want.artifact, want)
+
+    def _on_want_v1(self, message: Message) -> None:
+        self._wants += 1
+        digest = topics.parse_want_v1(message.topic)
+        try:
+            want = WantV1.from_json(message.payload)
+        except MalformedMessageError as error:
+            self._malformed_want(message.topic, error)
+            return
+        if digest is None:
+            self._unknown_artifact(message.topic, want.device)
+        elif want.device in self._on_own_topic:
             self._refused += 1
-            self._complain("want refused", want.device, "the device was revoked or removed")
-            return
+        elif self._admitted(want.device):
+            self._queue_up(ANYBODY, want.device, digest, want)
+
+    def _queue_up(self, asker: str, device: str, digest: str, want: Want | WantV1) -> None:
         with self._lock:
-            artifact = self._opened(digest) if digest is not None else None
-            if digest is None or artifact is None:
-                self._unknown += 1
-                self._complain("want unknown artifact", message.topic, f"asked for by {want.device}")
+            artifact = self._opened(digest)
+            if artifact is None:
+                self._unknown_artifact(digest, device)
                 return
-            destination = (digest, None if want.shared else want.device)
-            self._queue.want(destination, _indices(want, artifact.count), self._monotonic())
+            alone = None if want.shared else device
+            chunks = (
+                (Chunk(digest, index, alone), artifact.size_of(index))
+                for index in _indices(want.ranges, want.credit, artifact.count)
+            )
+            self._queue.want(asker, chunks, self._monotonic(), of_bytes=artifact.size)
         self._link.wake_bulk()
+
+    def _admitted(self, device: str) -> bool:
+        refusal = self._admission(device)
+        if refusal is not None:
+            self._refused += 1
+            self._complain("want refused", device, refusal)
+        return refusal is None
+
+    def _malformed_want(self, topic: str, error: MalformedMessageError) -> None:
+        self._malformed += 1
+        self._complain("want malformed", topic, str(error))
+
+    def _unknown_artifact(self, about: str, device: str) -> None:
+        self._unknown += 1
+        self._complain("want unknown artifact", about, f"asked for by {device}")
 
     def _next(self) -> tuple[str, bytes] | None:
         with self._lock:
-            while (item := self._queue.next(self._monotonic())) is not None:
-                (digest, device), index = item
-                if device is not None and device in self._barred:
+            while (chunk := self._queue.next(self._monotonic())) is not None:
+                if chunk.device is not None and self._admission(chunk.device) is not None:
                     continue
-                data = self._read(digest, index)
+                data = self._read(chunk.digest, chunk.index)
                 if data is not None:
                     self._chunks += 1
                     self._bytes += len(data)
-                    topic = topics.shared_chunk(digest, index) if device is None else None
-                    return topic or topics.own_chunk(str(device), digest, index), data
+                    if chunk.device is None:
+                        return topics.shared_chunk(chunk.digest, chunk.index), data
+                    return topics.own_chunk(chunk.device, chunk.digest, chunk.index), data
         return None
 
     def _opened(self, digest: str) -> _OpenArtifact | None:
@@ -224,10 +272,10 @@ class ChunkServer:
             _log.warning(event, about=about, error=error)
 
 
-def _indices(want: Want, count: int) -> Iterator[int]:
+def _indices(ranges: tuple[ChunkRange, ...], credit: int, count: int) -> Iterator[int]:
     """At most ``credit`` of the chunks named, in the order named; numbers that the artifact has not are skipped."""
-    left = want.credit
-    for span in want.ranges:
+    left = credit
+    for span in ranges:
         for index in range(span.first, min(span.last, count - 1) + 1):
             if left == 0:
                 return
@@ -250,6 +298,13 @@ class _OpenArtifact:
     @property
     def count(self) -> int:
         return len(self._chunks)
+
+    @property
+    def size(self) -> int:
+        return self._artifact.manifest.size
+
+    def size_of(self, index: int) -> int:
+        return self._chunks[index][2]
 
     def read(self, index: int) -> bytes:
         return self._artifact.read(*self._chunks[index])

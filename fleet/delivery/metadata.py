@@ -6,8 +6,8 @@ It holds nothing about devices. Its answers need no protection of their own: wha
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import structlog
@@ -15,19 +15,29 @@ import structlog
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import MAX_CHUNK_BYTES
-from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant
+from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, MetadataWantV1
+from fleet.delivery.admission import Admission, everybody
 
 #: Requests being answered at once, and waiting at most; a device asks again after its timeout.
 CONCURRENT = 16
 MAX_WAITING = 4096
+#: Of one device: it asks for one segment after the other, and again for one that did not come.
+MAX_WAITING_OF_ONE = 8
 
 _CACHED_FILES = 8
+#: The version of wants that a controller of this release understands.
+WANTS = 2
 
 _log = structlog.get_logger(component=__name__)
 
 
 class Request(Protocol):
     """What is read of a publication."""
+
+    @property
+    def topic(self) -> str:
+        """Says who asks."""
+        ...
 
     @property
     def payload(self) -> bytes:
@@ -77,63 +87,105 @@ class MetadataSource(Protocol):
 
 
 class MetadataServer:
-    """Answers on the shared subscription, so several controllers may run side by side."""
+    """Answers on the shared subscription, so several controllers may run side by side.
 
-    def __init__(self, link: MetadataLink, source: MetadataSource, *, barred: Container[str] = ()) -> None:
-        self._barred = barred
+    ``group`` is what the controllers of this fleet share and no device knows; ``admission`` says who is answered.
+    """
+
+    def __init__(
+        self, link: MetadataLink, source: MetadataSource, *, group: str, admission: Admission = everybody
+    ) -> None:
+        self._admission = admission
+        self._topic = topics.for_one_of(group, "metadata", topics.ALL_METADATA_WANTS)
+        self._topic_v1 = topics.for_one_of(group, "metadata-v1", topics.METADATA_WANT_V1)
         self._link = link
         self._source = source
         self._slots = asyncio.Semaphore(CONCURRENT)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: Counter[str] = Counter()
+        #: Devices that have asked on their own topic: nobody is answered who asks for them on the old one.
+        self._on_own_topic: set[str] = set()
         self._cache: OrderedDict[str, bytes] = OrderedDict()
         self.answered = 0
         self.ignored = 0
 
     async def start(self) -> None:
         """Subscribe."""
-        await self._link.subscribe(topics.METADATA_WANT_SHARED, self._on_want)
+        await self._link.subscribe(self._topic, self._on_want)
+        await self._link.subscribe(self._topic_v1, self._on_want_v1)
 
     async def stop(self) -> None:
         """Unsubscribe and drop what is being answered."""
-        await self._link.unsubscribe(topics.METADATA_WANT_SHARED)
+        for topic in (self._topic, self._topic_v1):
+            await self._link.unsubscribe(topic)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _on_want(self, request: Request) -> None:
+        device = topics.parse_asking(request.topic)
+        if device is None:
+            self._ignore(f"{request.topic} is no device's")
+            return
         try:
             want = MetadataWant.from_json(request.payload)
         except MalformedMessageError as error:
             self._ignore(str(error))
             return
-        # An answer to any other topic would let a device publish, with our rights, where it has none itself.
-        if want.device in self._barred:
-            self._ignore(f"device {want.device} was revoked or removed")
-        elif request.response_topic != topics.metadata(want.device):
-            self._ignore(f"device {want.device} wants the answer on {request.response_topic}")
-        elif len(self._tasks) >= MAX_WAITING:
-            self._ignore(f"{MAX_WAITING} requests are waiting")
+        if self._take(device, want, request):
+            self._on_own_topic.add(device)
+
+    def _on_want_v1(self, request: Request) -> None:
+        try:
+            want = MetadataWantV1.from_json(request.payload)
+        except MalformedMessageError as error:
+            self._ignore(str(error))
+            return
+        if want.device in self._on_own_topic:
+            self._ignore(f"device {want.device} has a topic of its own to ask on")
         else:
-            task = asyncio.create_task(self._answer(want, request.correlation))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._take(want.device, want, request)
+
+    def _take(self, device: str, want: MetadataWant, request: Request) -> bool:
+        refusal = self._admission(device)
+        # An answer to any other topic would let a device publish, with our rights, where it has none itself.
+        if refusal is None and request.response_topic != topics.metadata(device):
+            refusal = f"it wants the answer on {request.response_topic}"
+        if refusal is None and len(self._tasks) >= MAX_WAITING:
+            refusal = f"{MAX_WAITING} requests are waiting"
+        if refusal is None and self._waiting[device] >= MAX_WAITING_OF_ONE:
+            refusal = f"{MAX_WAITING_OF_ONE} requests of it are waiting"
+        if refusal is not None:
+            self._ignore(f"device {device}: {refusal}")
+            return False
+        task = asyncio.create_task(self._answer(device, want, request.correlation))
+        self._waiting[device] += 1
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._done(done, device))
+        return True
+
+    def _done(self, task: asyncio.Task[None], device: str) -> None:
+        self._tasks.discard(task)
+        self._waiting[device] -= 1
+        if not self._waiting[device]:
+            del self._waiting[device]
 
     def _ignore(self, error: str) -> None:
         self.ignored += 1
         if self.ignored == 1:
             _log.warning("metadata request ignored", error=error, note="only the first is logged")
 
-    async def _answer(self, want: MetadataWant, correlation: bytes | None) -> None:
+    async def _answer(self, device: str, want: MetadataWant, correlation: bytes | None) -> None:
         async with self._slots:
             try:
                 data = await self._read(want.name)
                 answer, segment = segment_of(want, data)
                 await self._link.publish(
-                    topics.metadata(want.device), segment, correlation=correlation, properties=answer.to_properties()
+                    topics.metadata(device), segment, correlation=correlation, properties=answer.to_properties()
                 )
                 self.answered += 1
             except Exception as error:
-                _log.warning("metadata answer failed", device=want.device, name=want.name, error=str(error))
+                _log.warning("metadata answer failed", device=device, name=want.name, error=str(error))
 
     async def _read(self, name: str) -> bytes | None:
         if name in self._cache:
@@ -151,6 +203,6 @@ class MetadataServer:
 def segment_of(want: MetadataWant, data: bytes | None) -> tuple[MetadataAnswer, bytes]:
     """Return the answer to a request, and its payload: always as much as fits, so that a short segment is a fault."""
     if data is None:
-        return MetadataAnswer(status=MetadataStatus.NOT_FOUND, name=want.name, offset=want.offset), b""
-    answer = MetadataAnswer(status=MetadataStatus.OK, name=want.name, offset=want.offset, total=len(data))
+        return MetadataAnswer(status=MetadataStatus.NOT_FOUND, name=want.name, offset=want.offset, wants=WANTS), b""
+    answer = MetadataAnswer(status=MetadataStatus.OK, name=want.name, offset=want.offset, total=len(data), wants=WANTS)
     return answer, data[want.offset : want.offset + MAX_CHUNK_BYTES]

@@ -38,6 +38,7 @@ from agent.contract.messages import (
     MetadataAnswer,
     MetadataStatus,
     MetadataWant,
+    MetadataWantV1,
     Presence,
     Progress,
     Proof,
@@ -45,6 +46,7 @@ from agent.contract.messages import (
     RuntimeFact,
     State,
     Want,
+    WantV1,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,8 +93,10 @@ EXAMPLES: dict[str, WireModel] = {
     "presence_boot": Presence(device="pi-1", online=True, at=AT, agent_version="0.2.0", boot=BOOT),
     "health_boot": HealthReport(device="pi-1", at=AT, window_s=60, boot=BOOT),
     "health": HealthReport(device="pi-1", at=AT, window_s=300, requests=3, ttft_ms_p50=26.5),
-    "want": Want(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
-    "metadata_want": MetadataWant(device="pi-1", name="3.targets.json", offset=131072),
+    "want": WantV1(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
+    "metadata_want": MetadataWantV1(device="pi-1", name="3.targets.json", offset=131072),
+    "want.v2": Want(artifact="5" * 64, ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
+    "metadata_want.v2": MetadataWant(name="3.targets.json", offset=131072),
     "manifest": MANIFEST,
     "manifest_sampling": MANIFEST.model_copy(
         update={"sampling": SamplingDefaults(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.1)}
@@ -101,8 +105,8 @@ EXAMPLES: dict[str, WireModel] = {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_bytes_on_the_wire_are_those_of_version_1(name: str):
-    golden = GOLDEN / f"{name}.v1.json"
+def test_the_bytes_on_the_wire_are_those_of_their_version(name: str):
+    golden = GOLDEN / (f"{name}.json" if "." in name else f"{name}.v1.json")
     message = EXAMPLES[name]
     assert message.to_json() == golden.read_bytes().rstrip(b"\n"), (
         f"{golden.name}: a change here breaks fleets in the field"
@@ -196,7 +200,9 @@ def test_canonical_json_is_one_spelling():
 def test_topics_are_read_back_as_they_were_written(device: str, digest: str, index: int):
     for build in (topics.presence, topics.facts, topics.desired, topics.reported, topics.health, topics.metadata):
         assert topics.parse_device(build(device)) == (device, build.__name__)
-    assert topics.parse_want(topics.want(digest)) == digest
+        assert topics.parse_asking(build(device)) is None
+    assert topics.parse_asking(topics.want(device)) == topics.parse_asking(topics.metadata_want(device)) == device
+    assert topics.parse_want_v1(topics.want_v1(digest)) == digest
     assert topics.parse_chunk(topics.shared_chunk(digest, index)) == (digest, index)
     assert topics.parse_chunk(topics.own_chunk(device, digest, index)) == (digest, index)
 
@@ -204,7 +210,8 @@ def test_topics_are_read_back_as_they_were_written(device: str, digest: str, ind
 @given(st.text())
 def test_other_topics_are_nobodys(topic: str):
     assert topics.parse_chunk(topic) is None
-    assert topics.parse_want(topic) is None
+    assert topics.parse_want_v1(topic) is None
+    assert topics.parse_asking(topic) is None
     assert topics.parse_device(topic) is None
 
 

@@ -63,6 +63,8 @@ class MemoryBroker:
         self.retained: dict[str, Message] = {}
         self.published: list[Message] = []
         self.delivered = 0
+        #: Topics that its ACL lets nobody write to.
+        self.forbidden: set[str] = set()
         self.intercept: Callable[[Message], Message | None] = lambda message: message
         self._random = random.Random(self.faults.seed)
         self._subscriptions: list[_Subscription] = []
@@ -210,6 +212,8 @@ class MemoryLink:
         await asyncio.sleep(0)
         if not self._up:
             raise LinkError(f"{self.name}: not connected to the broker in memory")
+        if topic in self.broker.forbidden:
+            raise LinkError(f"{self.name}: the broker refused the publication to {topic}: Not authorized")
         self.broker.accept(Message(topic, bytes(payload), retain, response_topic, correlation, dict(properties or {})))
 
     async def subscribe(

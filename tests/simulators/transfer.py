@@ -23,6 +23,7 @@ from agent.core.backoff import BackoffPolicy
 from agent.link import LinkSettings, MqttLink
 from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher
+from fleet.delivery.admission import Admission, everybody
 from fleet.delivery.chunk_server import ChunkServer, ChunkServerStats
 from fleet.store.local import LocalArtifact
 
@@ -41,9 +42,16 @@ async def linked(url: str, name: str = "device") -> AsyncIterator[MqttLink]:
 
 
 @asynccontextmanager
-async def serving(url: str, artifacts: dict[str, tuple[Manifest, Path]]) -> AsyncIterator[ChunkServer]:
+async def serving(
+    url: str, artifacts: dict[str, tuple[Manifest, Path]], admission: Admission = everybody
+) -> AsyncIterator[ChunkServer]:
     async with linked(url, "server") as link:
-        server = ChunkServer(link, lambda digest: LocalArtifact(*artifacts[digest]) if digest in artifacts else None)
+        server = ChunkServer(
+            link,
+            lambda digest: LocalArtifact(*artifacts[digest]) if digest in artifacts else None,
+            group="secret",
+            admission=admission,
+        )
         await server.start()
         yield server
         await server.stop()

@@ -77,7 +77,8 @@ async def test_artifact_over_mutual_tls(secured: Secured, tmp_path: Path) -> Non
     ):
         for link in (controller, device, other):
             await link.wait_connected(10)
-        await ChunkServer(controller, {manifest.digest: LocalArtifact(manifest, tmp_path / "source")}.get).start()
+        source = {manifest.digest: LocalArtifact(manifest, tmp_path / "source")}
+        await ChunkServer(controller, source.get, group="secret").start()
         heard: list[Message] = []
         await other.subscribe(topics.own_chunks("pi-1", manifest.digest), heard.append)
         await other.subscribe(f"{topics.PREFIX}/devices/#", heard.append)
@@ -88,13 +89,15 @@ async def test_artifact_over_mutual_tls(secured: Secured, tmp_path: Path) -> Non
         own: list[Message] = []
         await device.subscribe(topics.own_chunks("pi-1", manifest.digest), own.append)
         await device.publish(
-            topics.want(manifest.digest), Want(device="pi-1", ranges=(ChunkRange(first=0, last=3),), credit=4).to_json()
+            topics.want("pi-1"),
+            Want(artifact=manifest.digest, ranges=(ChunkRange(first=0, last=3),), credit=4).to_json(),
         )
         await until(lambda: len(own) == 4)
         await asyncio.sleep(0.2)
         assert heard == []
-        with pytest.raises(LinkError, match="Not authorized"):
-            await other.publish(topics.own_chunk("pi-1", manifest.digest, 0), b"forged")
+        for forged in (topics.want("pi-1"), topics.metadata_want("pi-1"), topics.own_chunk("pi-1", manifest.digest, 0)):
+            with pytest.raises(LinkError, match="Not authorized"):
+                await other.publish(forged, b"forged")
         with pytest.raises(LinkError, match="Not authorized"):
             await other.publish(topics.shared_chunk(manifest.digest, 0), b"forged")
     store.verify(manifest.digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile
 from agent.core.chunks import ChunkTable
 from agent.core.transfer import MAX_CREDIT, MAX_RANGES, SILENCE_S, Outcome, Request, TransferCore
-from fleet.delivery.send_queue import COALESCE_S, SendQueue
+from fleet.delivery.send_queue import ANYBODY, COALESCE_S, DEVICE_BYTES, WASTE_HALVED_S, Chunk, SendQueue
 from tests.simulators.artifacts import manifest_of
 
 KIB = 1024
@@ -102,7 +103,7 @@ def run(
         for what in network.due(now):
             if isinstance(what[1], Request):  # type: ignore[index]
                 name, request = what  # type: ignore[misc]
-                queue.want(("artifact", None if request.shared else name), indices(request), now)
+                wish(queue, name, indices(request), now, table=table, shared=request.shared)
             else:
                 destination, index = what  # type: ignore[misc]
                 for device in devices:
@@ -113,8 +114,27 @@ def run(
             if item is None:
                 break
             published += 1
-            network.send((item[0][1], item[1]), now)
+            network.send((item.device, item.index), now)
     return now, published
+
+
+def wish(
+    queue: SendQueue,
+    device: str,
+    wanted: Iterable[int],
+    now: float,
+    *,
+    table: ChunkTable | None = None,
+    shared: bool = False,
+    digest: str = "a",
+    of_bytes: int | None = None,
+) -> None:
+    """Of ``table``'s chunks, or of chunks of 64 KiB."""
+    sized = (
+        (Chunk(digest, index, None if shared else device), table.sizes[index] if table else 64 * KIB)
+        for index in wanted
+    )
+    queue.want(device, sized, now, of_bytes=of_bytes or (sum(table.sizes) if table else 1 << 40))
 
 
 def check(request: Request, table: ChunkTable, core: TransferCore, window: int) -> None:
@@ -253,12 +273,12 @@ def test_slow_link_is_not_asked_twice_for_what_is_on_its_way() -> None:
     while not device.core.complete:
         now += 0.1
         for request in device.core.tick(now):
-            queue.want(("artifact", None if request.shared else "d"), indices(request), now)
+            wish(queue, "d", indices(request), now, table=table, shared=request.shared)
         credit += 0.05  # half a chunk a second: 32 KiB/s, so a full window takes two minutes
         if credit >= 1 and (item := queue.next(now)) is not None:
             credit -= 1
             published += 1
-            network.send(item[1], now)
+            network.send(item.index, now)
         for index in network.due(now):
             deliver(device, None, index, table, network, 0.0, now)  # type: ignore[arg-type]
     assert published <= 200 + 8
@@ -354,48 +374,125 @@ def test_bytes_until_useful_never_waits_for_more_than_is_on_its_way() -> None:
 class TestSendQueue:
     def test_equal_wants_become_one_publication(self) -> None:
         queue = SendQueue()
-        for _ in range(5):
-            queue.want(("a", None), range(10), 0.0)
+        for device in "vwxyz":
+            wish(queue, device, range(10), 0.0, shared=True)
         assert len(queue) == 10
-        assert [queue.next(0.0) for _ in range(11)] == [*((("a", None), n) for n in range(10)), None]
+        assert [queue.next(0.0) for _ in range(11)] == [*(Chunk("a", n, None) for n in range(10)), None]
         assert queue.counts.coalesced == 40
 
     def test_just_published_is_not_repeated_on_the_shared_topic(self) -> None:
         queue = SendQueue()
-        queue.want(("a", None), [1], 0.0)
+        wish(queue, "d", [1], 0.0, shared=True)
         queue.next(0.0)
-        queue.want(("a", None), [1], COALESCE_S * 0.9)
+        wish(queue, "d", [1], COALESCE_S * 0.9, shared=True)
         assert queue.next(0.5) is None
-        queue.want(("a", None), [1], COALESCE_S)
-        assert queue.next(COALESCE_S) == (("a", None), 1)
+        wish(queue, "d", [1], COALESCE_S, shared=True)
+        assert queue.next(COALESCE_S) == Chunk("a", 1, None)
 
     def test_own_topic_is_never_refused(self) -> None:
         queue = SendQueue()
         for _ in range(2):
-            queue.want(("a", "d"), [1], 0.0)
-            assert queue.next(0.0) == (("a", "d"), 1)
+            wish(queue, "d", [1], 0.0)
+            assert queue.next(0.0) == Chunk("a", 1, "d")
 
-    def test_devices_take_turns(self) -> None:
+    def test_devices_take_turns_by_bytes(self) -> None:
         queue = SendQueue()
-        queue.want(("a", "greedy"), range(1000), 0.0)
-        queue.want(("a", "late"), [7], 0.0)
-        first = [queue.next(0.0) for _ in range(3)]
-        assert (("a", "late"), 7) in first
+        queue.want("large", [(Chunk("a", n, "large"), 128 * KIB) for n in range(100)], 0.0, of_bytes=1 << 30)
+        queue.want("small", [(Chunk("b", n, "small"), 16 * KIB) for n in range(800)], 0.0, of_bytes=1 << 30)
+        first = [queue.next(0.0) for _ in range(90)]
+        sent = {
+            name: size * sum(chunk is not None and chunk.device == name for chunk in first)
+            for name, size in (("large", 128), ("small", 16))
+        }
+        assert abs(sent["large"] - sent["small"]) <= 128
+
+    def test_who_asks_last_is_served_soon_and_many_wants_are_no_larger_share(self) -> None:
+        queue = SendQueue()
+        for begin in range(0, 1000, 10):
+            wish(queue, "greedy", range(begin, begin + 10), 0.0)
+        wish(queue, "late", [7], 0.0)
+        assert Chunk("a", 7, "late") in [queue.next(0.0) for _ in range(4)]
+
+    def test_what_one_device_has_waiting_is_bounded_and_its_newest_wish_is_kept(self) -> None:
+        queue, most = SendQueue(), DEVICE_BYTES // (64 * KIB)
+        for begin in range(0, 10 * most, 128):
+            wish(queue, "greedy", range(begin, begin + 128), 0.0)
+        assert len(queue) == most
+        assert queue.counts.dropped == 9 * most
+        assert queue.next(0.0) == Chunk("a", 9 * most, "greedy")
+
+    def test_agents_that_cannot_be_told_apart_share_one_turn(self) -> None:
+        queue = SendQueue()
+        for number in range(50):
+            device = f"old-{number}"
+            queue.want(ANYBODY, [(Chunk("a", n, device), 64 * KIB) for n in range(10)], 0.0, of_bytes=1 << 30)
+        wish(queue, "new", range(10), 0.0)
+        first = [queue.next(0.0) for _ in range(22)]
+        assert sum(chunk is not None and chunk.device == "new" for chunk in first) == 10
+
+    def test_a_device_that_has_the_same_sent_again_gets_less_until_it_is_forgotten(self) -> None:
+        queue = SendQueue()
+
+        def turns(now: float) -> int:
+            """Chunks of the wasteful device while the other is sent a hundred."""
+            wish(queue, "wasteful", range(100), now, of_bytes=6_400 * KIB)
+            wish(queue, "other", range(100), now, digest="b")
+            sent, wasted = 0, 0
+            while sent < 100:
+                chunk = queue.next(now)
+                assert chunk is not None
+                sent += chunk.device == "other"
+                wasted += chunk.device == "wasteful"
+            queue.forget()
+            return wasted
+
+        assert turns(0.0) >= 98
+        for _ in range(10):
+            wish(queue, "wasteful", range(100), 1.0, of_bytes=6_400 * KIB)
+            while queue.next(1.0) is not None:
+                pass
+        assert turns(2.0) <= 10
+        assert turns(20 * WASTE_HALVED_S) >= 98
+
+    def test_a_wasteful_device_does_not_hold_back_what_others_share_with_it(self) -> None:
+        queue = SendQueue()
+        for _ in range(50):
+            wish(queue, "wasteful", range(100), 0.0, of_bytes=6_400 * KIB)
+            while queue.next(0.0) is not None:
+                pass
+        wish(queue, "wasteful", range(200), 5.0, shared=True, of_bytes=6_400 * KIB)
+        wish(queue, "other", range(200), 5.0, shared=True, of_bytes=6_400 * KIB)
+        wish(queue, "third", range(200), 5.0, digest="b")
+        first = [queue.next(5.0) for _ in range(402)]
+        assert [chunk.index for chunk in first if chunk is not None and chunk.digest == "a"] == list(range(200))
+        assert sum(chunk is not None for chunk in first[:300]) == 300
+        assert sum(chunk is not None and chunk.digest == "a" for chunk in first[:100]) >= 45
+
+    def test_an_artifact_that_is_forgotten_leaves_nothing_behind(self) -> None:
+        queue = SendQueue()
+        for device in "xy":
+            wish(queue, device, range(5), 0.0, shared=True)
+            wish(queue, device, range(5), 0.0)
+            wish(queue, device, range(5), 0.0, digest="b")
+        queue.forget(unless=lambda digest: digest != "a")
+        assert len(queue) == 10
+        assert {queue.next(0.0) for _ in range(10)} == {Chunk("b", n, device) for n in range(5) for device in "xy"}
+        assert queue.next(0.0) is None
 
     @given(
         st.lists(
             st.one_of(
-                st.tuples(st.sampled_from("ab"), st.sampled_from([None, "x", "y"]), st.lists(st.integers(0, 20))),
+                st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.booleans(), st.lists(st.integers(0, 20))),
                 st.none(),
             ),
             max_size=60,
         )
     )
     def test_all_that_is_wanted_is_sent_and_nothing_else(
-        self, steps: list[tuple[str, str | None, list[int]] | None]
+        self, steps: list[tuple[str, str, bool, list[int]] | None]
     ) -> None:
         queue, now = SendQueue(), 0.0
-        wanted: set[tuple[tuple[str, str | None], int]] = set()
+        wanted: set[Chunk] = set()
         for step in steps:
             now += 2 * COALESCE_S
             if step is None:
@@ -403,9 +500,9 @@ class TestSendQueue:
                 assert item is None or item in wanted
                 wanted.discard(item)  # type: ignore[arg-type]
             else:
-                digest, device, numbers = step
-                queue.want((digest, device), numbers, now)
-                wanted |= {((digest, device), number) for number in numbers}
+                digest, device, shared, numbers = step
+                wish(queue, device, numbers, now, digest=digest, shared=shared)
+                wanted |= {Chunk(digest, number, None if shared else device) for number in numbers}
             assert len(queue) == len(wanted)
         while (item := queue.next(now)) is not None:
             wanted.remove(item)

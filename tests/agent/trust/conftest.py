@@ -88,7 +88,7 @@ class World:
         self.broker.intercept = lambda message: message
         self.device_link.restore()
         await self.server.stop()
-        self.server = MetadataServer(self.fleet_link, self.source)
+        self.server = MetadataServer(self.fleet_link, self.source, group="secret")
         await self.server.start()
 
     def on_disk(self) -> dict[str, str]:
@@ -136,7 +136,7 @@ async def make_world(tmp_path: Path, template: Path) -> AsyncIterator[MakeWorld]
             fleet_link = await stack.enter_async_context(broker.link("fleet"))
             device_link = await stack.enter_async_context(broker.link("device"))
             source = Source(repository)
-            server = MetadataServer(fleet_link, source)
+            server = MetadataServer(fleet_link, source, group="secret")
             await server.start()
             client = TrustClient(identity, device_link, clock, retry_policy)
             world = World(

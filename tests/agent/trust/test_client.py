@@ -20,7 +20,7 @@ from agent.contract.director import DirectorKeys
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile, Manifest
 from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, SignedDesired
-from agent.core.ports import Message, Trust
+from agent.core.ports import Trust
 from agent.errors import TrustError
 from agent.trust import orders, requests
 from agent.trust.client import TrustClient
@@ -214,11 +214,11 @@ async def test_an_order_says_nothing_about_an_artifact_that_it_does_not_name(wor
 
 
 def test_an_answer_to_another_question_is_no_answer() -> None:
-    want = MetadataWant(device="pi-1", name="3.root.json", offset=0)
+    want = MetadataWant(name="3.root.json", offset=0)
     for name, offset in (("4.root.json", 0), ("3.root.json", 128)):
         answer = MetadataAnswer(status=MetadataStatus.OK, name=name, offset=offset, total=2)
         with pytest.raises(ValueError, match="another question"):
-            requests._checked(want, Message("t", b"{}", properties=answer.to_properties()))
+            requests._checked(want, answer, b"{}")
 
 
 def test_a_directors_key_that_cannot_be_read_is_said(world: World) -> None:

@@ -94,7 +94,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
             )
             controller = await stack.enter_async_context(MqttLink(settings))
             await controller.wait_connected(10)
-            server = MetadataServer(controller, repository)
+            server = MetadataServer(controller, repository, group="secret")
             await server.start()
             yield Scene(tmp_path, broker.url, ca, repository, controller, stack)
             await server.stop()

@@ -104,9 +104,11 @@ async def ask_for_root(url: str) -> Message:
     async with MqttLink(LinkSettings(url, "test-asking")) as link:
         await link.wait_connected(10)
         await link.subscribe(topics.metadata(DEVICE), came.put_nowait)
-        want = MetadataWant(device=DEVICE, name="1.root.json").to_json()
+        want = MetadataWant(name="1.root.json").to_json()
         for _ in range(5):  # as a device does, which asks again when no answer comes
-            await link.publish(topics.METADATA_WANT, want, response_topic=topics.metadata(DEVICE), correlation=b"1")
+            await link.publish(
+                topics.metadata_want(DEVICE), want, response_topic=topics.metadata(DEVICE), correlation=b"1"
+            )
             with suppress(TimeoutError):
                 return await asyncio.wait_for(came.get(), 2)
         pytest.fail("no answer to five requests")

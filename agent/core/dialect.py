@@ -1,0 +1,28 @@
+"""Which protocol the controller speaks: where it listens for what devices ask for. No IO, no clock.
+
+Controllers from 0.2 on listen at topics of each device's own, which the broker holds to its certificate; those of 0.1
+at two topics that all devices share. A device learns it from the answers to its metadata requests, which come before
+every transfer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: The first version of a ``Want`` whose device is said by its topic.
+OWN_TOPICS = 2
+
+
+@dataclass(slots=True)
+class Dialect:
+    """``shared_topics``: the controller that answered last listens at the topics of 0.1."""
+
+    shared_topics: bool = False
+
+    def asks_both(self, *, repeated: bool) -> bool:
+        """Whether a request is sent the old way too: it was not answered, or the last one only that way."""
+        return repeated or self.shared_topics
+
+    def answered(self, wants: int) -> None:
+        """A controller answered that understands this version of wants."""
+        self.shared_topics = wants < OWN_TOPICS
