@@ -92,7 +92,7 @@ def _link_settings(settings: AgentSettings, who: Identity, boot: Boot) -> LinkSe
     will = Presence(device=who.device, boot=boot, online=False, agent_version=version("phifleet"))
     return LinkSettings(
         url=settings.broker or who.broker,
-        client_id=who.device,
+        client_id=topics.client_id(who.device, boot.id),
         ca_file=who.broker_ca,
         cert_file=who.certificate,
         key_file=who.private_key,

@@ -36,6 +36,15 @@ def for_one_of(group: str, part: str, topic_filter: str) -> str:
     return f"$share/phifleet-{part}-{group}/{topic_filter}"
 
 
+def client_id(device: str, run: str) -> str:
+    """Return the MQTT client id of one run of a device's agent.
+
+    MQTT 5 (section 3.1.4) ends the session of a client whose id another one uses, so it must not be guessed: ``run``
+    is ``Boot.id``, drawn at the agent's start and told to the controllers alone.
+    """
+    return f"{device}.{run}"
+
+
 def presence(device: str) -> str:
     """Online or offline, retained; also the will."""
     return f"{PREFIX}/devices/{device}/presence"

@@ -390,6 +390,9 @@ class Network:
         """The broker's DISCONNECT, or a socket that ended."""
         if flags.is_disconnect_packet_from_server:
             self._reason = f"the broker disconnected us: {reason}"
+        elif self._client.refused:
+            self._tell(self._client.refused)
+            self._client.refused = ""
         elif not self._up and not self._known:
             self._reason = reasons.NO_WORD
         elif self._up:

@@ -43,6 +43,21 @@ class LeanClient(Client):
     """
 
     on_plain: Callable[[str, bytes, bool], None]
+    #: As told to the broker with CONNECT (MQTT 5, section 3.1.2.11.4).
+    max_packet_bytes: int
+    #: Why the connection was ended by this side, if it was.
+    refused = ""
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        # paho reads a packet of any length that is announced, up to 256 MiB, before anybody may refuse it, and asks
+        # for all of the rest at once.
+        if bufsize > self.max_packet_bytes:
+            self.refused = (
+                f"the broker sends a packet of {bufsize} bytes; this client takes {self.max_packet_bytes} at most, as"
+                " it said when it connected"
+            )
+            raise ConnectionError(self.refused)
+        return super()._sock_recv(bufsize)
 
     def _handle_publish(self) -> MQTTErrorCode:
         packet = self._in_packet["packet"]
@@ -72,6 +87,7 @@ def make_client(settings: LinkSettings, address: Address) -> LeanClient:
         protocol=MQTTProtocolVersion.MQTTv5,
         manual_ack=True,  # the link says when: at once, or when the handler has made the message safe
     )
+    client.max_packet_bytes = settings.max_packet_bytes
     client.connect_timeout = settings.connect_timeout_s
     client.max_inflight_messages = 0  # counted here: paho does not know the broker's receive maximum
     client.suppress_exceptions = True

@@ -2,7 +2,7 @@
 
 A certificate on the revocation list keeps a device from connecting again, once the broker has read the list. A
 session that is open then stays open. MQTT lets one client id have one session (MQTT 5, section 3.1.4), so the
-controller connects once with the device's client id: the broker ends the device's session and tells it so.
+controller connects once with each client id that the device may have: the broker ends its session and tells it so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNKNOWN_S = 5.0
 MAX_UNKNOWN = 10_000
 
 Evict = Callable[[str], Awaitable[None]]
-"""Ends the session of one device; raises LinkError where the broker does not let one."""
+"""Ends the session of one MQTT client id; raises LinkError where the broker does not let one."""
 
 _log = structlog.get_logger(component="controller")
 
@@ -168,7 +168,8 @@ class Barring:
         session = self._sessions[device]
         session.count, session.tried_at = session.count + 1, now
         try:
-            await evict(device)
+            for client in await asyncio.to_thread(self._registry.devices.client_ids, device):
+                await evict(client)
         except LinkError as error:
             wait_s = self._policy.wait_s(session.count)
             session.due = now + wait_s

@@ -111,13 +111,13 @@ def link_settings(settings: FleetSettings, role: str) -> LinkSettings:
     )
 
 
-async def end_session(settings: FleetSettings, device: str) -> None:
-    """Take over the session that a device has at the broker, and end it.
+async def end_session(settings: FleetSettings, client_id: str) -> None:
+    """Take over the session that a client has at the broker, and end it.
 
     Raises:
-        LinkError: the broker does not accept a connection with the device's client id.
+        LinkError: the broker does not accept a connection with this client id.
     """
-    async with MqttLink(dataclasses.replace(link_settings(settings, "revoke"), client_id=device)) as link:
+    async with MqttLink(dataclasses.replace(link_settings(settings, "revoke"), client_id=client_id)) as link:
         await link.wait_connected(EVICT_TIMEOUT_S)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import delete, or_, select, update
 
+from agent.contract import topics
 from agent.contract.messages import Facts
 from agent.contract.profile import DeviceProfile
 from fleet.core import deployments as core
@@ -143,6 +144,13 @@ class Devices:
         """Devices that were removed or revoked: nobody listens to them, and they are sent nothing."""
         with self._database.read() as session:
             return frozenset(session.scalars(select(DeviceRow.id).where(_BARRED)))
+
+    def client_ids(self, device: str) -> list[str]:
+        """Under which MQTT client ids the device may be connected: its known run's, and its own id before 0.2."""
+        with self._database.read() as session:
+            runs = session.scalar(select(DeviceRow.runs).where(DeviceRow.id == device))
+        run = (runs or {}).get("id")
+        return [*([topics.client_id(device, run)] if run else []), device]
 
     def to_clear(self) -> list[str]:
         """Return those of them whose retained messages may still be at the broker."""

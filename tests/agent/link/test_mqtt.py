@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import resource
 import socket
@@ -510,6 +511,31 @@ async def test_hostile_broker_does_not_end_the_link() -> None:
         await link.subscribe("#", lambda message: None)
         await until(lambda: connections >= 60)
         assert link._network._thread.is_alive()
+    server.close()
+
+
+async def test_a_packet_larger_than_was_agreed_is_refused_before_it_is_read() -> None:
+    """paho alone takes all of the 256 MiB that MQTT lets one announce, in memory, before anybody may look."""
+    taken = 0
+
+    async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal taken
+        await reader.read(1000)
+        writer.write(b"\x20\x03\x00\x00\x00" + b"\x30\xff\xff\xff\x7f")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(256):
+                writer.write(bytes(1 << 20))
+                await writer.drain()
+                taken += 1
+        writer.close()
+
+    server = await asyncio.start_server(pretend, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    link = MqttLink(LinkSettings(f"mqtt://127.0.0.1:{port}", "device", backoff=BackoffPolicy(30, 30)))
+    async with link:
+        await until(lambda: "268435455 bytes" in link.reason)
+        assert "this client takes 1048576 at most" in link.reason
+    assert taken < 64, "what the sockets hold, and no more"
     server.close()
 
 

@@ -17,6 +17,7 @@ from agent.contract import topics
 from agent.contract.base import WireModel
 from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure, HealthReport, Progress, SignedDesired, State
+from fleet.daemon.barring import Evict
 from fleet.daemon.controller import Controller
 from fleet.registry import Received, Recorder
 from fleet.registry.models import DeploymentRow
@@ -37,7 +38,9 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 @asynccontextmanager
-async def running(world: World, link: MemoryLink, notices: list[str] | None = None) -> AsyncIterator[Controller]:
+async def running(
+    world: World, link: MemoryLink, notices: list[str] | None = None, *, evict: Evict | None = None
+) -> AsyncIterator[Controller]:
     """A controller that is ready, stopped in good order at the end."""
     ready, stop = asyncio.Event(), asyncio.Event()
 
@@ -47,7 +50,9 @@ async def running(world: World, link: MemoryLink, notices: list[str] | None = No
         ready.set()
         return True
 
-    controller = Controller(link, world.registry, world.repository, clock=world.clock.now, notify=notify, poll_s=0.02)
+    controller = Controller(
+        link, world.registry, world.repository, clock=world.clock.now, notify=notify, poll_s=0.02, evict=evict
+    )
     task = asyncio.create_task(controller.run(stop))
     waits = [asyncio.create_task(ready.wait()), task]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
