@@ -5,28 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from agent import settings as config
 from agent.cli import local
 from agent.compose import compose, host_settings
+from agent.contract.base import DeviceId
+from agent.contract.enrolment import EnrolmentToken
 from agent.contract.exit_codes import ExitCode
 from agent.contract.manifest import Manifest
 from agent.daemon.agent import Agent
 from agent.endpoint.openai.chat import render
-from agent.errors import AgentError
+from agent.errors import AgentError, ConfigError
 from agent.platform import facts, lock, logs
 from agent.platform.arguments import hoisted
 from agent.platform.clock import SystemClock
 from agent.runtimes.host.probing import Prober, RuntimeReport
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
-from agent.trust import identity
+from agent.trust import enrolment, identity
 
 #: They take a value, and are accepted after the command too.
 GLOBAL_OPTIONS = ("--config", "--state-dir", "--log-level", "--log-format")
@@ -70,14 +75,66 @@ def run(outer: local.Outer, /, bundle: Path | None, show_config: bool, **flags: 
 
 @cli.command()
 @local.state_dir_option
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="From `phifleet device add`.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="From `phifleet device add`.")
+@click.option("--url", help="With --token: the controller's API, https://HOST:PORT.")
+@click.option("--token", "token_text", help="From `phifleet device token`; - reads it from standard input.")
+@click.option("--id", "device", help="With --token: the device's id; else this machine's host name.")
 @click.option("--replace", is_flag=True, help="Even if this device is enrolled as another, or in another fleet.")
 @click.pass_obj
-def enrol(outer: local.Outer, /, bundle: Path, replace: bool, state_dir: Path | None) -> None:
-    """Import a bundle: who this device is, where its broker is, and what it believes."""
+def enrol(
+    outer: local.Outer,
+    /,
+    bundle: Path | None,
+    url: str | None,
+    token_text: str | None,
+    device: str | None,
+    replace: bool,
+    state_dir: Path | None,
+) -> None:
+    """Say who this device is, where its broker is, and what it believes: by a bundle, or by a token.
+
+    With a token the key is made here and never leaves this machine. If an operator has to accept it, this waits.
+    """
     settings = local.settings_of(outer, state_dir=state_dir)
-    who = identity.enrol(identity.read_bundle(bundle), settings.state_dir, replace=replace)
+    if (bundle is None) == (token_text is None):
+        raise ConfigError("enrol takes --bundle FILE, or --url URL and --token TOKEN")
+    if bundle is not None:
+        if url is not None or device is not None:
+            raise ConfigError("--url and --id go with --token; the bundle says both")
+        who = identity.enrol(identity.read_bundle(bundle), settings.state_dir, replace=replace)
+    else:
+        asking = _asking(url, token_text or "", device)
+        with lock.hold(settings.state_dir):
+            identity.refuse_unless_free(settings.state_dir, asking.device, replace=replace)
+            found = enrolment.enrol_by_token(asking, settings.state_dir, _tell_waiting, time.sleep)
+            who = identity.enrol(found, settings.state_dir, replace=replace)
+            enrolment.forget_key(settings.state_dir)
     click.echo(f"enrolled as {who.device} ({who.profile}); broker {who.broker}; state in {settings.state_dir}")
+
+
+def _asking(url: str | None, token_text: str, device: str | None) -> enrolment.Asking:
+    if url is None:
+        raise ConfigError("--token goes with --url, the address of the controller's API")
+    try:
+        token = EnrolmentToken.parse(sys.stdin.readline() if token_text == "-" else token_text)  # noqa: S105 - no password
+        found = TypeAdapter(DeviceId).validate_python(device or enrolment.default_device())
+    except ValidationError:
+        hint = "" if device else ", so name one with --id"
+        what = device or f"the host name {socket.gethostname()}"
+        raise ConfigError(
+            f"{what!r} is no device id{hint}: lower case letters, digits and dashes, 63 at most"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return enrolment.Asking(url, token, found)
+
+
+def _tell_waiting() -> None:
+    click.echo(
+        "waiting until an operator accepts this machine (`phifleet device accept ID`); Ctrl-C ends the waiting, and the"
+        " same command goes on with it",
+        err=True,
+    )
 
 
 @cli.command()

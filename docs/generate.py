@@ -340,7 +340,9 @@ def api() -> str:
         "| method and path | role | what it does |",
         "|---|---|---|",
     ]
-    lines += [f"| `{route.method} {PREFIX}{route.path}` | {route.role.value} | {route.summary} |" for route in ROUTES]
+    for route in ROUTES:
+        role = route.role.value if route.role else "no token"
+        lines.append(f"| `{route.method} {PREFIX}{route.path}` | {role} | {route.summary} |")
     lines += [f"| `GET {PREFIX}/events` | viewer | Follow the audit as server-sent events. |"]
     lines += ["| `GET /metrics` | viewer | Figures for Prometheus. |", "", "## Problems", ""]
     lines += ["| code | status | title |", "|---|---|---|"]

@@ -80,6 +80,17 @@ def enrol(bundle: Bundle, state_folder: Path, *, replace: bool = False) -> Ident
     return _identity(bundle, state_folder)
 
 
+def refuse_unless_free(state_folder: Path, device: str, *, replace: bool) -> None:
+    """Before a controller is asked: this device is not enrolled as another, unless it is to be replaced.
+
+    Raises:
+        ConfigError: it is; or its identity cannot be read.
+    """
+    old = _enrolled(state_folder, replace)
+    if old is not None and old.device != device and not replace:
+        raise ConfigError(f"this device is enrolled as {old.device} already: to enrol as {device}, add --replace")
+
+
 def _keep(path: Path, data: bytes) -> None:
     """Write what has changed: a device that is started with its bundle each time also starts on a full disk."""
     with contextlib.suppress(FileNotFoundError):
@@ -96,7 +107,10 @@ def load(state_folder: Path) -> Identity:
     """
     path = state_folder / "identity" / _BUNDLE
     if not _is_there(path):
-        raise ConfigError(f"this device has no identity in {state_folder}: start it with --bundle FILE")
+        raise ConfigError(
+            f"this device has no identity in {state_folder}: enrol it with `phifleet-agent enrol`, or start it with "
+            "--bundle FILE"
+        )
     return _identity(read_bundle(path), state_folder)
 
 

@@ -21,29 +21,22 @@ from fleet.api.metrics import Metrics
 from fleet.api.openapi import describe
 from fleet.api.problems import CODES, MEDIA_TYPE, ProblemError, problem_of
 from fleet.api.routes import PREFIX, Call, Reply, Route
-from fleet.api.shapes import SignIn
 from fleet.core.roles import Role
 from fleet.errors import FleetError
 from fleet.operations.fleet import Fleet
-from fleet.operations.links import exchange_link
-from fleet.operations.views import describe_token
 from fleet.registry.models import TokenRow
 from fleet.registry.tokens import Refusal
 
 MAX_BODY_BYTES = 2 * 2**20
 _KEY = re.compile(r"[!-~]{1,255}")
 _TAG = re.compile(r'"([0-9a-f]{16})"')
+#: Who asks what needs no token.
+_NOBODY = TokenRow(id="", name="nobody", role=Role.VIEWER.value, scope=None)
 _REFUSALS = {
     Refusal.UNKNOWN: ("token.unknown", "no such token; `phifleet token create` makes one"),
     Refusal.EXPIRED: ("token.expired", "the token has expired; make another with `phifleet token create`"),
     Refusal.REVOKED: ("token.revoked", "the token was revoked; make another with `phifleet token create`"),
 }
-_LINK_REFUSALS = {
-    Refusal.UNKNOWN: "no such link; `phifleet dashboard` makes one",
-    Refusal.EXPIRED: "the link has expired; `phifleet dashboard` makes another",
-    Refusal.REVOKED: "the link was used before, and is good once; `phifleet dashboard` makes another",
-}
-
 B = TypeVar("B", bound=BaseModel)
 
 _log = structlog.get_logger(component="api")
@@ -70,22 +63,12 @@ def create_app(
         body, content_type = await asyncio.to_thread(found.render)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
-    async def sign_in(request: web.Request) -> web.Response:
-        raw = await _read(request)
-        wanted = _parsed(SignIn, request, raw)
-        found = await asyncio.to_thread(exchange_link, fleet, wanted.code, clock())
-        if isinstance(found, Refusal):
-            raise ProblemError("link.refused", _LINK_REFUSALS[found])
-        row, token = found
-        return web.json_response(describe_token(row) | {"token": token}, status=201)
-
     async def description(_: web.Request) -> web.Response:
         return web.json_response(describe())
 
     async def problems(_: web.Request) -> web.Response:
         return web.json_response({code: {"status": status, "title": title} for code, (status, title) in CODES.items()})
 
-    app.router.add_post(f"{PREFIX}/sign-in", sign_in)
     app.router.add_get("/", dashboard.index)
     app.router.add_get("/static/{name}", dashboard.static)
     app.router.add_get(f"{PREFIX}/events", events)
@@ -105,15 +88,16 @@ class Api:
         """Return what answers requests to a route."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            token = await self.admit(request, route.role)
+            token = _NOBODY if route.role is None else await self.admit(request, route.role)
             raw = await _read(request)
             query = _query(route, request)
             body = _body(route, request, raw)
             call = Call(
                 self._fleet, token, f"token:{token.name}", self._clock(), dict(request.match_info), query, body,
-                _if_match(route, request),
+                _if_match(route, request), request.remote or "",
             )  # fmt: skip
-            key = request.headers.get("Idempotency-Key") if route.method == "POST" else None
+            once = route.method == "POST" and route.role is not None
+            key = request.headers.get("Idempotency-Key") if once else None
             if key is None:
                 return _response(await asyncio.to_thread(route.handler, call))
             return await asyncio.to_thread(self._once, route, call, key, _digest(request, raw))

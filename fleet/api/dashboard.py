@@ -7,8 +7,8 @@ from aiohttp import web
 from agent.platform.assets import STRICT_POLICY, Assets
 
 _OWN = (
-    "access.js", "api.js", "app.js", "artifacts.js", "audit.js", "charts.js", "devices.js", "icon.svg", "index.html",
-    "overview.js", "parts.js", "rollouts.js", "style.css",
+    "access.js", "api.js", "app.js", "artifacts.js", "audit.js", "charts.js", "devices.js", "enrolment.js", "icon.svg",
+    "index.html", "overview.js", "parts.js", "rollouts.js", "style.css",
 )  # fmt: skip
 _VENDORED = ("hooks.umd.js", "htm.umd.js", "preact.umd.js", "uPlot.iife.min.js", "uPlot.min.css")
 FILES = {name: f"page/{name}" for name in _OWN} | {name: f"page/vendor/{name}" for name in _VENDORED}

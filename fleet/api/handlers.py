@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
+from agent.contract.enrolment import EnrolmentRequest
 from agent.contract.manifest import Manifest
 from agent.platform.addresses import is_loopback
 from agent.platform.versions import product_version
@@ -20,7 +21,8 @@ from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
 from fleet.operations.audit import verify_audit
 from fleet.operations.deploy import DeployOptions, cancel_orders, deploy, roll_back
 from fleet.operations.devices import check_labels, remove_device, revoke_device
-from fleet.operations.links import make_link
+from fleet.operations.enrolment import TokenOptions, enrol, make_token
+from fleet.operations.links import exchange_link, make_link
 from fleet.operations.names import create_release, save_selector, select, selector_text, variants
 from fleet.operations.overview import overview
 from fleet.operations.rollout_views import describe_plan, describe_rollout, describe_rollout_devices
@@ -29,6 +31,7 @@ from fleet.operations.views import (
     describe_audit,
     describe_deployment,
     describe_device,
+    describe_enrolment_token,
     describe_health,
     describe_release,
     describe_selector,
@@ -37,8 +40,11 @@ from fleet.operations.views import (
     fleet_view,
     summarize,
 )
-from fleet.registry.models import RolloutRow
+from fleet.profiles_loader import list_profiles
+from fleet.registry.enrolments import EnrolmentRefusal, EnrolmentState
+from fleet.registry.models import EnrolmentRow, RolloutRow
 from fleet.registry.rollouts import read, tag
+from fleet.registry.tokens import Refusal
 from fleet.store import find
 
 ROUTES: list[Route] = []
@@ -46,7 +52,7 @@ _SELECTOR = Parameter("selector", "Which devices: see docs/selectors.md.")
 
 
 def _route(
-    method: str, path: str, role: Role, **more: Any
+    method: str, path: str, role: Role | None, **more: Any
 ) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
     def add(handler: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
         summary = (handler.__doc__ or "").split("\n")[0]
@@ -462,7 +468,126 @@ def get_audit_head(call: Call) -> Reply:
     return Reply(verify_audit(call.fleet))
 
 
+# --- enrolment
+
+
+@_route("GET", "/profiles", Role.VIEWER, answer=shapes.Page[shapes.Profile])
+def get_profiles(call: Call) -> Reply:
+    """List the device profiles that come with phifleet."""
+    return Reply(
+        {"items": [{"name": one.name, "description": one.description} for one in list_profiles()], "next": None}
+    )
+
+
+@_route("GET", "/enrolment-tokens", Role.ADMIN, answer=shapes.Page[shapes.EnrolmentToken])
+def list_enrolment_tokens(call: Call) -> Reply:
+    """List the tokens with which machines become devices, newest first."""
+    call.require_whole_fleet()
+    return _whole(call.fleet.registry.enrolments.tokens(), describe_enrolment_token)
+
+
+@_route(
+    "POST",
+    "/enrolment-tokens",
+    Role.ADMIN,
+    body=shapes.NewEnrolmentToken,
+    answer=shapes.CreatedEnrolmentToken,
+    status=201,
+    shown_once=True,
+    problems=("profile",),
+)
+def post_enrolment_token(call: Call) -> Reply:
+    """Make an enrolment token; it is shown this once, and kept as a hash."""
+    call.require_whole_fleet()
+    wanted: shapes.NewEnrolmentToken = call.body
+    options = TokenOptions(wanted.uses, wanted.hours, wanted.approval, wanted.labels)
+    row, token = make_token(call.fleet, wanted.profile, wanted.profile_document, options, call.actor)
+    return Reply(describe_enrolment_token(row) | {"token": str(token)}, 201)
+
+
+@_route("DELETE", "/enrolment-tokens/{token}", Role.ADMIN, status=204)
+def delete_enrolment_token(call: Call) -> Reply:
+    """Let an enrolment token be good no more; devices that used it stay."""
+    call.require_whole_fleet()
+    call.fleet.registry.enrolments.revoke(call.path["token"], call.actor)
+    return Reply(status=204)
+
+
+@_route("GET", "/enrolments", Role.OPERATOR, answer=shapes.Page[shapes.WaitingMachine])
+def list_enrolments(call: Call) -> Reply:
+    """List the machines that wait to become devices, in the order in which they asked."""
+    call.require_whole_fleet()
+    profiles = {one.id: one.profile for one in call.fleet.registry.enrolments.tokens()}
+
+    def describe(row: EnrolmentRow) -> dict[str, Any]:
+        asked = row.asked_at.isoformat()
+        fields = {"device": row.device, "key": row.key, "address": row.address, "asked_at": asked}
+        return fields | {"profile": profiles[row.token]}
+
+    return _whole(call.fleet.registry.enrolments.waiting(), describe)
+
+
+@_route("POST", "/enrolments/{device}/accept", Role.OPERATOR, status=204)
+def post_accept(call: Call) -> Reply:
+    """Let a machine that waits become a device."""
+    call.require_whole_fleet()
+    call.fleet.registry.enrolments.decide(call.path["device"], True, call.actor)
+    return Reply(status=204)
+
+
+@_route("POST", "/enrolments/{device}/reject", Role.OPERATOR, status=204)
+def post_reject(call: Call) -> Reply:
+    """Refuse a machine that waits."""
+    call.require_whole_fleet()
+    call.fleet.registry.enrolments.decide(call.path["device"], False, call.actor)
+    return Reply(status=204)
+
+
+@_route("GET", "/enrolments/ca", None, answer=shapes.Authority)
+def get_authority(call: Call) -> Reply:
+    """Show the device CA's certificate, which a machine compares with what its token says before it sends the token."""
+    return Reply({"certificate": call.fleet.ca.ca_pem() if call.fleet.ca.exists else None})
+
+
+@_route(
+    "POST",
+    "/enrolments",
+    None,
+    body=EnrolmentRequest,
+    answer=shapes.Enrolment,
+    problems=("enrolment.refused", "enrolment.rejected", "usage", "repository"),
+)
+def post_enrolment(call: Call) -> Reply:
+    """Let a machine with an enrolment token become a device, or wait; the same request again changes nothing."""
+    found = enrol(call.fleet, call.body, call.address, call.actor)
+    if isinstance(found, EnrolmentRefusal):
+        raise ProblemError("enrolment.refused", found.value)
+    state, bundle = found
+    if state is EnrolmentState.REJECTED:
+        raise ProblemError("enrolment.rejected", f"an operator has rejected {call.body.device}; ask the operator why")
+    return Reply({"state": state.value, "bundle": bundle})
+
+
 # --- tokens and webhooks
+
+
+_LINK_REFUSALS = {
+    Refusal.UNKNOWN: "no such link; `phifleet dashboard` makes one",
+    Refusal.EXPIRED: "the link has expired; `phifleet dashboard` makes another",
+    Refusal.REVOKED: "the link was used before, and is good once; `phifleet dashboard` makes another",
+}
+
+
+@_route(
+    "POST", "/sign-in", None, body=shapes.SignIn, answer=shapes.CreatedToken, status=201, problems=("link.refused",)
+)
+def sign_in(call: Call) -> Reply:
+    """Give a token for the code of a link, once."""
+    found = exchange_link(call.fleet, call.body.code, call.at)
+    if isinstance(found, Refusal):
+        raise ProblemError("link.refused", _LINK_REFUSALS[found])
+    row, token = found
+    return Reply(describe_token(row) | {"token": token}, 201)
 
 
 def _check_scope(call: Call, scope: str | None) -> None:

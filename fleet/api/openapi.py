@@ -13,7 +13,7 @@ from agent.platform.versions import product_version
 from fleet.api.handlers import ROUTES
 from fleet.api.problems import CODES, MEDIA_TYPE
 from fleet.api.routes import PREFIX, Route
-from fleet.api.shapes import CreatedToken, ProblemBody, SignIn
+from fleet.api.shapes import ProblemBody
 
 _REF = "#/components/schemas/{model}"
 #: What any route may answer with beside its own.
@@ -66,7 +66,6 @@ def describe() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(f"{PREFIX}{route.path}", {})[route.method.lower()] = _operation(route, names)
-    paths[f"{PREFIX}/sign-in"] = _sign_in(names)
     streams = {f"{PREFIX}/events": _EVENTS, "/metrics": _METRICS}
     for item in streams.values():
         item["get"]["responses"] |= _problems(("token.missing", "token.role", "database", "fault"))
@@ -81,9 +80,7 @@ def describe() -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "security": [{"token": []}],
-        "tags": [
-            {"name": name} for name in sorted({_tag(route) for route in routes} | {"events", "metrics", "sign-in"})
-        ],
+        "tags": [{"name": name} for name in sorted({_tag(route) for route in routes} | {"events", "metrics"})],
         "paths": paths | streams,
         "components": {
             "schemas": schemas,
@@ -92,29 +89,10 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _sign_in(names: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    sent = {"application/json": {"schema": names[SignIn, "validation"]}}
-    answered = {"application/json": {"schema": names[CreatedToken, "serialization"]}}
-    return {
-        "post": {
-            "operationId": "sign_in",
-            "summary": "Give a token for the code of a link, once.",
-            "description": "Needs no token.",
-            "security": [],
-            "tags": ["sign-in"],
-            "requestBody": {"required": True, "content": sent},
-            "responses": {
-                "201": {"description": "The token.", "content": answered},
-                **_problems((*_ALWAYS, "link.refused")),
-            },
-        }
-    }
-
-
 def _schemas(routes: Sequence[Route]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
     shapes = [(route.body, "validation") for route in routes if route.body]
     shapes += [(route.answer, "serialization") for route in routes if route.answer]
-    shapes += [(ProblemBody, "serialization"), (SignIn, "validation"), (CreatedToken, "serialization")]
+    shapes.append((ProblemBody, "serialization"))
     unique = list(dict.fromkeys(shapes))
     found, shared = models_json_schema(unique, ref_template=_REF)  # type: ignore[arg-type] # its literal type is private
     return dict(found), shared["$defs"]
@@ -124,11 +102,13 @@ def _operation(route: Route, names: dict[Any, dict[str, Any]]) -> dict[str, Any]
     described: dict[str, Any] = {
         "operationId": route.operation,
         "summary": route.summary,
-        "description": f"Needs the role {route.role.value}.",
+        "description": f"Needs the role {route.role.value}." if route.role else "Needs no token.",
         "tags": [_tag(route)],
         "parameters": _parameters(route),
         "responses": {str(route.status): _success(route, names), **_problems((*_ALWAYS, *route.problems))},
     }
+    if route.role is None:
+        described["security"] = []
     if route.body is not None:
         content = {"application/json": {"schema": names[route.body, "validation"]}}
         described["requestBody"] = {"required": True, "content": content}

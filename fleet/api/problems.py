@@ -66,6 +66,8 @@ CODES: dict[str, tuple[int, str]] = {
     "token.role": (403, "The token's role does not allow it"),
     "token.scope": (403, "The token's scope does not allow it"),
     "link.refused": (401, "The link does not sign in"),
+    "enrolment.refused": (403, "The enrolment token does not enrol"),
+    "enrolment.rejected": (403, "An operator has rejected this machine"),
     "not_found": (404, "There is no such resource"),
     "conflict": (409, "It cannot be done as things stand"),
     "changed": (412, "It was changed since it was looked at"),

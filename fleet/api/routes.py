@@ -49,6 +49,8 @@ class Call:
     query: Mapping[str, Any]
     body: Any
     if_match: str | None = None
+    #: Where the request came from, as the controller sees it.
+    address: str = ""
 
     @property
     def actor(self) -> Actor:
@@ -147,11 +149,14 @@ Handler = Callable[[Call], Reply]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``answer`` is the shape of the body that it returns, ``body`` of the one that it takes."""
+    """``answer`` is the shape of the body that it returns, ``body`` of the one that it takes.
+
+    ``role`` None: whoever asks needs no token.
+    """
 
     method: str
     path: str
-    role: Role
+    role: Role | None
     summary: str
     handler: Handler
     answer: Any = None

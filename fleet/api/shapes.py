@@ -388,6 +388,70 @@ class CreatedToken(Token):
     token: str
 
 
+class Profile(Answer):
+    """A device profile that comes with phifleet."""
+
+    name: str
+    description: str
+
+
+class EnrolmentToken(Answer):
+    """With it machines become devices."""
+
+    id: str
+    profile: str
+    labels: dict[str, str]
+    uses: int
+    used: int
+    approval: bool
+    created_at: str
+    created_by: str
+    expires_at: str
+    revoked_at: str | None
+
+
+class NewEnrolmentToken(Body):
+    """An enrolment token to be made."""
+
+    profile: Annotated[str, Field(min_length=1, max_length=128)]
+    profile_document: Annotated[
+        dict[str, Any] | None, Field(description="the whole profile, where it does not come with phifleet")
+    ] = None
+    uses: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    hours: Annotated[float, Field(gt=0, le=8784, description="after which it expires")] = 24
+    approval: Annotated[bool, Field(description="an operator accepts each machine")] = False
+    labels: dict[str, str] = {}
+
+
+class CreatedEnrolmentToken(EnrolmentToken):
+    """With the token itself, which is shown once."""
+
+    token: str
+
+
+class WaitingMachine(Answer):
+    """A machine that waits for an operator. ``key``: SHA-256 of its public key."""
+
+    device: str
+    profile: str
+    key: str
+    address: str
+    asked_at: str
+
+
+class Enrolment(Answer):
+    """What became of a request. ``bundle`` is the device's but for its private key, once it is enrolled."""
+
+    state: str
+    bundle: dict[str, Any] | None
+
+
+class Authority(Answer):
+    """The device CA's certificate, PEM; null where there is none. A token has its SHA-256."""
+
+    certificate: str | None
+
+
 class Webhook(Answer):
     """Where the audit's entries are sent."""
 

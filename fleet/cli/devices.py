@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any, ClassVar
 
 import click
 from rich.console import Console
@@ -13,6 +16,8 @@ from rich.table import Table
 from agent.contract.bundle import Bundle
 from fleet.api.client import pages
 from fleet.cli import completion
+from fleet.cli.access import page_url
+from fleet.cli.artifacts import wide_console
 from fleet.cli.context import Context, actor
 from fleet.errors import UsageError
 from fleet.operations.devices import (
@@ -28,6 +33,23 @@ from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile, profile_paths
 from fleet.registry.rows import revoked_text
 from fleet.settings import default_files
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg] # older click has no type arguments
+    """A number and its unit, such as 30m, 24h or 7d; in seconds."""
+
+    name = "duration"
+    _units: ClassVar[Mapping[str, float]] = {"m": 60.0, "h": 3600.0, "d": 86400.0}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds; a number alone is refused, as nobody can know its unit."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", str(value))
+        if found is None or float(found[1]) == 0:
+            self.fail(f"{value!r}: a number and m, h or d, such as 30m, 24h or 7d", param, ctx)
+        return float(found[1]) * self._units[found[2]]
+
+
+DURATION = Duration()
 
 
 @click.group()
@@ -128,6 +150,111 @@ def bundle_command(context: Context, device_id: str, bundle_path: Path, broker: 
     _hand_over(bundle, file)
     if bundle.certificate is not None:
         _tell("it holds a new certificate and key; the one before stays good until it expires", file)
+
+
+@device.command("token")
+@click.option(
+    "--profile",
+    "profile_name",
+    required=True,
+    shell_complete=completion.profiles,
+    help="Name of a profile, or a TOML file.",
+)
+@click.option("--uses", type=click.IntRange(1), default=1, show_default=True, help="How many devices may use it.")
+@click.option("--expires", "good_for", type=DURATION, default="24h", show_default=True, help="Such as 30m, 24h or 7d.")
+@click.option("--approve", is_flag=True, help="An operator accepts each machine: `phifleet device accept`.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="Of each device; more than once.")
+@click.pass_obj
+def token_command(
+    context: Context, profile_name: str, uses: int, good_for: float, approve: bool, labels: tuple[str, ...]
+) -> None:
+    """Make a token with which machines become devices by themselves. It is printed this once on standard output."""
+    profile = load_profile(profile_name)
+    body = {
+        "profile": profile.name,
+        "profile_document": None if profile_name in profile_paths() else profile.model_dump(mode="json"),
+        "uses": uses,
+        "hours": good_for / 3600,
+        "approval": approve,
+        "labels": {name: value for name, value in parse_labels(labels).items() if value is not None},
+    }
+    with context.client() as client:
+        made = client.call("POST", "/enrolment-tokens", body)
+    for_whom = "one device" if uses == 1 else f"{uses} devices"
+    click.echo(
+        f"enrolment token {made['id']} for {for_whom} ({profile.name}), until {made['expires_at'][:16]} UTC", err=True
+    )
+    click.echo("on the device, where phifleet-agent is installed:", err=True)
+    click.echo(f"  phifleet-agent enrol --url {page_url(context.settings)} --token TOKEN", err=True)
+    if context.settings.server is None and context.settings.api is None:
+        click.echo("while `phifleet serve --api HOST:PORT` runs; without --api nobody can ask", err=True)
+    click.echo(made["token"])
+
+
+@device.command("tokens")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+@click.pass_obj
+def tokens_command(context: Context, as_json: bool) -> None:
+    """List the enrolment tokens, newest first."""
+    with context.client() as client:
+        rows = client.call("GET", "/enrolment-tokens")["items"]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    table = Table("id", "profile", "used", "accepted by", "labels", "made (UTC)", "by", "good until", box=None)
+    for row in rows:
+        labels = ", ".join(f"{name}={value}" for name, value in sorted(row["labels"].items()))
+        by = "an operator" if row["approval"] else "the token"
+        until = "revoked" if row["revoked_at"] else row["expires_at"][:16]
+        made = (row["created_at"][:16], row["created_by"])
+        table.add_row(row["id"], row["profile"], f"{row['used']} of {row['uses']}", by, labels or "-", *made, until)
+    wide_console().print(table if rows else "no enrolment tokens; make one with `phifleet device token`")
+
+
+@device.command("token-revoke")
+@click.argument("token_id", metavar="ID")
+@click.pass_obj
+def token_revoke_command(context: Context, token_id: str) -> None:
+    """Let the enrolment token ID be good no more; devices that used it stay."""
+    with context.client() as client:
+        client.call("DELETE", f"/enrolment-tokens/{token_id}")
+    click.echo(f"enrolment token {token_id} is revoked")
+
+
+@device.command("waiting")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+@click.pass_obj
+def waiting_command(context: Context, as_json: bool) -> None:
+    """List the machines that wait to become devices."""
+    with context.client() as client:
+        rows = client.call("GET", "/enrolments")["items"]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    table = Table("device", "profile", "from", "asked (UTC)", "SHA-256 of its key", box=None)
+    for row in rows:
+        table.add_row(row["device"], row["profile"], row["address"], row["asked_at"][:16], row["key"])
+    wide_console().print(table if rows else "no machine waits")
+
+
+@device.command("accept")
+@click.argument("device_id", metavar="ID")
+@click.pass_obj
+def accept_command(context: Context, device_id: str) -> None:
+    """Let the machine that waits as ID become a device."""
+    with context.client() as client:
+        client.call("POST", f"/enrolments/{device_id}/accept")
+    click.echo(f"accepted {device_id}")
+
+
+@device.command("reject")
+@click.argument("device_id", metavar="ID")
+@click.pass_obj
+def reject_command(context: Context, device_id: str) -> None:
+    """Refuse the machine that waits as ID."""
+    with context.client() as client:
+        client.call("POST", f"/enrolments/{device_id}/reject")
+    click.echo(f"rejected {device_id}")
 
 
 def _file(named: Path) -> Path | None:

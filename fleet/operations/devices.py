@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import TypeAdapter, ValidationError
 
 from agent.contract.base import DeviceId, explain
-from agent.contract.bundle import Bundle
+from agent.contract.bundle import BUNDLE_VERSION, Bundle
 from agent.contract.profile import DeviceProfile
 from agent.platform.addresses import is_loopback
 from agent.platform.files import PRIVATE, reason, write_atomic
@@ -182,24 +182,35 @@ def make_bundle(fleet: Fleet, device: str, profile: str, broker: str | None) -> 
         UsageError: the broker's URL or CA file cannot be used.
         RepositoryError: there is no root of trust, or no device CA.
     """
-    settings = fleet.settings
-    url = broker or settings.broker_url
-    values: dict[str, Any] = {
-        "device": device,
-        "profile": profile,
-        "broker": url,
-        "root": fleet.repository.root_bytes().decode(),
-        "issued_at": datetime.now(UTC),
-    }
-    if settings.broker_ca is not None:
-        values["broker_ca"] = _read_text(settings.broker_ca)
-    if url.startswith("mqtts://"):
+    values = bundle_values(fleet, device, profile, broker)
+    if str(values["broker"]).startswith("mqtts://"):
         identity = fleet.ca.enrol(device)
         values |= {"certificate": identity.certificate, "private_key": identity.private_key}
     try:
         return Bundle(**values)
     except ValidationError as error:
         raise UsageError(explain(error, quote=False)) from None
+
+
+def bundle_values(fleet: Fleet, device: str, profile: str, broker: str | None) -> dict[str, Any]:
+    """Return a bundle's fields but for the device's certificate and its key.
+
+    Raises:
+        UsageError: the broker's CA file cannot be used.
+        RepositoryError: there is no root of trust.
+    """
+    settings = fleet.settings
+    values: dict[str, Any] = {
+        "version": BUNDLE_VERSION,
+        "device": device,
+        "profile": profile,
+        "broker": broker or settings.broker_url,
+        "root": fleet.repository.root_bytes().decode(),
+        "issued_at": datetime.now(UTC),
+    }
+    if settings.broker_ca is not None:
+        values["broker_ca"] = _read_text(settings.broker_ca)
+    return values
 
 
 def remove_device(fleet: Fleet, device: str, actor: Actor) -> int:

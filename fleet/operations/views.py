@@ -16,6 +16,7 @@ from fleet.registry.models import (
     ControllerRow,
     DeploymentRow,
     DeviceRow,
+    EnrolmentTokenRow,
     HealthRollupRow,
     HealthRow,
     ReleaseRow,
@@ -244,6 +245,22 @@ def describe_token(row: TokenRow) -> dict[str, Any]:
         "expires_at": _iso(row.expires_at),
         "revoked_at": _iso(row.revoked_at),
         "used_at": _iso(row.used_at),
+    }
+
+
+def describe_enrolment_token(row: EnrolmentTokenRow) -> dict[str, Any]:
+    """Return an enrolment token, without what it is."""
+    return {
+        "id": row.id,
+        "profile": row.profile,
+        "labels": row.labels,
+        "uses": row.uses,
+        "used": row.used,
+        "approval": row.approval,
+        "created_at": row.created_at.isoformat(),
+        "created_by": row.created_by,
+        "expires_at": row.expires_at.isoformat(),
+        "revoked_at": _iso(row.revoked_at),
     }
 
 

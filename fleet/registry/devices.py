@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, or_, select, update
+from sqlalchemy.orm import Session
 
 from agent.contract import topics
 from agent.contract.messages import Facts
@@ -45,14 +46,7 @@ class Devices:
             UsageError: it is there already.
         """
         with self._database.write() as session:
-            new = insert_if_new(session, DeviceRow, {"id": device, "profile": profile.name, "added_at": actor.at})
-            row = session.get_one(DeviceRow, device, with_for_update=True)
-            if not new and row.removed_at is None:
-                raise ConflictError(f"device {device} is there already; remove it first, or choose another id")
-            row.profile, row.profile_document = profile.name, document
-            row.added_at, row.removed_at, row.revoked_at, row.cleared = actor.at, None, None, False
-            row.facts = row.reported = row.health = row.last_seen = None
-            row.health_at = row.health_interval_s = row.presence_received_at = row.runs = row.cloned_at = None
+            add_row(session, device, profile.name, document, actor.at)
             add_audit(session, actor, "device.add", device, {"profile": profile.name})
 
     def label(self, device: str, labels: Mapping[str, str | None], actor: Actor) -> dict[str, str]:
@@ -63,12 +57,9 @@ class Devices:
         """
         with self._database.write() as session:
             row = device_row(session, device, lock=True)
-            merged = {**(row.labels or {}), **labels}
-            row.labels = {name: value for name, value in merged.items() if value is not None}
-            session.execute(delete(LabelRow).where(LabelRow.device == device))
-            session.add_all(LabelRow(device=device, name=name, value=value) for name, value in row.labels.items())
+            now = set_labels(session, row, labels)
             add_audit(session, actor, "device.label", device, dict(labels))
-            return dict(row.labels)
+            return now
 
     def remove(self, device: str, actor: Actor) -> None:
         """Forget a device: its outstanding deployment is cancelled, and the controller clears its topics.
@@ -172,6 +163,32 @@ class Devices:
         with self._database.read() as session:
             query = select(DeviceRow.id).where(~_BARRED)
             return list(session.scalars(query.order_by(DeviceRow.last_seen.desc().nulls_last(), DeviceRow.id)))
+
+
+def add_row(session: Session, device: str, profile: str, document: dict[str, Any] | None, at: datetime) -> DeviceRow:
+    """Record a device; one that was removed may be added again, and its sequence goes on.
+
+    Raises:
+        ConflictError: it is there already.
+    """
+    new = insert_if_new(session, DeviceRow, {"id": device, "profile": profile, "added_at": at})
+    row = session.get_one(DeviceRow, device, with_for_update=True)
+    if not new and row.removed_at is None:
+        raise ConflictError(f"device {device} is there already; remove it first, or choose another id")
+    row.profile, row.profile_document = profile, document
+    row.added_at, row.removed_at, row.revoked_at, row.cleared = at, None, None, False
+    row.facts = row.reported = row.health = row.last_seen = None
+    row.health_at = row.health_interval_s = row.presence_received_at = row.runs = row.cloned_at = None
+    return row
+
+
+def set_labels(session: Session, row: DeviceRow, labels: Mapping[str, str | None]) -> dict[str, str]:
+    """Set labels, and remove those whose value is None; returns what the device has now."""
+    merged = {**(row.labels or {}), **labels}
+    row.labels = {name: value for name, value in merged.items() if value is not None}
+    session.execute(delete(LabelRow).where(LabelRow.device == row.id))
+    session.add_all(LabelRow(device=row.id, name=name, value=value) for name, value in row.labels.items())
+    return dict(row.labels)
 
 
 def facts_of(row: DeviceRow) -> Facts | None:

@@ -343,6 +343,47 @@ class TokenRow(Base):
     sign_in: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
+class EnrolmentTokenRow(Base):
+    """With it a machine that has no identity yet may become a device; the database knows the hash alone."""
+
+    __tablename__ = "enrolment_tokens"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    #: SHA-256 of the token, in lower case hex.
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    profile: Mapped[str]
+    #: The whole profile, where it does not come with phifleet.
+    profile_document: Mapped[dict[str, Any] | None]
+    #: What each device that uses it is labelled with.
+    labels: Mapped[dict[str, Any]]
+    uses: Mapped[int] = mapped_column(BigInt)
+    used: Mapped[int] = mapped_column(BigInt)
+    #: An operator accepts each device.
+    approval: Mapped[bool]
+    created_at: Mapped[datetime]
+    created_by: Mapped[str]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+
+
+class EnrolmentRow(Base):
+    """A machine that has asked to become a device."""
+
+    __tablename__ = "enrolments"
+
+    device: Mapped[str] = mapped_column(String(63), primary_key=True)
+    #: ``EnrolmentTokenRow.id``.
+    token: Mapped[str] = mapped_column(String(16))
+    #: SHA-256 of its public key (SubjectPublicKeyInfo, DER), in lower case hex.
+    key: Mapped[str] = mapped_column(String(64))
+    #: ``waiting``, ``enrolled`` or ``rejected``.
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    address: Mapped[str] = mapped_column(String(64))
+    asked_at: Mapped[datetime]
+    decided_at: Mapped[datetime | None]
+    decided_by: Mapped[str | None]
+
+
 class IdempotencyRow(Base):
     """What was answered to a request with an Idempotency-Key, so that the same request again changes nothing."""
 

@@ -13,6 +13,7 @@ from fleet.registry.controllers import Controllers
 from fleet.registry.database import Database
 from fleet.registry.deployments import Deployments
 from fleet.registry.devices import Devices
+from fleet.registry.enrolments import Enrolments
 from fleet.registry.health import Health
 from fleet.registry.inventory import Inventory
 from fleet.registry.models import FleetRow
@@ -38,6 +39,7 @@ class Registry:
         self.rollouts = Rollouts(database)
         self.inventory = Inventory(database)
         self.tokens = Tokens(database)
+        self.enrolments = Enrolments(database)
         self.webhooks = Webhooks(database)
         self.selectors = Selectors(database)
         self.releases = Releases(database)

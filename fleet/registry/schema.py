@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 #: The revision that this phifleet works with. Alembic is loaded when the tables are to be changed, and not before.
-HEAD = "0006"
+HEAD = "0007"
 #: Of a database that was made before there were revisions, by the version that it wrote down itself.
 _BEFORE_REVISIONS = {2: "0001", 3: "0002"}
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -19,12 +19,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    PublicFormat,
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -42,6 +44,9 @@ CA_DAYS = 3650
 DEVICE_DAYS = CA_DAYS
 SERVER_DAYS = 397
 CRL_DAYS = 30
+RSA_BITS = 2048
+
+DeviceKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
 
 #: A broker's clock may be behind ours by this much.
 _SKEW = timedelta(hours=1)
@@ -128,6 +133,15 @@ class DeviceCA:
             raise UsageError(f"{device!r} is no device id: lower case letters, digits and dashes, 63 at most") from None
         return self._certify(device, days, ExtendedKeyUsageOID.CLIENT_AUTH, ())
 
+    def certify(self, device: str, csr_pem: str, days: float = DEVICE_DAYS) -> Credentials:
+        """Return a client certificate for the key of a request (PKCS #10); ``private_key`` is empty: it stays there.
+
+        Raises:
+            UsageError: the request is not one, or not for this device; see ``read_request``.
+            RepositoryError: no CA, or the disk refuses.
+        """
+        return self._certify(device, days, ExtendedKeyUsageOID.CLIENT_AUTH, (), read_request(csr_pem, device))
+
     def server_certificate(self, hosts: Sequence[str], days: float = SERVER_DAYS) -> Credentials:
         """For a broker on these host names or addresses: for tests, the demo, and small fleets."""
         if not hosts:
@@ -169,15 +183,25 @@ class DeviceCA:
                 self._write_crl(*self._ca(), self._revoked())
             return due
 
-    def _certify(self, name: str, days: float, purpose: x509.ObjectIdentifier, hosts: Sequence[str]) -> Credentials:
+    def _certify(
+        self,
+        name: str,
+        days: float,
+        purpose: x509.ObjectIdentifier,
+        hosts: Sequence[str],
+        public_key: DeviceKey | None = None,
+    ) -> Credentials:
         with self._locked():
             ca, ca_key = self._ca()
-            key, now = ec.generate_private_key(ec.SECP256R1()), self._clock()
+            key, now = None, self._clock()
+            if public_key is None:
+                key = ec.generate_private_key(ec.SECP256R1())
+                public_key = key.public_key()
             begins = _ALWAYS if hosts else now - _SKEW
             ends = min(now + timedelta(days=days), ca.not_valid_after_utc)
             subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
             builder = (
-                _builder(subject, ca.subject, key.public_key(), begins, ends)
+                _builder(subject, ca.subject, public_key, begins, ends)
                 .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
                 .add_extension(_usage(sign_certificates=False), critical=True)
                 .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -191,7 +215,7 @@ class DeviceCA:
             self._save_issued(name, [*self._issued(name), entry])
             return Credentials(
                 certificate.public_bytes(Encoding.PEM).decode(),
-                _key_pem(key).decode(),
+                _key_pem(key).decode() if key is not None else "",
                 ca.public_bytes(Encoding.PEM).decode(),
                 ends,
             )
@@ -295,8 +319,52 @@ def _boundary(folder: Path) -> Iterator[None]:
         raise RepositoryError(f"the device CA in {folder} cannot be read or written: {error}") from error
 
 
+def read_request(csr_pem: str, device: str) -> DeviceKey:
+    """Return the public key of a certificate request, whose sender has the private one.
+
+    Raises:
+        UsageError: it cannot be read, is not signed with its own key, is for another name, or its key is weak.
+    """
+    try:
+        request = x509.load_pem_x509_csr(csr_pem.encode())
+        signed, key = request.is_signature_valid, request.public_key()
+        names = [str(one.value) for one in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UsageError(f"the certificate request cannot be read: {error}") from None
+    if not signed:
+        raise UsageError("the certificate request is not signed with its own key")
+    if names != [device]:
+        raise UsageError(f"the certificate request is for {', '.join(names) or 'nobody'}, and not for {device}")
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in ("secp256r1", "secp384r1"):
+        return key
+    if isinstance(key, ed25519.Ed25519PublicKey) or (isinstance(key, rsa.RSAPublicKey) and key.key_size >= RSA_BITS):
+        return key
+    raise UsageError("the certificate request's key must be ECDSA on P-256 or P-384, Ed25519, or RSA of 2048 bits")
+
+
+def key_digest(key: DeviceKey) -> str:
+    """Return SHA-256 of a public key (SubjectPublicKeyInfo, DER) in lower case hex."""
+    return sha256_hex(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+
+
+def certificate_digest(pem: str) -> str:
+    """Return SHA-256 of a certificate (DER) in lower case hex, as a pin has it."""
+    return sha256_hex(x509.load_pem_x509_certificate(pem.encode()).public_bytes(Encoding.DER))
+
+
+def issued_by(pem: str, ca_pem: str) -> bool:
+    """Return whether the first certificate in ``pem`` was issued by the CA directly."""
+    try:
+        x509.load_pem_x509_certificate(pem.encode()).verify_directly_issued_by(
+            x509.load_pem_x509_certificate(ca_pem.encode())
+        )
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, begins: datetime, ends: datetime
+    subject: x509.Name, issuer: x509.Name, key: DeviceKey, begins: datetime, ends: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()

@@ -4,11 +4,15 @@ import { Access } from "./access.js";
 import { Artifacts } from "./artifacts.js";
 import { Audit } from "./audit.js";
 import { Device, Devices } from "./devices.js";
+import { Enrolment } from "./enrolment.js";
 import { Overview } from "./overview.js";
 import { NewRollout, Rollout, Rollouts } from "./rollouts.js";
 import { Problem, announce, html, may, render, useData, useEffect, useRef, useState } from "./parts.js";
 
-const PAGES = [["overview", "Overview", "viewer"], ["devices", "Devices", "viewer"], ["artifacts", "Artifacts", "viewer"], ["rollouts", "Rollouts", "viewer"], ["access", "Access", "admin"], ["audit", "Audit", "admin"]];
+const PAGES = [["overview", "Overview", "viewer"], ["devices", "Devices", "viewer"], ["artifacts", "Artifacts", "viewer"], ["rollouts", "Rollouts", "viewer"], ["enrolment", "Enrolment", "operator"], ["access", "Access", "admin"], ["audit", "Audit", "admin"]];
+
+// Pages of these roles are about the whole fleet, which a token with a scope does not see.
+const WHOLE = new Set(["operator", "admin"]);
 
 function place() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
@@ -75,7 +79,7 @@ function App() {
   if (!ready) return null;
   if (!me) return html`<${SignIn} problem=${problem} signedIn=${setMe}/>`;
   const leave = () => { token.clear(); setProblem(null); setMe(null); };
-  const shown = PAGES.filter(([, , role]) => may(me, role) && (role !== "admin" || !me.scope));
+  const shown = PAGES.filter(([, , role]) => may(me, role) && (!WHOLE.has(role) || !me.scope));
   return html`<a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current.focus(); }}>Skip to the page</a>
     <header><img src="static/icon.svg" alt="" width="26" height="26"/><b>phifleet</b>
       <nav aria-label="Pages">${shown.map(([id, title]) => html`<a href=${`#/${id}`} aria-current=${where.page === id ? "page" : undefined}>${title}</a>`)}</nav>
@@ -91,6 +95,7 @@ function Page({ me, where, pages }) {
   if (page === "devices") return name ? html`<${Device} me=${me} name=${name}/>` : html`<${Devices} key=${where.key} me=${me} query=${query}/>`;
   if (page === "rollouts") return name === "new" ? html`<${NewRollout}/>` : name ? html`<${Rollout} me=${me} name=${name}/>` : html`<${Rollouts} me=${me}/>`;
   if (page === "artifacts") return html`<${Artifacts} me=${me}/>`;
+  if (page === "enrolment") return html`<${Enrolment} me=${me}/>`;
   if (page === "access") return html`<${Access}/>`;
   if (page === "audit") return html`<${Audit}/>`;
   return html`<${Overview} me=${me}/>`;

@@ -170,7 +170,10 @@ async def test_the_audit_is_read_from_the_beginning_and_verified(api: Api) -> No
 
 async def test_every_route_needs_a_token_that_is_good(api: Api) -> None:
     world = api.world
+    assert {route.path for route in ROUTES if route.role is None} == {"/sign-in", "/enrolments", "/enrolments/ca"}
     for route in ROUTES:
+        if route.role is None:
+            continue
         path = route.path.replace("{", "").replace("}", "")
         bare = await api.client.request(route.method, f"/api/v1{path}")
         assert (bare.status, (await bare.json())["code"]) == (401, "token.missing"), route.path
@@ -189,6 +192,8 @@ async def test_every_route_needs_a_token_that_is_good(api: Api) -> None:
 @pytest.mark.parametrize("role", list(Role))
 async def test_a_role_may_what_its_routes_say_and_no_more(api: Api, role: Role) -> None:
     for route in ROUTES:
+        if route.role is None:
+            continue
         path = route.path.replace("{", "").replace("}", "")
         answer = await api.ask(route.method, path, {} if route.body else None, role=role)
         code = (await answer.json()).get("code") if answer.status >= 400 else None

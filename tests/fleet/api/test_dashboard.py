@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 
+from agent.contract.enrolment import EnrolmentToken
 from agent.contract.messages import State
 from fleet.api.dashboard import FILES
 from fleet.core.roles import Role
 from fleet.operations.links import make_link
 from fleet.registry import Received, Recorder
+from fleet.trust.ca import DeviceCA
 from tests.browser import CHROMIUM, Page, browse
 from tests.fleet.api.conftest import Api
+from tests.fleet.api.test_enrolment import request_of
 from tests.fleet.world import controller_runs, topic_of
 
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -195,7 +198,7 @@ PAGES = [
     ("#/overview", "What needs attention"), ("#/devices", "pi-2"), ("#/devices/pi-1", "Inference over time"),
     ("#/devices?selector=profile%3D%3D", "^"), ("#/artifacts", "onnx_genai int4"),
     ("#/rollouts", "There was no rollout"), ("#/rollouts/new", "New rollout"), ("#/access", "New token"),
-    ("#/audit", "Verify the record"), ("#/nothing", "no such page"),
+    ("#/enrolment", "New enrolment token"), ("#/audit", "Verify the record"), ("#/nothing", "no such page"),
 ]  # fmt: skip
 
 
@@ -250,6 +253,52 @@ async def test_actions_ask_first_say_how_many_devices_and_do_it(api: Api, tmp_pa
         await page.until(shows("entries are as they were written"))
         await page.run("[...document.querySelectorAll('header button')].at(-1).click()")
         await page.until("document.querySelector('.sign-in')")
+
+
+@pytest.mark.browser
+@NEEDS_CHROMIUM
+async def test_a_machine_is_enrolled_and_one_is_rejected(api: Api, tmp_path: Path):
+    DeviceCA(api.world.home, api.world.clock.now).init()
+    async with at(api, tmp_path) as page:
+        await go(page, "#/enrolment", "New enrolment token")
+        await page.until("document.querySelectorAll('form.form option').length > 3")
+        await fill(page, "form.form input[type=number]", "2")
+        await fill(page, "form.form label:nth-of-type(4) input", "site=lyon, line=3")
+        await page.run("document.querySelector('form.form input[type=checkbox]').click()")
+        await press(page, "Make a token")
+        await page.until(
+            "document.querySelector('pre.secret')?.textContent.includes('phifleet-agent enrol --url http')"
+        )
+        command = await page.run("document.querySelector('pre.secret').textContent")
+        await page.until(shows("0 of 2"))
+        secret = EnrolmentToken.parse(command.split()[-1]).secret
+        for device in ("cam-1", "cam-2"):
+            body = {"token": secret, "device": device, "csr": request_of(device)}
+            assert (await (await api.client.post("/api/v1/enrolments", json=body)).json())["state"] == "waiting"
+        await page.until(shows("cam-2"))
+        assert await page.run("document.querySelectorAll('main table')[0].rows.length") == 3
+        await press(page, "Accept")
+        assert "becomes the device cam-1" in await page.run("document.querySelector('dialog[open]').textContent")
+        await press(page, "Accept", "dialog[open]")
+        await page.until("!document.body.textContent.includes('cam-1')")
+        await press(page, "Reject")
+        await press(page, "Reject", "dialog[open]")
+        await page.until(shows("No machine waits"))
+        await press(page, "Revoke")
+        await press(page, "Revoke", "dialog[open]")
+        await page.until(shows("revoked"))
+        await go(page, "#/devices/cam-1", "lyon")
+
+
+@pytest.mark.browser
+@NEEDS_CHROMIUM
+async def test_an_operator_accepts_machines_and_makes_no_tokens(api: Api, tmp_path: Path):
+    async with at(api, tmp_path, Role.OPERATOR) as page:
+        await go(page, "#/enrolment", "No machine waits")
+        assert "token" not in await page.run(
+            "[...document.querySelectorAll('main button')].map((b) => b.textContent).join()"
+        )
+        assert await page.run("document.querySelectorAll('main form').length") == 0
 
 
 @pytest.mark.browser

@@ -1,0 +1,53 @@
+"""Enrolment by token: what lets a machine become a device, and the machines that have asked."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+from fleet.registry.migrations.tools import set_version
+from fleet.registry.models import BigInt, UtcDateTime
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """All of it is new."""
+    json = sa.JSON(none_as_null=True)
+    op.create_table(
+        "enrolment_tokens",
+        sa.Column("id", sa.String(16), primary_key=True),
+        sa.Column("hash", sa.String(64), nullable=False, unique=True),
+        sa.Column("profile", sa.String(), nullable=False),
+        sa.Column("profile_document", json),
+        sa.Column("labels", json, nullable=False),
+        sa.Column("uses", BigInt, nullable=False),
+        sa.Column("used", BigInt, nullable=False),
+        sa.Column("approval", sa.Boolean(), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.Column("created_by", sa.String(), nullable=False),
+        sa.Column("expires_at", UtcDateTime(), nullable=False),
+        sa.Column("revoked_at", UtcDateTime()),
+    )
+    op.create_table(
+        "enrolments",
+        sa.Column("device", sa.String(63), primary_key=True),
+        sa.Column("token", sa.String(16), nullable=False),
+        sa.Column("key", sa.String(64), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False, index=True),
+        sa.Column("address", sa.String(64), nullable=False),
+        sa.Column("asked_at", UtcDateTime(), nullable=False),
+        sa.Column("decided_at", UtcDateTime()),
+        sa.Column("decided_by", sa.String()),
+    )
+    set_version(8)
+
+
+def downgrade() -> None:
+    """Devices that were enrolled stay; an earlier phifleet knows them as it knows those with a bundle."""
+    op.drop_table("enrolments")
+    op.drop_table("enrolment_tokens")
+    set_version(7)
