@@ -8,7 +8,7 @@ export function Access() {
   const [form, setForm] = useState({ name: "", role: "viewer", scope: "", days: "" });
   const [made, setMade] = useState(null);
   const [error, setError] = useState(null);
-  const set = (name) => (event) => setForm({ ...form, [name]: event.target.value });
+  const set = (name) => ({ target }) => { const { value } = target; setForm((before) => ({ ...before, [name]: value })); };
   async function create(event) {
     event.preventDefault();
     setError(null);

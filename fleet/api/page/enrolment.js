@@ -30,7 +30,7 @@ export function Enrolment({ me }) {
   const [form, setForm] = useState({ profile: "", uses: "1", hours: "24", approval: false, labels: "" });
   const [made, setMade] = useState(null);
   const [error, setError] = useState(null);
-  const set = (name) => (event) => setForm({ ...form, [name]: event.target.type === "checkbox" ? event.target.checked : event.target.value });
+  const set = (name) => ({ target }) => { const value = target.type === "checkbox" ? target.checked : target.value; setForm((before) => ({ ...before, [name]: value })); };
   const names = (profiles.data?.items ?? []).map((one) => one.name);
   async function create(event) {
     event.preventDefault();

@@ -73,8 +73,9 @@ export function NewRollout() {
   const [form, setForm] = useState({ name: "", artifact: [], selector: "", waves: WAVES, bake: "5", approval: false, stop: "revert" });
   const [plan, setPlan] = useState(null);
   const [error, setError] = useState(null);
-  const set = (name) => (event) => { setPlan(null); setForm({ ...form, [name]: event.target.type === "checkbox" ? event.target.checked : event.target.value }); };
-  const choose = (event) => { setPlan(null); setForm({ ...form, artifact: [...event.target.selectedOptions].map((option) => option.value) }); };
+  const put = (name, value) => { setPlan(null); setForm((before) => ({ ...before, [name]: value })); };
+  const set = (name) => ({ target }) => put(name, target.type === "checkbox" ? target.checked : target.value);
+  const choose = ({ target }) => put("artifact", [...target.selectedOptions].map((option) => option.value));
   const wanted = () => ({ rollout: form.name, spec: { selector: form.selector, artifacts: form.artifact, waves: readWaves(form.waves), bake_s: 60 * Number(form.bake), approval: form.approval, on_stop: form.stop } });
   async function look(event) {
     event.preventDefault();

@@ -261,7 +261,7 @@ async def test_a_machine_is_enrolled_and_one_is_rejected(api: Api, tmp_path: Pat
     DeviceCA(api.world.home, api.world.clock.now).init()
     async with at(api, tmp_path) as page:
         await go(page, "#/enrolment", "New enrolment token")
-        await page.until("document.querySelectorAll('form.form option').length > 3")
+        await page.until("document.querySelectorAll('form.form option').length > 8")
         await fill(page, "form.form input[type=number]", "2")
         await fill(page, "form.form label:nth-of-type(4) input", "site=lyon, line=3")
         await page.run("document.querySelector('form.form input[type=checkbox]').click()")
@@ -271,6 +271,7 @@ async def test_a_machine_is_enrolled_and_one_is_rejected(api: Api, tmp_path: Pat
         )
         command = await page.run("document.querySelector('pre.secret').textContent")
         await page.until(shows("0 of 2"))
+        assert await page.run("document.documentElement.scrollWidth <= innerWidth"), "the token breaks its line"
         secret = EnrolmentToken.parse(command.split()[-1]).secret
         for device in ("cam-1", "cam-2"):
             body = {"token": secret, "device": device, "csr": request_of(device)}
