@@ -108,6 +108,7 @@ def enrol(
             identity.refuse_unless_free(settings.state_dir, asking.device, replace=replace)
             found = enrolment.enrol_by_token(asking, settings.state_dir, _tell_waiting, time.sleep)
             who = identity.enrol(found, settings.state_dir, replace=replace)
+            enrolment.remember_controller(settings.state_dir, asking.url, asking.token)
             enrolment.forget_key(settings.state_dir)
     click.echo(f"enrolled as {who.device} ({who.profile}); broker {who.broker}; state in {settings.state_dir}")
 

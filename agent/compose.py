@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from importlib.metadata import version
 
 from agent.contract import topics
@@ -31,6 +32,7 @@ from agent.store.fetch import Fetcher
 from agent.store.journal import FileJournal
 from agent.trust.client import TrustClient
 from agent.trust.identity import Identity
+from agent.trust.renewal import CertificateRenewal
 
 
 def compose(settings: AgentSettings, who: Identity) -> Body:
@@ -52,8 +54,13 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
         host.active,
         lambda found: facts.collect(
             who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
-        ),
+        ).model_copy(update={"certificate_expires_at": state.certificate_expires_at}),
     )
+
+    def certificate_ends(at: datetime) -> None:
+        state.certificate_expires_at = at
+
+    renewal = CertificateRenewal(who, link, clock, certificate_ends)
     parts = StepParts(
         trust, store, Fetcher(link, store, who.device, dialect=trust.dialect), host, monitor, clock, available_bytes
     )
@@ -75,6 +82,7 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
         state_dir=settings.state_dir,
         health_interval_s=settings.health_interval_s,
         canary_interval_s=settings.canary_interval_s,
+        renew_certificate=renewal.run,
     )
 
 

@@ -68,6 +68,10 @@ class FleetSettings(BaseSettings):
     order_validity_s: Annotated[float, Field(gt=0, description="seconds after which a signed order is void")] = (
         30 * 86400.0
     )
+    device_certificate_days: Annotated[
+        float,
+        Field(gt=0, le=3650, description="of a device that enrolled by token or renews; agents renew at two thirds"),
+    ] = 90.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="lowest level logged")] = (
         "info"
     )

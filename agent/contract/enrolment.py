@@ -18,6 +18,7 @@ from agent.contract.base import DeviceId, WireModel
 #: Under the controller's URL.
 PATH = "/api/v1/enrolments"
 CA_PATH = "/api/v1/enrolments/ca"
+RENEW_PATH = "/api/v1/enrolments/{device}/renew"
 #: Begins a token, so that one that was cut, or is another kind, is noticed before it is sent anywhere.
 PREFIX = "phifleet-enrol."
 

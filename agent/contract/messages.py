@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -61,9 +61,12 @@ class DeviceMessage(WireModel):
     device: DeviceId
     boot: Boot | None = None
 
+    #: Fields that came after the first release.
+    _later: ClassVar[frozenset[str]] = frozenset({"boot", "certificate_expires_at"})
+
     def to_json(self) -> bytes:
-        """Canonical UTF-8 JSON; without ``boot`` where there is none, as the first release wrote it."""
-        without = {"boot"} if self.boot is None else set()
+        """Canonical UTF-8 JSON; without what came later where there is none of it, as the first release wrote it."""
+        without = {name for name in self._later & type(self).model_fields.keys() if getattr(self, name) is None}
         return canonical_json(self.model_dump(mode="json", exclude=without))
 
 
@@ -99,6 +102,9 @@ class Facts(DeviceMessage):
     disk_free_bytes: Bytes
     runtimes: Annotated[tuple[RuntimeFact, ...], Field(max_length=64)] = ()
     at: Timestamp
+    certificate_expires_at: Annotated[
+        Timestamp | None, Field(description="of the certificate that the device shows to the broker")
+    ] = None
 
 
 class ArtifactRef(WireModel):
@@ -250,6 +256,21 @@ class MetadataWant(WireModel):
         str, Field(min_length=1, max_length=256, description="e.g. 3.root.json or targets/artifacts/x.json")
     ]
     offset: Count = 0
+
+
+class CertificateWant(WireModel):
+    """A device asks for a new client certificate for the key that it has. The answer is a ``CertificateAnswer``."""
+
+    version: int = 1
+    csr: Annotated[str, Field(min_length=1, max_length=16384, description="PKCS #10, PEM; its subject is CN=device")]
+
+
+class CertificateAnswer(WireModel):
+    """``certificate`` is PEM; where there is none, ``refused`` says why, and asking again changes nothing."""
+
+    version: int = 1
+    certificate: Annotated[str | None, Field(max_length=65536)] = None
+    refused: Sentence = ""
 
 
 class WantV1(WireModel):

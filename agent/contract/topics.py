@@ -9,6 +9,7 @@ PREFIX = "phifleet/v1"
 #: What devices ask for. The device is in the topic, so the broker's ACL says who may ask in whose name.
 ALL_WANTS = f"{PREFIX}/devices/+/want"
 ALL_METADATA_WANTS = f"{PREFIX}/devices/+/metadata/want"
+ALL_CERTIFICATE_WANTS = f"{PREFIX}/devices/+/certificate/want"
 #: Where agents 0.1 ask. Every device may write there, in any device's name; answered until 0.3.
 METADATA_WANT_V1 = f"{PREFIX}/metadata/want"
 ALL_WANTS_V1 = f"{PREFIX}/artifacts/+/want"
@@ -20,7 +21,7 @@ ALL_HEALTH = f"{PREFIX}/devices/+/health"
 
 _DEVICE = r"(?P<device>[a-z0-9][a-z0-9-]{0,62})"
 _DEVICE_TOPIC = re.compile(rf"^{PREFIX}/devices/{_DEVICE}/(?P<leaf>[a-z]+)$")
-_ASKING_TOPIC = re.compile(rf"^{PREFIX}/devices/{_DEVICE}/(?:metadata/)?want$")
+_ASKING_TOPIC = re.compile(rf"^{PREFIX}/devices/{_DEVICE}/(?:metadata/|certificate/)?want$")
 _CHUNK_TOPIC = re.compile(
     rf"^{PREFIX}/(?:artifacts/(?P<shared>[0-9a-f]{{64}})/chunks|devices/[^/]+/chunks/(?P<own>[0-9a-f]{{64}}))/(?P<n>\d{{1,9}})$"
 )
@@ -78,6 +79,16 @@ def metadata(device: str) -> str:
 def metadata_want(device: str) -> str:
     """Return where one device asks for metadata."""
     return f"{PREFIX}/devices/{device}/metadata/want"
+
+
+def certificate(device: str) -> str:
+    """Return the response topic of one device's requests for a certificate."""
+    return f"{PREFIX}/devices/{device}/certificate"
+
+
+def certificate_want(device: str) -> str:
+    """Return where one device asks for a new certificate."""
+    return f"{PREFIX}/devices/{device}/certificate/want"
 
 
 def want(device: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -102,6 +102,8 @@ class Body:
     canary_interval_s: float
     temperature_c: Callable[[], float | None] = facts.temperature_c
     throttled: Callable[[], bool | None] = facts.throttled
+    #: Keeps the device's certificate from ending; returns where the broker asks for none.
+    renew_certificate: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
 #: Presence and state are reported again within it.
@@ -120,6 +122,7 @@ class Agent:
     def _all_jobs(self) -> tuple[Job, ...]:
         """Return the one place that says what is vital: taking decisions about the model, which includes serving it."""
         body = self._body
+        renewal = (Job("certificate", body.renew_certificate),) if body.renew_certificate is not None else ()
         return (
             Job("deployments", body.deployer.run, vital=True),
             Job("host events", self._take_host_events),
@@ -131,6 +134,7 @@ class Agent:
             Job("canaries", self._ask_canaries),
             Job("control", self._answer_at_the_device),
             Job("watchdog", self._feed_watchdog),
+            *renewal,
         )
 
     async def run(self, stop: asyncio.Event) -> None:

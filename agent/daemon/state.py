@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from agent.contract.messages import Failure
 from agent.core.deployment import Deployment
@@ -20,3 +21,5 @@ class AgentState:
     #: Written by the agent: where the endpoint listens, and how many orders were no messages at all.
     endpoint: str | None = None
     malformed_messages: int = 0
+    #: Written by the renewal of the certificate that the device shows to the broker; None: it shows none.
+    certificate_expires_at: datetime | None = None

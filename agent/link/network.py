@@ -24,9 +24,10 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.core.backoff import Backoff
 from agent.core.ports import Message
+from agent.errors import LinkError
 from agent.link import reasons
 from agent.link.packets import Done, Publication, make_client, publish_properties, to_message
-from agent.link.settings import LinkSettings, parse_url
+from agent.link.settings import LinkSettings, load_certificate, parse_url
 
 #: How many QoS 1 publications of ours may be unacknowledged, unless the broker wants fewer.
 MAX_IN_FLIGHT = 64
@@ -207,7 +208,11 @@ class Network:
         # Until the broker has accepted us: a line for each packet later would cost more than the packet.
         self._client.on_log = self._on_log
         try:
+            if self._client.tls is not None:
+                load_certificate(self._client.tls, self._settings)
             self._client.reconnect()
+        except LinkError as error:
+            self._tell(str(error))
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             self._tell(reasons.of_exception(error, self._client.host, self._client.port))
         else:

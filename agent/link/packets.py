@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ class LeanClient(Client):
     max_packet_bytes: int
     #: Why the connection was ended by this side, if it was.
     refused = ""
+    #: What TLS is made with; the certificate in it is read again before each connection.
+    tls: ssl.SSLContext | None = None
 
     def _sock_recv(self, bufsize: int) -> bytes:
         # paho reads a packet of any length that is announced, up to 256 MiB, before anybody may refuse it, and asks
@@ -95,7 +98,8 @@ def make_client(settings: LinkSettings, address: Address) -> LeanClient:
     if username is not None:
         client.username_pw_set(username, settings.password or address.password)
     if address.tls:
-        client.tls_set_context(tls_context(settings))
+        client.tls = tls_context(settings)
+        client.tls_set_context(client.tls)
     if settings.will is not None:
         client.will_set(settings.will.topic, settings.will.payload, qos=1, retain=True)
     client.on_socket_open = _no_delay

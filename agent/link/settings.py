@@ -103,11 +103,20 @@ def tls_context(settings: LinkSettings) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise LinkError(f"the broker's CA certificate cannot be read: {settings.ca_file}: {error}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, settings)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, settings: LinkSettings) -> None:
+    """Read the client certificate and its key, if there are any: it may have been renewed since the last time.
+
+    Raises:
+        agent.errors.LinkError: a file cannot be read; the text names both.
+    """
     if settings.cert_file is None:
-        return context
+        return
     try:
         context.load_cert_chain(settings.cert_file, settings.key_file)
     except (OSError, ssl.SSLError) as error:
         files = f"{settings.cert_file} and {settings.key_file}"
         raise LinkError(f"the client certificate and its key cannot be used: {files}: {error}") from None
-    return context

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 
 from agent.contract.base import MalformedMessageError
 from agent.contract.bundle import Bundle
-from agent.contract.enrolment import CA_PATH, PATH, EnrolmentRequest, EnrolmentToken
+from agent.contract.enrolment import CA_PATH, PATH, RENEW_PATH, EnrolmentRequest, EnrolmentToken
+from agent.contract.messages import CertificateWant
 from agent.errors import ConfigError, UnavailableError
 from agent.platform.addresses import is_loopback
 from agent.platform.files import PRIVATE, reason, write_atomic
@@ -33,7 +34,7 @@ TIMEOUT_S = 30.0
 POLL_S = 5.0
 #: An answer is a bundle: a root of trust, and two certificates.
 MAX_ANSWER_BYTES = 4 * 2**20
-_KEY = "enrolment-key.pem"
+_KEY, _CONTROLLER = "enrolment-key.pem", "controller.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +105,56 @@ def _bundle(values: Any, key: str, controller: _Controller) -> Bundle:
 
 def _key_and_request(folder: Path, device: str) -> tuple[str, str]:
     """The key of an enrolment that was interrupted is used again: the controller knows it by its key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-        load_pem_private_key,
-    )
-    from cryptography.x509.oid import NameOID
+    from agent.trust.keys import key_pem, new_key, read_key, request_for
 
     path = folder / _KEY
     try:
-        found = load_pem_private_key(path.read_bytes(), None)
+        key = read_key(path.read_bytes())
     except FileNotFoundError:
-        found = None
+        key = new_key()
     except (OSError, ValueError) as error:
         raise UnavailableError(f"the key {path} cannot be read: {error}; remove it and enrol again") from error
-    if not isinstance(found, ec.EllipticCurvePrivateKey):
-        found = ec.generate_private_key(ec.SECP256R1())
-    pem = found.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     try:
-        write_atomic(path, pem, PRIVATE)
+        write_atomic(path, key_pem(key).encode(), PRIVATE)
     except OSError as error:
         raise UnavailableError(f"the key {path} cannot be written: {reason(error, folder)}") from error
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(found, hashes.SHA256())
-    return pem.decode(), request.public_bytes(Encoding.PEM).decode()
+    return key_pem(key), request_for(key, device)
+
+
+def remember_controller(state_folder: Path, url: str, token: EnrolmentToken) -> None:
+    """Write down whom to ask for a certificate when the broker accepts the old one no more.
+
+    Raises:
+        UnavailableError: the disk refuses.
+    """
+    path = state_folder / "identity" / _CONTROLLER
+    try:
+        write_atomic(path, json.dumps({"url": url, "ca": token.ca}).encode(), PRIVATE)
+    except OSError as error:
+        raise UnavailableError(f"{path} cannot be written: {reason(error, path.parent)}") from error
+
+
+def renew_at_controller(identity_folder: Path, device: str, csr: str) -> str | None:
+    """Return a new certificate for the old key from the controller's API; None if no controller was written down.
+
+    Raises:
+        ConfigError: the controller refuses.
+        UnavailableError: it cannot be reached, or does not answer as one.
+    """
+    path = identity_folder / _CONTROLLER
+    try:
+        known = json.loads(path.read_bytes())
+        asking = Asking(str(known["url"]), EnrolmentToken("", known["ca"]), device)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnavailableError(f"{path} cannot be read: {error}") from error
+    controller = _Controller(asking)
+    answer = controller.call("POST", RENEW_PATH.format(device=device), CertificateWant(csr=csr).to_json())
+    certificate = answer.get("certificate")
+    if not isinstance(certificate, str):
+        raise controller.strange("there is no certificate in its answer")
+    return certificate
 
 
 class _Controller:

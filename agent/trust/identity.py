@@ -16,7 +16,7 @@ from agent.contract.bundle import Bundle
 from agent.errors import ConfigError, UnavailableError
 from agent.platform.files import PRIVATE, reason, write_atomic
 
-_BUNDLE = "bundle.json"
+BUNDLE, CERTIFICATE = "bundle.json", "client.pem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,29 @@ def enrol(bundle: Bundle, state_folder: Path, *, replace: bool = False) -> Ident
     try:
         if not same_fleet and trust.exists():
             shutil.rmtree(trust)  # what another fleet signed: versions and times that mean nothing here
+        if old is not None and same_fleet and _was_renewed(old, bundle):
+            bundle = bundle.model_copy(update={"certificate": old.certificate})
         for name, pem in _pem_files(bundle).items():
             if pem is None:
                 (folder / name).unlink(missing_ok=True)
             else:
                 _keep(folder / name, pem.encode())
-        _keep(folder / _BUNDLE, bundle.to_json())
+        _keep(folder / BUNDLE, bundle.to_json())
     except OSError as error:
         raise UnavailableError(f"the identity cannot be written to {folder}: {reason(error, folder)}") from error
     return _identity(bundle, state_folder)
+
+
+def _was_renewed(old: Bundle, new: Bundle) -> bool:
+    """Return whether the device has a later certificate for the bundle's key; a bundle may be imported each start."""
+    if old.certificate is None or new.certificate in (None, old.certificate) or old.private_key != new.private_key:
+        return False
+    from agent.trust.keys import read_certificate
+
+    try:
+        return read_certificate(old.certificate).ends > read_certificate(str(new.certificate)).ends
+    except ValueError:
+        return False
 
 
 def refuse_unless_free(state_folder: Path, device: str, *, replace: bool) -> None:
@@ -105,7 +119,7 @@ def load(state_folder: Path) -> Identity:
     Raises:
         ConfigError: none, or damaged.
     """
-    path = state_folder / "identity" / _BUNDLE
+    path = state_folder / "identity" / BUNDLE
     if not _is_there(path):
         raise ConfigError(
             f"this device has no identity in {state_folder}: enrol it with `phifleet-agent enrol`, or start it with "
@@ -135,7 +149,7 @@ def _pem_files(bundle: Bundle) -> dict[str, str | None]:
 
 
 def _enrolled(state_folder: Path, replace: bool) -> Bundle | None:
-    path = state_folder / "identity" / _BUNDLE
+    path = state_folder / "identity" / BUNDLE
     try:
         return read_bundle(path) if _is_there(path) else None
     except ConfigError:

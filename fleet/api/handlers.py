@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from agent.contract.enrolment import EnrolmentRequest
 from agent.contract.manifest import Manifest
+from agent.contract.messages import CertificateWant
 from agent.platform.addresses import is_loopback
 from agent.platform.versions import product_version
 from fleet.api import shapes
@@ -21,7 +22,7 @@ from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
 from fleet.operations.audit import verify_audit
 from fleet.operations.deploy import DeployOptions, cancel_orders, deploy, roll_back
 from fleet.operations.devices import check_labels, remove_device, revoke_device
-from fleet.operations.enrolment import TokenOptions, enrol, make_token
+from fleet.operations.enrolment import TokenOptions, enrol, make_token, renew_for_key
 from fleet.operations.links import exchange_link, make_link
 from fleet.operations.names import create_release, save_selector, select, selector_text, variants
 from fleet.operations.overview import overview
@@ -41,6 +42,7 @@ from fleet.operations.views import (
     summarize,
 )
 from fleet.profiles_loader import list_profiles
+from fleet.registry import Actor
 from fleet.registry.enrolments import EnrolmentRefusal, EnrolmentState
 from fleet.registry.models import EnrolmentRow, RolloutRow
 from fleet.registry.rollouts import read, tag
@@ -566,6 +568,21 @@ def post_enrolment(call: Call) -> Reply:
     if state is EnrolmentState.REJECTED:
         raise ProblemError("enrolment.rejected", f"an operator has rejected {call.body.device}; ask the operator why")
     return Reply({"state": state.value, "bundle": bundle})
+
+
+@_route(
+    "POST",
+    "/enrolments/{device}/renew",
+    None,
+    body=CertificateWant,
+    answer=shapes.Certificate,
+    problems=("usage", "repository"),
+)
+def post_renewal(call: Call) -> Reply:
+    """Give a device that was off until its certificate had ended a new one, for the key that it was enrolled with."""
+    device = call.path["device"]
+    actor = Actor(f"device:{device}", call.at)
+    return Reply({"certificate": renew_for_key(call.fleet, device, call.body.csr, actor)})
 
 
 # --- tokens and webhooks

@@ -446,6 +446,12 @@ class Enrolment(Answer):
     bundle: dict[str, Any] | None
 
 
+class Certificate(Answer):
+    """A client certificate, PEM."""
+
+    certificate: str
+
+
 class Authority(Answer):
     """The device CA's certificate, PEM; null where there is none. A token has its SHA-256."""
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 
@@ -17,6 +18,7 @@ from agent.platform import systemd
 from fleet.daemon.barring import BarredDevices, KnownDevices
 from fleet.daemon.controller import Controller, Part
 from fleet.daemon.ingest import BATCH
+from fleet.daemon.renewals import Renewals
 from fleet.delivery.broker import EmbeddedBroker
 from fleet.delivery.chunk_server import ChunkServer
 from fleet.delivery.metadata import MetadataServer
@@ -70,6 +72,16 @@ async def run_controller(
                 servers = (
                     ChunkServer(bulk, FolderStore(home.artifacts).open, group=group, admission=known.refusal),
                     MetadataServer(control, repository, group=group, admission=known.refusal),
+                    Renewals(
+                        control,
+                        registry,
+                        DeviceCA(home),
+                        known.refusal,
+                        group=group,
+                        days=settings.device_certificate_days,
+                        clock=lambda: datetime.now(UTC),
+                        monotonic=time.monotonic,
+                    ),
                 )
                 controller = Controller(
                     control,

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from agent.contract.base import explain
 from agent.contract.enrolment import EnrolmentRequest, EnrolmentToken
 from agent.contract.profile import DeviceProfile
-from fleet.errors import UsageError
+from fleet.errors import ConflictError, UsageError
 from fleet.operations.devices import bundle_values, check_labels
 from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile, profile_paths
@@ -123,6 +123,28 @@ def enrol(
     device = fleet.registry.devices.get(wanted.device)
     values = bundle_values(fleet, wanted.device, device.profile, None)
     if str(values["broker"]).startswith("mqtts://"):
-        values["certificate"] = fleet.ca.certify(wanted.device, wanted.csr).certificate
+        values["certificate"] = _certified(fleet, wanted.device, wanted.csr)
     values["issued_at"] = values["issued_at"].isoformat()
     return state, values
+
+
+def renew_for_key(fleet: Fleet, device: str, csr: str, actor: Actor) -> str:
+    """Return a new certificate for the key with which a device was enrolled by token; it may have been off for long.
+
+    Raises:
+        UsageError: the request cannot be used.
+        ConflictError: the device was revoked, removed, or enrolled with another key or by a bundle.
+        RepositoryError: there is no device CA, or the disk refuses.
+    """
+    key = key_digest(read_request(csr, device))
+    if not fleet.registry.enrolments.owns(device, key):
+        raise ConflictError(
+            f"{device} is not enrolled with this key, or was revoked or removed: it needs a new token or bundle"
+        )
+    made = _certified(fleet, device, csr)
+    fleet.registry.audit.record(actor, "device.certificate", device)
+    return made
+
+
+def _certified(fleet: Fleet, device: str, csr: str) -> str:
+    return fleet.ca.certify(device, csr, fleet.settings.device_certificate_days).certificate

@@ -127,6 +127,14 @@ class Enrolments:
                 _enrol(session, made, row, actor)
             return made
 
+    def owns(self, device: str, key: str) -> bool:
+        """Return whether the device was enrolled by token with this key, and is neither revoked nor removed."""
+        with self._database.read() as session:
+            row, there = session.get(EnrolmentRow, device), session.get(DeviceRow, device)
+            if row is None or there is None or there.removed_at is not None or there.revoked_at is not None:
+                return False
+            return row.state == EnrolmentState.ENROLLED and row.key == key
+
     def decide(self, device: str, accept: bool, actor: Actor) -> EnrolmentRow:
         """Accept or reject a machine that waits; deciding the same again changes nothing.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,20 @@ async def test_broker_under_another_name_is_refused(secured: Secured) -> None:
     async with MqttLink(by_number) as link:
         with pytest.raises(LinkError):
             await link.wait_connected(1)
+
+
+async def test_a_certificate_that_was_renewed_is_shown_at_the_next_connection(secured: Secured) -> None:
+    settings = secured.settings("pi-1")
+    assert settings.cert_file is not None and settings.key_file is not None
+    short = secured.ca.enrol("pi-1", days=3 / 86400)
+    settings.cert_file.write_text(short.certificate)
+    settings.key_file.write_text(short.private_key)
+    async with MqttLink(settings) as link:
+        await link.wait_connected(10)
+        await until(lambda: datetime.now(UTC) > short.expires, "the certificate ends; the session goes on")
+        link._network._client._sock_close()  # the network went away
+        await until(lambda: "expired" in link.reason, "the broker refuses it", timeout_s=30)
+        renewed = secured.ca.enrol("pi-1", days=1)
+        settings.key_file.write_text(renewed.private_key)
+        settings.cert_file.write_text(renewed.certificate)
+        await link.wait_connected(10)

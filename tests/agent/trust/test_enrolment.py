@@ -106,6 +106,7 @@ def test_a_machine_becomes_a_device(world: World, url: str, tmp_path: Path) -> N
         "bundle.json",
         "client-key.pem",
         "client.pem",
+        "controller.json",
     ]
 
 
