@@ -137,6 +137,12 @@ class FleetSettings(BaseSettings):
         return self
 
     @property
+    def certificates(self) -> dict[str, Path]:
+        """PEM files of certificates that end, by the name of their setting."""
+        named = {"broker_ca": self.broker_ca, "broker_cert": self.broker_cert, "api_cert": self.api_cert}
+        return {name: path for name, path in named.items() if path is not None}
+
+    @property
     def database_url(self) -> str:
         """As SQLAlchemy takes it."""
         return self.database.get_secret_value() if self.database else f"sqlite:///{(self.home / 'fleet.db').as_posix()}"

@@ -22,6 +22,7 @@ from fleet.operations.artifacts import reinstate_artifact, withdraw_artifact
 from fleet.operations.audit import verify_audit
 from fleet.operations.deploy import DeployOptions, cancel_orders, deploy, roll_back
 from fleet.operations.devices import check_labels, remove_device, revoke_device
+from fleet.operations.ends import describe_ends, warnings
 from fleet.operations.enrolment import TokenOptions, enrol, make_token, renew_for_key
 from fleet.operations.links import exchange_link, make_link
 from fleet.operations.names import create_release, save_selector, select, selector_text, variants
@@ -83,7 +84,8 @@ def get_status(call: Call) -> Reply:
 def get_overview(call: Call) -> Reply:
     """Show how inference runs on each device, in columns, and what needs attention."""
     names = None if call.scope is None else [one.device for one in select(call.fleet, call.scope)]
-    return Reply(overview(call.fleet.registry, call.at, names))
+    ending = warnings(call.fleet, call.at) if names is None else []
+    return Reply(overview(call.fleet.registry, call.at, names, ending))
 
 
 @_route("GET", "/me", Role.VIEWER, answer=shapes.Me)
@@ -479,6 +481,13 @@ def get_profiles(call: Call) -> Reply:
     return Reply(
         {"items": [{"name": one.name, "description": one.description} for one in list_profiles()], "next": None}
     )
+
+
+@_route("GET", "/ends", Role.OPERATOR, answer=shapes.Ends)
+def get_ends(call: Call) -> Reply:
+    """Show when metadata and certificates end, and the devices that have not renewed theirs in time."""
+    call.require_whole_fleet()
+    return Reply(describe_ends(call.fleet, call.at))
 
 
 @_route("GET", "/enrolment-tokens", Role.ADMIN, answer=shapes.Page[shapes.EnrolmentToken])

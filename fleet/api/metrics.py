@@ -15,6 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from fleet.core.freshness import is_stale
+from fleet.operations.ends import describe_ends
 from fleet.operations.fleet import Fleet
 from fleet.operations.views import summarize
 
@@ -30,6 +31,8 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "phifleet_outbox_waiting": ("Devices whose orders wait to be published.", ()),
     "phifleet_audit_entries": ("Entries of the audit.", ()),
     "phifleet_webhooks_failing": ("Webhooks whose last delivery failed.", ()),
+    "phifleet_end_timestamp_seconds": ("When metadata or a certificate of the fleet ends, as Unix time.", ("name",)),
+    "phifleet_devices_not_renewed": ("Devices whose certificate ends within two weeks, up to 200.", ()),
     "phifleet_inference_devices": (
         "Devices whose last health report is fresh, by profile and artifact.", ("profile", "artifact"),
     ),
@@ -83,6 +86,10 @@ class Metrics:
         yield _family("phifleet_outbox_waiting", [((), registry.outbox.waiting())])
         yield _family("phifleet_audit_entries", [((), registry.audit.head()[0])])
         yield _family("phifleet_webhooks_failing", [((), sum(row.failures > 0 for row in registry.webhooks.all()))])
+        ends = describe_ends(self._fleet, at)
+        stamps = [((one["name"],), datetime.fromisoformat(one["expires_at"]).timestamp()) for one in ends["items"]]
+        yield _family("phifleet_end_timestamp_seconds", stamps)
+        yield _family("phifleet_devices_not_renewed", [((), len(ends["devices"]))])
         yield from self._inference(at)
 
     def _inference(self, at: datetime) -> Iterator[Metric]:

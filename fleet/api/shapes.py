@@ -452,6 +452,30 @@ class Certificate(Answer):
     certificate: str
 
 
+class End(Answer):
+    """Something of the fleet's trust that ends; ``hint`` says what to do, and ``soon`` that it is time."""
+
+    name: str
+    text: str
+    hint: str
+    expires_at: str
+    soon: bool
+
+
+class DeviceEnd(Answer):
+    """A device whose certificate ends soon."""
+
+    device: str
+    expires_at: str
+
+
+class Ends(Answer):
+    """What ends when; of devices those that have not renewed their certificate in time."""
+
+    items: list[End]
+    devices: list[DeviceEnd]
+
+
 class Authority(Answer):
     """The device CA's certificate, PEM; null where there is none. A token has its SHA-256."""
 

@@ -57,6 +57,10 @@ def status(context: Context, devices: tuple[str, ...], once: bool, as_json: bool
         console = Console()
         if once or not console.is_terminal:
             console.print(screen(fleet_view(fleet.registry, datetime.now(UTC), devices), console.width))
+            from fleet.operations.ends import warnings  # reads signed metadata, which the JSON does without
+
+            for line in warnings(fleet, datetime.now(UTC)):
+                console.print(Text(line, "red"))
             return
         # An interrupt is how a person ends it, and no failure.
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
@@ -190,3 +194,6 @@ def _print_remote(client: Client, names: Sequence[str], as_json: bool) -> None:
     past = Text("no controller runs: what is shown is of the past", "red")
     console.print(f"controllers: {hosts}" if running else past)
     console.print(table if shown else EMPTY)
+    for entry in client.call("GET", "/overview")["attention"]:
+        if entry["kind"] == "ends":
+            console.print(Text(entry["text"], "red"))

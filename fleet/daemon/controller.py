@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol
 
 import structlog
@@ -67,6 +68,7 @@ class Controller:
         notify: Callable[[str], bool] = systemd.notify,
         poll_s: float = POLL_S,
         parts: Sequence[Part] = (),
+        certificates: Mapping[str, Path] | None = None,
     ) -> None:
         self._servers, self._notify, self._registry, self.link = servers, notify, registry, link
         self.barred = barred = BarredDevices() if barred is None else barred
@@ -76,7 +78,7 @@ class Controller:
         self.ingest = Ingest(link, registry, clock, self._barring.received, barred)
         self._sweep = Sweep(link, registry, self.ingest.receive, clock, self.ingest.recorder.take_missing)
         self._publisher = Publisher(link, registry, clock, notify, poll_s, owner=self._heart.id)
-        self._refresh = Refresh(repository, ca, clock)
+        self._refresh = Refresh(repository, ca, clock, certificates)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop``.

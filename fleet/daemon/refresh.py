@@ -1,21 +1,24 @@
-"""Keeps fresh what must not expire: the online TUF roles, and the revocation list of the device CA."""
+"""Keeps fresh what must not expire: the online TUF roles, and the revocation list of the device CA.
+
+What only an operator can renew is warned of.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from datetime import datetime, timedelta
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
 
 import structlog
 
 from fleet.errors import RepositoryError
 from fleet.trust.ca import DeviceCA
+from fleet.trust.ends import ends
 from fleet.trust.repository import Repository
 
 REFRESH_S = 3600.0
 REFRESH_RETRY_S = 60.0
-#: Metadata that only the operator can renew, since its keys are offline, is warned of this long before.
-EXPIRY_WARNING = timedelta(days=30)
 
 _log = structlog.get_logger(component="controller")
 
@@ -23,8 +26,15 @@ _log = structlog.get_logger(component="controller")
 class Refresh:
     """Signs again what is due, once an hour."""
 
-    def __init__(self, repository: Repository, ca: DeviceCA | None, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        ca: DeviceCA | None,
+        clock: Callable[[], datetime],
+        certificates: Mapping[str, Path] | None = None,
+    ) -> None:
         self._repository, self._ca, self._clock = repository, ca, clock
+        self._certificates = certificates or {}
 
     async def start(self) -> None:
         """Sign what is due, before devices are served.
@@ -49,6 +59,8 @@ class Refresh:
             _log.info("metadata signed again", roles="snapshot, timestamp")
         if self._ca is not None and self._ca.exists and await asyncio.to_thread(self._ca.refresh_crl):
             _log.info("revocation list signed again; the broker must read it again")
-        for role in await asyncio.to_thread(self._repository.status):
-            if role.role in ("root", "targets") and role.expires and role.expires - self._clock() < EXPIRY_WARNING:
-                _log.warning("metadata expires soon", role=role.role, expires=role.expires.isoformat())
+        for end in await asyncio.to_thread(ends, self._repository, self._ca, self._certificates):
+            if end.soon(self._clock()):
+                expires, hint = end.expires.isoformat(), end.hint
+                kind = "metadata" if end.name in ("root", "targets") else "certificate"
+                _log.warning(f"{kind} expires soon", name=end.name, about=end.text, expires=expires, hint=hint)

@@ -93,6 +93,7 @@ async def run_controller(
                     evict=functools.partial(end_session, settings),
                     notify=_notifier(ready),
                     parts=parts,
+                    certificates=settings.certificates,
                 )
                 await controller.run(stop)
         except LinkError as error:

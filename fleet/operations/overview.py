@@ -33,8 +33,12 @@ _WAITS = {
 }
 
 
-def overview(registry: Registry, at: datetime, names: Sequence[str] | None = None) -> dict[str, Any]:
+def overview(
+    registry: Registry, at: datetime, names: Sequence[str] | None = None, ending: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the devices that are named, or all, in columns; without rollouts and controllers if they are named.
+
+    ``ending`` are lines about what ends soon (``operations.ends``).
 
     Raises:
         RegistryError: the database cannot be used.
@@ -58,6 +62,7 @@ def overview(registry: Registry, at: datetime, names: Sequence[str] | None = Non
     columns["health_age_s"] = [age_s(one.row.health_at, at) for one in devices]
     columns["stale"] = [one.stale for one in devices]
     found = [] if names is not None else list(_of_rollouts(registry.rollouts.page(None, 100), at))
+    found[:0] = [{"kind": "ends", "text": text} for text in ending]
     found += [entry for one in devices for entry in _of_device(one)]
     return columns | {"attention": found[:LISTED], "attention_count": len(found)}
 

@@ -103,6 +103,7 @@ class DeviceState:
                     self.changes["agent_version"] = report.agent_version
             case Facts():
                 self.changes["facts"] = report.model_dump(mode="json", exclude={"boot"})
+                self.changes["certificate_expires_at"] = report.certificate_expires_at
             case Reported():
                 self.reported_at = report.at
                 self.changes["reported"] = report.model_dump(mode="json", exclude={"boot"})

@@ -143,6 +143,15 @@ class Devices:
         run = (runs or {}).get("id")
         return [*([topics.client_id(device, run)] if run else []), device]
 
+    def certificates_ending(self, before: datetime, limit: int) -> list[tuple[str, datetime]]:
+        """Return devices whose certificate ends before a time, and when, the soonest first; so many at most."""
+        ends = DeviceRow.certificate_expires_at
+        with self._database.read() as session:
+            found = session.execute(
+                select(DeviceRow.id, ends).where(ends < before, ~_BARRED).order_by(ends).limit(limit)
+            )
+            return [(device, at) for device, at in found if at is not None]
+
     def to_clear(self) -> list[str]:
         """Return those of them whose retained messages may still be at the broker."""
         with self._database.read() as session:
@@ -179,6 +188,7 @@ def add_row(session: Session, device: str, profile: str, document: dict[str, Any
     row.added_at, row.removed_at, row.revoked_at, row.cleared = at, None, None, False
     row.facts = row.reported = row.health = row.last_seen = None
     row.health_at = row.health_interval_s = row.presence_received_at = row.runs = row.cloned_at = None
+    row.certificate_expires_at = None
     return row
 
 

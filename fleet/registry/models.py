@@ -77,6 +77,8 @@ class DeviceRow(Base):
     profile_document: Mapped[dict[str, Any] | None]
     added_at: Mapped[datetime]
     removed_at: Mapped[datetime | None]
+    #: Of the certificate that it shows to the broker, as it says itself.
+    certificate_expires_at: Mapped[datetime | None] = mapped_column(index=True)
     #: Its certificates are void, and the controller neither listens to it nor orders it.
     revoked_at: Mapped[datetime | None]
     #: The controller has cleared the removed or revoked device's retained messages.

@@ -23,6 +23,17 @@ function Waiting() {
           <${Action} label="Reject" danger what=${`The machine at ${one.address} is refused. Its token has one use less.`} act=${decide(one.device, "reject")}/></span>`] }))}/>`;
 }
 
+function Ends() {
+  const found = useData(() => get("/ends"), [], 60000);
+  const items = found.data?.items ?? [], devices = found.data?.devices ?? [];
+  return html`<h2>Certificates and metadata, and when they end</h2><${Problem} error=${found.error}/>
+    <${Table} label="What ends when" empty="Nothing that this controller looks after has an end." columns=${[{ name: "What" }, { name: "Ends" }, { name: "" }, { name: "What to do" }]}
+      rows=${items.map((one) => ({ key: one.name, cells: [one.text, html`<${Time} at=${one.expires_at}/>`, one.soon ? html`<${State} name="soon" tone="bad"/>` : "", one.hint] }))}/>
+    <p class="quiet">Devices renew their certificates by themselves when two thirds of their time are over.</p>
+    ${devices.length ? html`<${Table} label="Devices that have not renewed" empty="" columns=${[{ name: "Device that has not renewed" }, { name: "Ends" }]}
+      rows=${devices.map((one) => ({ key: one.device, cells: [html`<a href=${`#/devices/${one.device}`}>${one.device}</a>`, html`<${Time} at=${one.expires_at}/>`] }))}/>` : null}`;
+}
+
 export function Enrolment({ me }) {
   const admin = may(me, "admin");
   const tokens = useData(() => (admin ? get("/enrolment-tokens") : Promise.resolve(null)), [], 10000);
@@ -55,5 +66,6 @@ export function Enrolment({ me }) {
       <label>Labels of each device <input value=${form.labels} placeholder="site=lyon line=3" onInput=${set("labels")}/></label>
       <label class="check"><input type="checkbox" checked=${form.approval} onInput=${set("approval")}/> An operator accepts each machine</label>
       <${Problem} error=${error ?? profiles.error}/><p class="buttons"><button type="submit" disabled=${!names.length}>Make a token</button></p>
-      ${made ? html`<div class="note" role="status"><p>On the device, this once:</p><pre class="secret">phifleet-agent enrol --url ${location.origin} --token ${made.token}</pre></div>` : null}</form>` : null}`;
+      ${made ? html`<div class="note" role="status"><p>On the device, this once:</p><pre class="secret">phifleet-agent enrol --url ${location.origin} --token ${made.token}</pre></div>` : null}</form>` : null}
+    <${Ends}/>`;
 }

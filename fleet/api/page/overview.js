@@ -26,7 +26,7 @@ export function Overview({ me }) {
     <${Table} label="Inference by profile and model" empty="No device reports yet." columns=${[{ name: "Profile" }, { name: "Artifact" }, { name: "Devices", right: true }, { name: "ms a token, median", right: true }, { name: "p95", right: true }, { name: "ms to first token", right: true }, { name: "Newest report", right: true }]}
       rows=${groups.map((one) => ({ key: one.key, cells: [html`<a href=${`#/devices?selector=${encodeURIComponent(`profile=${one.profile}`)}`}>${one.profile}</a>`, one.artifact || "nothing served", one.devices, number(one.tpot), number(one.p95), number(one.ttft, 0), html`<${Ago} seconds=${one.age}/>`] }))}/>
     <h2>What needs attention</h2>
-    ${data.attention.length ? html`<ul class="attention">${data.attention.slice(0, 50).map((entry) => html`<li><a href=${entry.rollout ? `#/rollouts/${entry.rollout}` : `#/devices/${entry.device}`}>${entry.text}</a> ${entry.age_s === null ? null : html`<${Ago} seconds=${entry.age_s}/>`}</li>`)}</ul>
+    ${data.attention.length ? html`<ul class="attention">${data.attention.slice(0, 50).map((entry) => html`<li><a href=${entry.rollout ? `#/rollouts/${entry.rollout}` : entry.device ? `#/devices/${entry.device}` : "#/enrolment"}>${entry.text}</a> ${entry.age_s == null ? null : html`<${Ago} seconds=${entry.age_s}/>`}</li>`)}</ul>
       ${data.attention_count > 50 ? html`<p class="quiet">and ${plural(data.attention_count - 50, "more entry").replace("entrys", "entries")}</p>` : null}` : html`<${Empty}>Nothing. ${may(me, "releaser") ? html`<a href="#/rollouts/new">Start a rollout</a>` : ""}<//>`}`;
 }
 

@@ -1,4 +1,4 @@
-"""Enrolment by token: what lets a machine become a device, and the machines that have asked."""
+"""Enrolment by token, the machines that have asked, and when the certificate of a device ends."""
 
 from __future__ import annotations
 
@@ -43,11 +43,16 @@ def upgrade() -> None:
         sa.Column("decided_at", UtcDateTime()),
         sa.Column("decided_by", sa.String()),
     )
+    op.add_column("devices", sa.Column("certificate_expires_at", UtcDateTime()))
+    op.create_index("ix_devices_certificate_expires_at", "devices", ["certificate_expires_at"])
     set_version(8)
 
 
 def downgrade() -> None:
     """Devices that were enrolled stay; an earlier phifleet knows them as it knows those with a bundle."""
+    op.drop_index("ix_devices_certificate_expires_at", "devices")
+    # Not as a batch, which makes the table anew: other tables refer to it.
+    op.execute(sa.text("ALTER TABLE devices DROP COLUMN certificate_expires_at"))
     op.drop_table("enrolments")
     op.drop_table("enrolment_tokens")
     set_version(7)
