@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from fleet.demo.processes import free_port
+from fleet.demo.processes import Process, free_port, running
 from fleet.demo.story import SLOW_PROFILE, Stage, staged
 from tests.browser import CHROMIUM, Page, browse
 from tests.fleet.api.test_dashboard import fill, go, press, shows
 
 DEVICES = 60
+PROFILE = "iot-x86"
+AGENTS = ("kitchen-cam", "hall-cam")
 
 
 async def plan_and_start(page: Page, stage: Stage) -> None:
@@ -23,7 +28,8 @@ async def plan_and_start(page: Page, stage: Stage) -> None:
     chosen = f"[...document.querySelectorAll('select option')].find((one) => one.value === {json.dumps(stage.new.id)})"
     await page.run(f"{chosen}.selected = true")
     await page.run("document.querySelector('select').dispatchEvent(new Event('change', { bubbles: true }))")
-    await fill(page, "input[placeholder='label.site=lyon']", "has profile")
+    # The two real agents have no part in it: the model of the others is drawn.
+    await fill(page, "input[placeholder='label.site=lyon']", f"not name in ({', '.join(AGENTS)})")
     await fill(page, "form.form label:nth-of-type(4) input", "40, 100%")
     await fill(page, "form.form input[type=number]", "0.3")
     await press(page, "Plan")
@@ -34,11 +40,42 @@ async def plan_and_start(page: Page, stage: Stage) -> None:
     await press(page, "Start the rollout", "dialog[open]")
 
 
+async def enrol(page: Page, folder: Path, agents: ExitStack) -> None:
+    """A token from the page, and two real agents that become devices with it."""
+    await go(page, "#/enrolment", "New enrolment token")
+    await page.until(f"[...document.querySelectorAll('form.form option')].some((one) => one.value === '{PROFILE}')")
+    await fill(page, "form.form input[type=number]", str(len(AGENTS)))
+    await page.run(f"document.querySelector('form.form select').value = '{PROFILE}'")
+    await page.run("document.querySelector('form.form select').dispatchEvent(new Event('input', { bubbles: true }))")
+    await press(page, "Make a token")
+    await page.until("document.querySelector('pre.secret')")
+    program, *command = (await page.run("document.querySelector('pre.secret').textContent")).split()
+    assert program == "phifleet-agent"
+    for name in AGENTS:
+        where = ["--state-dir", str(folder / name)]
+        typed = [sys.executable, "-m", "agent", *command, "--id", name, *where]
+        done = await asyncio.to_thread(subprocess.run, typed, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and f"enrolled as {name} ({PROFILE})" in done.stdout, done.stderr
+        log = folder / f"{name}.log"
+        agents.enter_context(running(Process(name, ["agent", "run", "--port", "0", *where], log, {})))
+    await page.until(shows("2 of 2"))
+    await go(page, "#/overview", "Time per token")
+    await page.until(shows(f"{DEVICES + len(AGENTS)} online"), 60)
+    await go(page, f"#/devices/{AGENTS[0]}", "online")
+
+
 async def a_strangers_path(stage: Stage, link: str, folder: Path) -> None:
+    with ExitStack() as agents:
+        await _a_strangers_path(stage, link, folder, agents)
+
+
+async def _a_strangers_path(stage: Stage, link: str, folder: Path, agents: ExitStack) -> None:
     async with browse(link, folder / "profile") as page:
         await page.size(1200, 900)
         await page.until(shows("Time per token"))
         await page.until(shows(f"{DEVICES} online"))
+        await enrol(page, folder, agents)
+        await go(page, "#/overview", "Time per token")
         assert SLOW_PROFILE in await page.run("document.querySelector('main table').textContent")
         await go(page, "#/devices/sim-0001", "Orders")
         await page.until("document.querySelectorAll('.line canvas').length >= 3", 30)
@@ -68,5 +105,6 @@ def test_a_stranger_starts_a_rollout_sees_it_stop_and_reads_why(tmp_path: Path):
         made = CliRunner().invoke(cli, ["--home", home, "dashboard"], env={"PHIFLEET_API": api})
         assert made.exit_code == 0 and made.output.startswith(f"http://{api}/#sign-in="), made.output
         asyncio.run(a_strangers_path(stage, made.output.strip(), tmp_path))
-        serving = {(row.reported or {}).get("digest") for row in stage.fleet.registry.devices.all()}
+        rows = stage.fleet.registry.devices.all()
+        serving = {(row.reported or {}).get("digest") for row in rows if row.id not in AGENTS}
         assert serving == {stage.old.digest}, "all are back"
