@@ -28,7 +28,7 @@ from fleet.toolchains.quality.scorers import Opened, open_scorer
 from tests.fleet.quality import variant_files, variants
 
 #: MLX multiplies slowly on a CPU: its long prompt is shorter, and past no switch, where the plan refuses it anyway.
-MLX_LONG = 700
+MLX_LONG = 300
 
 
 def reference(variant: Variant) -> dict[str, Any]:
