@@ -143,9 +143,7 @@ def post_labels(call: Call) -> Reply:
         raise UsageError("no device is meant: name devices or a selector")
     call.require(*names)
     check_labels(wanted.labels)
-    call.fleet.registry.devices.some(names)
-    for name in names:
-        call.fleet.registry.devices.label(name, wanted.labels, call.actor)
+    call.fleet.registry.devices.label_many(names, wanted.labels, call.actor)
     return Reply({"devices": len(names)})
 
 

@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 import signal
 import tempfile
+import tomllib
 from pathlib import Path
 
 import click
+from pydantic import ValidationError
 
+from agent.contract.base import explain
 from fleet.cli.context import Context, actor
 from fleet.core.rollouts import State
 from fleet.daemon.run import link_settings
-from fleet.demo.simulator import Behaviour, SimulatedDevice, Simulation, Slow
+from fleet.demo.simulator import Behaviour, Fault, FaultsFile, SimulatedDevice, Simulation, Slow
 from fleet.errors import UsageError
 from fleet.operations.fleet import Fleet, require_fleet
 from fleet.profiles_loader import load_profile
@@ -32,6 +35,13 @@ from fleet.profiles_loader import load_profile
     "--interval", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds between reports."
 )
 @click.option("--noise", type=click.FloatRange(0, 100), default=5.0, show_default=True, help="Of a figure, in percent.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Reports a second of all, instead of --interval.")
+@click.option(
+    "--faults",
+    "faults_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="TOML: what goes wrong when, for which devices (docs/operations.md).",
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed draws the same devices.")
 @click.pass_obj
 def simulate(context: Context, /, devices: int, story: bool, slower: float, **given: object) -> None:
@@ -45,9 +55,11 @@ def simulate(context: Context, /, devices: int, story: bool, slower: float, **gi
         _story(devices, slower / 100, seed)
         return
     require_fleet(context.settings)
+    rate = given["rate"]
     behaviour = Behaviour(
         seed=seed,
-        interval_s=float(str(given["interval"])),
+        interval_s=float(str(given["interval"])) if rate is None else devices / float(str(rate)),
+        faults=_faults(given["faults_file"]),  # type: ignore[arg-type]
         noise=float(str(given["noise"])) / 100,
         failing=float(str(given["failing"])) / 100,
         slow=tuple(_slow(text) for text in given["slow"]),  # type: ignore[attr-defined]
@@ -92,6 +104,17 @@ def _story(devices: int, slower: float, seed: int) -> None:
     click.echo(f"{ended.on_the_old_model} of {ended.devices} devices serve what they served before")
     if slower >= 0.1 and (state is not State.TAKEN_BACK or ended.on_the_old_model != ended.devices):
         raise click.exceptions.Exit(1)
+
+
+def _faults(file: Path | None) -> tuple[Fault, ...]:
+    if file is None:
+        return ()
+    try:
+        return FaultsFile.model_validate(tomllib.loads(file.read_text(encoding="utf-8"))).fault
+    except ValidationError as error:
+        raise UsageError(f"{file}: {explain(error)}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from None
 
 
 def _slow(text: str) -> Slow:

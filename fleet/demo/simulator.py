@@ -14,9 +14,12 @@ import random
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Annotated
 
 import structlog
+from pydantic import BaseModel, ConfigDict, Field
 
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
@@ -60,6 +63,47 @@ class Slow:
         return artifact.startswith(self.artifact) and self.profile in ("*", profile)
 
 
+class FaultKind(StrEnum):
+    """What goes wrong at a simulated device."""
+
+    #: The connection is lost, the broker tells so, and a new run of the agent comes back.
+    OFFLINE = "offline"
+    #: No health report comes, though the device is connected.
+    SILENT = "silent"
+    #: ``percent`` of the orders that are proven meanwhile fail.
+    FAILING = "failing"
+    #: Slower by ``percent`` whatever it serves.
+    SLOW = "slow"
+    #: Health comes ``percent`` more often: 900 is ten times as often.
+    FLOOD = "flood"
+    #: Its clock is a day ahead.
+    FUTURE = "future"
+
+
+class Fault(BaseModel):
+    """Something that goes wrong from ``at_s`` seconds after the start on, for ``for_s`` seconds.
+
+    It concerns a ``share`` of the devices, drawn, of a ``profile`` or of all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: FaultKind
+    at_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    for_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e9
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    profile: str = "*"
+    percent: Annotated[float, Field(ge=0, le=100_000)] = 100.0
+
+
+class FaultsFile(BaseModel):
+    """The file of ``--faults``: TOML with a table ``[[fault]]`` for each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fault: tuple[Fault, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Behaviour:
     """What is drawn. Seconds; ``noise`` is the spread of a figure as a share of it, ``failing`` a share of orders."""
@@ -70,6 +114,7 @@ class Behaviour:
     noise: float = 0.05
     failing: float = 0.0
     slow: tuple[Slow, ...] = ()
+    faults: tuple[Fault, ...] = ()
     machine: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -90,6 +135,40 @@ class SimulatedDevice:
         self._artifact: str | None = None
         self.next_health_s = self._draw.uniform(0, behaviour.interval_s)
         self.next_step_s: float | None = None
+        self._faults = tuple(fault for number, fault in enumerate(behaviour.faults) if self._concerns(number, fault))
+        self._began_s = 0.0
+        self._is_off = False
+
+    def begin(self, now_s: float) -> None:
+        """The faults are counted from here on."""
+        self._began_s = now_s
+
+    def turn(self, at: datetime, now_s: float) -> list[DeviceMessage]:
+        """Return everything that it would publish now."""
+        if self._fault(FaultKind.OFFLINE, now_s) is not None:
+            if self._is_off:
+                return []
+            self._is_off = True
+            return [Presence(device=self.name, online=False, agent_version="0.2.0", boot=self._boot)]
+        said: list[DeviceMessage] = []
+        if self._is_off:
+            self._is_off = False
+            self._boot = Boot(id=f"{self._draw.getrandbits(64):016x}", number=self._boot.number + 1)
+            said += self.hello(at)
+        if self._fault(FaultKind.FUTURE, now_s) is not None:
+            at += timedelta(days=1)
+        return [*said, *self.step(at, now_s), *self.health(at, now_s)]
+
+    def _concerns(self, number: int, fault: Fault) -> bool:
+        if fault.profile not in ("*", self.profile):
+            return False
+        drawn = random.Random(f"{self._behaviour.seed}/{self.name}/{number}")  # noqa: S311 - a simulation
+        return drawn.random() < fault.share
+
+    def _fault(self, kind: FaultKind, now_s: float) -> Fault | None:
+        since = now_s - self._began_s
+        holding = (one for one in self._faults if one.kind is kind and one.at_s <= since < one.at_s + one.for_s)
+        return next(holding, None)
 
     def hello(self, at: datetime) -> list[DeviceMessage]:
         """At its start."""
@@ -119,7 +198,9 @@ class SimulatedDevice:
         if self._order is None or self.next_step_s is None or now_s < self.next_step_s:
             return []
         behaviour = self._behaviour
-        if self._state is State.PROVING and self._draw.random() < behaviour.failing:
+        fault = self._fault(FaultKind.FAILING, now_s)
+        failing = behaviour.failing if fault is None else fault.percent / 100
+        if self._state is State.PROVING and self._draw.random() < failing:
             self._failure = Failure(code=FailureCode.PROBE_FAILED, message="a failure that the simulation drew")
             self._end(State.FAILED)
         elif self._state is State.PROBATION:
@@ -135,10 +216,14 @@ class SimulatedDevice:
         """Its health report, if it is time and it serves something."""
         if now_s < self.next_health_s:
             return []
-        self.next_health_s = max(now_s, self.next_health_s + self._behaviour.interval_s)
-        if self._digest is None or self._artifact is None:
+        flood, slow = self._fault(FaultKind.FLOOD, now_s), self._fault(FaultKind.SLOW, now_s)
+        interval_s = self._behaviour.interval_s / (1 + (flood.percent / 100 if flood else 0.0))
+        self.next_health_s = max(now_s, self.next_health_s + interval_s)
+        if self._digest is None or self._artifact is None or self._fault(FaultKind.SILENT, now_s) is not None:
             return []
-        slower = sum(one.share for one in self._behaviour.slow if one.holds(self._artifact, self.profile))
+        slower = (slow.percent / 100 if slow else 0.0) + sum(
+            one.share for one in self._behaviour.slow if one.holds(self._artifact, self.profile)
+        )
         tpot = self._tpot_ms * (1 + slower) * math.exp(self._draw.gauss(0, self._behaviour.noise))
         ttft = 12 * self._tpot_ms * math.exp(self._draw.gauss(0, self._behaviour.noise))
         report = HealthReport(
@@ -216,6 +301,8 @@ class Simulation:
             again = asyncio.Event()
             link.on_connected(again.set)
             again.set()
+            for device in group:
+                device.begin(loop.time())
             while not stop.is_set():
                 try:
                     if again.is_set():
@@ -235,7 +322,7 @@ class Simulation:
 
     async def _turn(self, link: MqttLink, group: Sequence[SimulatedDevice]) -> None:
         now_s, at = asyncio.get_running_loop().time(), datetime.now(UTC)
-        said = [message for device in group for message in (*device.step(at, now_s), *device.health(at, now_s))]
+        said = [message for device in group for message in device.turn(at, now_s)]
         await self._publish(link, said)
 
     async def _publish(self, link: MqttLink, messages: Sequence[DeviceMessage]) -> None:

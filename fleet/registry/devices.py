@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from agent.contract import topics
@@ -60,6 +60,30 @@ class Devices:
             now = set_labels(session, row, labels)
             add_audit(session, actor, "device.label", device, dict(labels))
             return now
+
+    def label_many(self, devices: Sequence[str], labels: Mapping[str, str | None], actor: Actor) -> None:
+        """Set the same labels of many devices, and remove those whose value is None: of all of them, or of none.
+
+        Raises:
+            UsageError: one is not there; names those there are.
+        """
+        names = sorted(set(devices))
+        with self._database.write() as session:
+            device_rows(session, names)
+            for some in in_chunks(names):
+                found = select(DeviceRow).where(DeviceRow.id.in_(some)).order_by(DeviceRow.id).with_for_update()
+                rows = list(session.scalars(found))
+                session.execute(delete(LabelRow).where(LabelRow.device.in_(some), LabelRow.name.in_(labels)))
+                for row in rows:
+                    merged = {**(row.labels or {}), **labels}
+                    row.labels = {name: value for name, value in merged.items() if value is not None}
+                session.flush()
+                given = [(name, value) for name, value in labels.items() if value is not None]
+                new = [{"device": device, "name": name, "value": value} for device in some for name, value in given]
+                if new:
+                    session.execute(insert(LabelRow), new)
+            details = {"labels": dict(labels), "devices": names}
+            add_audit(session, actor, "device.label", names[0] if len(names) == 1 else f"{len(names)} devices", details)
 
     def remove(self, device: str, actor: Actor) -> None:
         """Forget a device: its outstanding deployment is cancelled, and the controller clears its topics.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from agent.contract.base import canonical_json
-from agent.contract.messages import Facts, HealthReport, Presence, Reported, SignedDesired, State
-from fleet.demo.simulator import Behaviour, SimulatedDevice, Slow
+from agent.contract.messages import DeviceMessage, Facts, HealthReport, Presence, Reported, SignedDesired, State
+from fleet.cli.simulate import _faults
+from fleet.demo.simulator import Behaviour, Fault, FaultKind, SimulatedDevice, Slow
 from fleet.demo.story import SLOW_PROFILE, tell
+from fleet.errors import UsageError
 from tests.simulators.clock import FakeClock
 from tests.simulators.repository import make_desired, make_manifest, ref
 
@@ -86,3 +88,84 @@ def test_what_cannot_be_simulated_is_refused():
     command = [sys.executable, "-m", "fleet", "--home", "/nowhere", "simulate"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "") and "/nowhere holds no fleet" in done.stderr
+
+
+def faulty(*faults: Fault, name: str = "sim-1", profile: str = "iot-x86") -> SimulatedDevice:
+    """One that serves something and has begun at second 0."""
+    device = SimulatedDevice(name, profile, Behaviour(change_s=0.1, interval_s=10.0, faults=faults))
+    device.begin(0.0)
+    device.hello(NOW)
+    device.ordered(order(name, 1), -100.0)
+    for second in range(-90, 0):
+        device.step(NOW, float(second))
+    return device
+
+
+def said(device: SimulatedDevice, begin: int, end: int) -> list[DeviceMessage]:
+    return [message for second in range(begin, end) for message in device.turn(NOW, float(second))]
+
+
+def test_one_that_goes_offline_says_nothing_and_comes_back_as_a_new_run():
+    device = faulty(Fault(kind=FaultKind.OFFLINE, at_s=100, for_s=50))
+    before = said(device, 0, 100)
+    assert {type(message) for message in before} == {HealthReport}
+    (will,) = said(device, 100, 150)
+    assert isinstance(will, Presence) and not will.online and will.boot and will.boot.counter is None
+    back = said(device, 150, 200)
+    assert [type(message) for message in back[:3]] == [Presence, Facts, Reported]
+    assert back[0].boot and back[0].boot.number == will.boot.number + 1
+    assert isinstance(back[2], Reported) and back[2].digest == make_manifest().digest, "it serves what it served"
+
+
+def test_one_may_be_silent_or_flood_or_be_slow_or_have_a_clock_that_is_ahead():
+    count = len(said(faulty(), 0, 200))
+    assert said(faulty(Fault(kind=FaultKind.SILENT)), 0, 200) == []
+    assert len(said(faulty(Fault(kind=FaultKind.FLOOD, percent=900)), 0, 200)) == pytest.approx(10 * count, rel=0.1)
+    for fault, figure in ((Fault(kind=FaultKind.SLOW, percent=50), 1.5), (Fault(kind=FaultKind.SLOW, percent=0), 1.0)):
+        plain, slow = (
+            [one.tpot_ms_p50 or 0 for one in said(device, 0, 2000) if isinstance(one, HealthReport)]
+            for device in (faulty(), faulty(fault))
+        )
+        assert sum(slow) / sum(plain) == pytest.approx(figure, rel=0.02)
+    ahead = said(faulty(Fault(kind=FaultKind.FUTURE)), 0, 50)
+    assert {one.at for one in ahead if isinstance(one, HealthReport)} == {NOW + timedelta(days=1)}
+
+
+def test_orders_fail_while_the_fault_lasts():
+    device = faulty(Fault(kind=FaultKind.FAILING, at_s=0, for_s=100, percent=100))
+    device.ordered(order("sim-1", 2), 0.0)
+    assert [one.state for one in said(device, 0, 50) if isinstance(one, Reported)][-1] is State.FAILED
+    device.ordered(order("sim-1", 3), 200.0)
+    assert [one.state for one in said(device, 200, 250) if isinstance(one, Reported)][-1] is State.COMMITTED
+
+
+def test_a_fault_concerns_a_share_of_a_profile():
+    fault = Fault(kind=FaultKind.SILENT, share=0.3, profile="iot-x86")
+    quiet = sum(not said(faulty(fault, name=f"sim-{number}"), 0, 20) for number in range(200))
+    assert 40 < quiet < 80
+    assert all(said(faulty(fault, name=f"sim-{number}", profile="other"), 0, 20) for number in range(20))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[[fault]]\nkind = 'nonsense'", "fault.0.kind"),
+        ("[[fault]]\nkind = 'slow'\nshare = 2", "fault.0.share"),
+        ("[[fault]]\nkind = 'slow'\nwhen = 2", "fault.0.when"),
+        ("[[fault", "cannot be read"),
+        ("faults = 1", "faults"),
+    ],
+)
+def test_a_file_of_faults_that_is_wrong_says_where(tmp_path: Path, text: str, why: str):
+    file = tmp_path / "faults.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=why):
+        _faults(file)
+
+
+def test_faults_are_read_as_they_are_documented(tmp_path: Path):
+    documented = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    file = tmp_path / "faults.toml"
+    file.write_text(documented[documented.index("[[fault]]") :].partition("```")[0])
+    assert [one.kind for one in _faults(file)] == [FaultKind.OFFLINE, FaultKind.SLOW]
+    assert _faults(None) == ()

@@ -134,6 +134,14 @@ async def test_the_overview_has_a_column_for_each_figure_and_says_what_is_wrong(
 async def test_many_devices_are_labelled_at_once_or_none(api: Api):
     assert await api.post("/labels", {"selector": "name in (pi-1, pi-2)", "labels": {"site": "lyon"}}) == {"devices": 2}
     assert (await api.get("/devices/pi-2"))["labels"] == {"site": "lyon"}
+    found = (await api.get("/devices?selector=label.site%3Dlyon"))["items"]
+    assert [one["device"] for one in found] == ["pi-1", "pi-2"], "selectors see it"
+    entry = (await api.get("/audit"))["items"][-1]
+    assert (entry["action"], entry["subject"], entry["details"]["devices"]) == (
+        "device.label",
+        "2 devices",
+        ["pi-1", "pi-2"],
+    )
     await api.post("/labels", {"devices": ["pi-3", "nobody"], "labels": {"site": "lyon"}}, 404)
     assert (await api.get("/devices/pi-3"))["labels"] == {}
     await api.post("/labels", {"labels": {"a": "b"}}, 422)
