@@ -10,7 +10,9 @@ import sys
 from bench.figures import Figure, save, table
 
 #: Each is a module of this package with ``figures() -> list[Figure]``.
-BENCHMARKS = ("transfer", "endpoint", "streams", "recovery", "update", "idle", "quantize", "loss", "demo", "fleet")
+BENCHMARKS = (
+    "transfer", "endpoint", "streams", "recovery", "update", "idle", "quantize", "loss", "demo", "fleet", "fleet_load",
+)  # fmt: skip
 
 
 def main(names: list[str]) -> int:

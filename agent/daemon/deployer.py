@@ -12,8 +12,8 @@ from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure
 from agent.core import deployment as core
 from agent.core.ports import Journal
+from agent.daemon.model_server import ModelServer
 from agent.daemon.orders import Orders
-from agent.daemon.serving import Serving
 from agent.daemon.state import AgentState
 from agent.daemon.steps import StepParts, Steps
 from agent.errors import AgentError
@@ -48,7 +48,7 @@ class Deployer:
         self.orders = Orders(
             parts.trust, parts.wait_s, state, accept=lambda order: self.post(core.Ordered(order)), on_rejected=on_change
         )
-        self._serving = Serving(
+        self._model_server = ModelServer(
             steps, parts.wait_s, current=lambda: self.deployment, post=self.post, on_change=on_change
         )
 
@@ -97,7 +97,7 @@ class Deployer:
         finally:
             self._halt()
             await self.orders.end()
-            await self._serving.end()
+            await self._model_server.end()
             await ended(self._ending)
 
     async def _handle(self, event: core.Event) -> None:
@@ -141,7 +141,7 @@ class Deployer:
             case core.Halt():
                 self._halt()
             case core.Serve():
-                self._serving.begin()
+                self._model_server.begin()
             case core.Report():
                 self._on_change()
             case core.Collect():

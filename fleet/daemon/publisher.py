@@ -91,7 +91,9 @@ class Publisher:
         self.busy = False
         taken = [claim for claim, error in zip(claims, outcomes, strict=True) if error is None]
         errors = {claim.device: (claim, error) for claim, error in zip(claims, outcomes, strict=True) if error}
-        done = await asyncio.to_thread(self._registry.outbox.told, self._owner, taken, self._clock()) if taken else []
+        done = (
+            await asyncio.to_thread(self._registry.outbox.complete, self._owner, taken, self._clock()) if taken else []
+        )
         if errors:
             now = self._clock()
             again = {device: (claim, error, now + self._wait(claim)) for device, (claim, error) in errors.items()}

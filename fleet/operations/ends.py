@@ -47,7 +47,7 @@ def warnings(fleet: Fleet, at: datetime) -> list[str]:
     Raises:
         RegistryError: the database cannot be used.
     """
-    lines = [end.told(at) for end in fleet_ends(fleet) if end.soon(at)]
+    lines = [end.line(at) for end in fleet_ends(fleet) if end.soon(at)]
     devices = fleet.registry.devices.certificates_ending(at + DEVICE_WARNING, MOST_DEVICES)
     if devices:
         more = " or more" if len(devices) == MOST_DEVICES else ""

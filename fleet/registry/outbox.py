@@ -57,7 +57,7 @@ class OutboxTable:
             session.flush()
             return _claims(session, rows, at)
 
-    def told(self, owner: str, claims: Sequence[Claim], at: datetime) -> list[Claim]:
+    def complete(self, owner: str, claims: Sequence[Claim], at: datetime) -> list[Claim]:
         """The broker has acknowledged these; returns those that are done, the others have changed meanwhile."""
         done: list[Claim] = []
         with self._database.write() as session:

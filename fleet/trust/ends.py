@@ -33,7 +33,7 @@ class End:
         """It is to be warned of."""
         return self.expires - at < WARNING
 
-    def told(self, at: datetime) -> str:
+    def line(self, at: datetime) -> str:
         """Return one line for an operator."""
         over = self.expires <= at
         return f"{self.text} {'ended' if over else 'ends'} on {self.expires:%Y-%m-%d %H:%M} UTC: {self.hint}"

@@ -71,7 +71,7 @@ async def test_a_device_goes_back_to_what_it_served(api: Api) -> None:
     assert (await api.post("/deployments/rollback", {"devices": ["pi-1"]}, 409))["code"] == "conflict"
     await api.post("/deployments", {"artifacts": [other.id], "devices": ["pi-1"]}, 201)
     second = world.registry.deployments.newest(["pi-1"])["pi-1"]
-    world.registry.outbox.told("me", world.registry.outbox.claim("me", world.clock.now(), 10), world.clock.now())
+    world.registry.outbox.complete("me", world.registry.outbox.claim("me", world.clock.now(), 10), world.clock.now())
     kept = await api.post("/deployments/cancel", {"devices": ["pi-1"]})
     assert kept["items"][0]["ordered_digest"] == world.manifest.digest, "it keeps what it serves"
     assert world.registry.deployments.get(second.id).stage == "superseded"

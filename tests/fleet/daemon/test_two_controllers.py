@@ -247,8 +247,8 @@ async def test_the_lease_of_a_controller_that_vanished_ends_by_itself(world: Wor
     assert outbox.claim("other", now + timedelta(seconds=39), 10) == []
     (taken,) = outbox.claim("other", now + timedelta(seconds=41), 10)
     assert taken.order == order.envelope
-    assert outbox.told("gone", [held], now) == [], "its word comes too late"
-    assert outbox.told("other", [taken], now) == [taken]
+    assert outbox.complete("gone", [held], now) == [], "its word comes too late"
+    assert outbox.complete("other", [taken], now) == [taken]
 
 
 async def test_an_order_that_comes_while_an_earlier_one_is_published_is_published_next(world: World, url: str):
@@ -259,6 +259,6 @@ async def test_an_order_that_comes_while_an_earlier_one_is_published_is_publishe
     (earlier,) = outbox.claim("one", now, 10)
     (second,) = world.deploy("pi-1")
     assert outbox.claim("two", now, 10) == [], "one alone publishes to a device"
-    assert outbox.told("one", [earlier], now) == []
+    assert outbox.complete("one", [earlier], now) == []
     (later,) = outbox.claim("two", now, 10)
     assert later.order == second.envelope

@@ -47,7 +47,7 @@ def test_the_order_as_published_is_the_one_that_was_signed(world: World) -> None
     outbox, now = world.registry.outbox, world.clock.now()
     (claim,) = outbox.claim("me", now, 10)
     assert (claim.order, claim.deployment, claim.barred) == (order.envelope, order.id, False)
-    assert outbox.told("me", [claim], now) == [claim]
+    assert outbox.complete("me", [claim], now) == [claim]
     assert outbox.claim("me", now, 10) == []
     assert outbox.expected(["pi-1"], now) == {"pi-1": order.envelope}
 

@@ -21,7 +21,7 @@ from agent.platform.concurrency import cancelled_once, ended
 log = structlog.get_logger(component=__name__)
 
 
-class Serving:
+class ModelServer:
     """Performs ``core.Serve``; the newest request replaces one that is waiting for its next attempt."""
 
     def __init__(
