@@ -312,6 +312,8 @@ class Rollout(Answer):
     created_at: str
     created_by: str
     due_at: str | None
+    windows: list[str]
+    opens_at: Annotated[str | None, Field(description="when its next devices may be ordered; null: now")]
     findings: dict[str, Any] | None
     at: str
     stages: Annotated[list[dict[str, int]] | None, Field(description="by wave: devices in each stage")] = None

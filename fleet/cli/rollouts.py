@@ -52,6 +52,13 @@ _options = [
     click.option("--concurrency", type=click.IntRange(1), help="Devices that change at a time."),
     click.option("--rate", type=click.FloatRange(0, min_open=True), help="Orders a minute."),
     click.option(
+        "--window",
+        "windows",
+        multiple=True,
+        metavar="DAYS HH:MM-HH:MM ZONE",
+        help="Order devices only then, such as 'mon-fri 22:00-05:00 Europe/Paris'; more than once.",
+    ),
+    click.option(
         "--retries", type=click.IntRange(0, 10), default=0, show_default=True, help="For a device that failed."
     ),
     click.option("--wave-deadline", type=click.FloatRange(0, min_open=True), help="Seconds; 7 days unless given."),
@@ -239,6 +246,7 @@ def _spec(given: dict[str, Any]) -> dict[str, Any]:
             approval=given["approval"],
             concurrency=given["concurrency"],
             rate_per_minute=given["rate"],
+            windows=given["windows"],
             retries=given["retries"],
             probation_s=given["probation"],
             on_stop=given["on_stop"],
@@ -291,6 +299,8 @@ def _screen(one: Rollout) -> Group:
 
 def _headline(one: Rollout) -> Text:
     text = f"{one['rollout']}: {_words(one)}, wave {one['wave']} of {len(one['waves'])}"
+    if one["opens_at"] is not None:
+        text += f"; orders nothing until {datetime.fromisoformat(one['opens_at']):%Y-%m-%d %H:%M} UTC, its next window"
     if one["due_at"] is not None and not one["final"]:
         text += f"; until {datetime.fromisoformat(one['due_at']):%Y-%m-%d %H:%M} UTC at the latest"
     return Text(text + (f"; {one['reason']}" if one["reason"] else ""), _COLOURS.get(State(one["state"]), ""))

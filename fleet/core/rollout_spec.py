@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from agent.contract.base import Timestamp
 from fleet.core.evidence import Gate
+from fleet.core.windows import WeeklyWindow
 
 DAY_S = 86_400.0
 
@@ -59,10 +61,26 @@ class RolloutSpec(Frozen):
     probation_s: Annotated[float | None, Field(ge=0, description="None: as the profile has it")] = None
     not_before: Timestamp | None = None
     not_after: Timestamp | None = None
+    windows: Annotated[
+        tuple[str, ...],
+        Field(max_length=50, description="devices are ordered only within these, such as mon-fri 22:00-05:00 UTC"),
+    ] = ()
     gate: Gate | None = Gate()
     on_stop: Annotated[Literal["revert", "keep"], Field(description="of devices that have changed")] = "revert"
     priority: Annotated[int, Field(ge=0, le=100)] = 50
     dynamic: Annotated[bool, Field(description="the last wave takes devices that are meant later, too")] = False
+
+    @field_validator("windows")
+    @classmethod
+    def _are_windows(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(WeeklyWindow.parse(text)) for text in windows)
+
+    def opens_at(self, at: datetime) -> datetime | None:
+        """Return when devices may be ordered again; None if they may be now."""
+        windows = [WeeklyWindow.parse(text) for text in self.windows]
+        if not windows or any(window.is_open(at) for window in windows):
+            return None
+        return min(window.next_opening(at) for window in windows)
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

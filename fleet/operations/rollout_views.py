@@ -15,6 +15,7 @@ from fleet.registry.rollouts import read
 def describe_rollout(row: RolloutRow, at: datetime) -> dict[str, Any]:
     """Return what `phifleet rollout status --json` prints, without the devices."""
     one = read(row)
+    opens = None if STATES[one.state].final else one.spec.opens_at(at)
     return {
         "rollout": one.id,
         "state": one.state.value,
@@ -30,6 +31,8 @@ def describe_rollout(row: RolloutRow, at: datetime) -> dict[str, Any]:
         "created_at": row.created_at.isoformat(),
         "created_by": row.created_by,
         "due_at": one.due_at.isoformat() if one.due_at else None,
+        "windows": list(one.spec.windows),
+        "opens_at": opens.isoformat() if opens else None,
         "findings": row.findings,
         "at": at.isoformat(),
     }

@@ -233,9 +233,9 @@ class Roller:
             _log.info("devices have joined", rollout=rollout.id, devices=len(joined))
 
     def _order(self, rollout: Rollout) -> None:
-        """As many devices that wait as concurrency and rate allow."""
+        """As many devices that wait as concurrency, rate and windows allow."""
         registry, spec, now = self._fleet.registry, rollout.spec, self._clock()
-        most = MOST_ORDERS
+        most = 0 if spec.opens_at(now) else MOST_ORDERS
         if spec.concurrency is not None:
             most = min(most, spec.concurrency - len(registry.rollouts.devices(rollout.id, DeviceStage.ORDERED)))
         if spec.rate_per_minute is not None:

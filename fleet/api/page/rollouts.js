@@ -23,6 +23,7 @@ export function Rollout({ me, name }) {
     ${one.reason ? html`<p class=${one.final && one.state === "completed" ? "note" : "note bad"} role="status">${one.reason}</p>` : null}
     <dl class="facts"><dt>Devices</dt><dd>${one.selector}</dd><dt>Artifacts</dt><dd>${one.artifacts.map((digest) => names[digest] ?? digest.slice(0, 12)).join(", ")}</dd>
       <dt>Started</dt><dd><${Time} at=${one.created_at}/> by ${one.created_by}</dd>${one.due_at && !one.final ? html`<dt>Next step by</dt><dd><${Time} at=${one.due_at}/></dd>` : null}
+      ${one.opens_at ? html`<dt>Orders nothing until</dt><dd><${Time} at=${one.opens_at}/>: ${one.windows.join(" or ")}</dd>` : null}
       ${one.left_behind ? html`<dt>Left behind</dt><dd>${plural(one.left_behind, "device")}</dd>` : null}</dl>
     ${may(me, "operator") && !one.final ? html`<p class="buttons">
       ${one.state === "paused" ? html`<${Action} label="Resume" what=${`Goes on with wave ${one.wave} of ${one.waves.length}.`} act=${control({ action: "resume" })}/>` : html`<${Action} label="Pause" what="Orders no further device until it is resumed; devices that are under way go on." act=${control({ action: "pause" })}/>`}
@@ -70,13 +71,13 @@ export function readWaves(text) {
 export function NewRollout() {
   const releases = useData(() => get("/releases"), [], 60000);
   const artifacts = useData(() => get("/artifacts?limit=200"), [], 60000);
-  const [form, setForm] = useState({ name: "", artifact: [], selector: "", waves: WAVES, bake: "5", approval: false, stop: "revert" });
+  const [form, setForm] = useState({ name: "", artifact: [], selector: "", waves: WAVES, bake: "5", windows: "", approval: false, stop: "revert" });
   const [plan, setPlan] = useState(null);
   const [error, setError] = useState(null);
   const put = (name, value) => { setPlan(null); setForm((before) => ({ ...before, [name]: value })); };
   const set = (name) => ({ target }) => put(name, target.type === "checkbox" ? target.checked : target.value);
   const choose = ({ target }) => put("artifact", [...target.selectedOptions].map((option) => option.value));
-  const wanted = () => ({ rollout: form.name, spec: { selector: form.selector, artifacts: form.artifact, waves: readWaves(form.waves), bake_s: 60 * Number(form.bake), approval: form.approval, on_stop: form.stop } });
+  const wanted = () => ({ rollout: form.name, spec: { selector: form.selector, artifacts: form.artifact, waves: readWaves(form.waves), bake_s: 60 * Number(form.bake), approval: form.approval, on_stop: form.stop, windows: form.windows.split(/ *[;\n] */).filter(Boolean) } });
   async function look(event) {
     event.preventDefault();
     setError(null);
@@ -96,6 +97,7 @@ export function NewRollout() {
       <label>Devices (a selector) <input required spellcheck="false" placeholder="label.site=lyon" value=${form.selector} onInput=${set("selector")}/></label>
       <label>Waves: numbers, percentages or selectors <input required value=${form.waves} onInput=${set("waves")}/></label>
       <label>Minutes to watch each wave <input type="number" min="0" step="any" required value=${form.bake} onInput=${set("bake")}/></label>
+      <label>Order devices only then <input spellcheck="false" placeholder="at any time; mon-fri 22:00-05:00 Europe/Paris; sat,sun 00:00-00:00 Europe/Paris" value=${form.windows} onInput=${set("windows")}/></label>
       <label class="check"><input type="checkbox" checked=${form.approval} onChange=${set("approval")}/> A person approves each wave after the first</label>
       <label>If the gate stops it <select value=${form.stop} onChange=${set("stop")}><option value="revert">take changed devices back</option><option value="keep">leave them as they are</option></select></label>
       ${error && error.position !== null ? html`<pre class="problem" role="alert">${error.message}</pre>` : html`<${Problem} error=${error}/>`}

@@ -18,8 +18,10 @@ from fleet.core.evidence import Gate
 from fleet.core.rollout_events import AbortAsked, Approved, PauseAsked, ResumeAsked
 from fleet.core.rollout_spec import RolloutSpec, Wave
 from fleet.core.rollouts import State as RolloutState
+from fleet.core.windows import DAYS
 from fleet.errors import UsageError
 from fleet.operations.fleet import Fleet
+from fleet.operations.rollout_views import describe_rollout
 from fleet.operations.rollouts import Roller, control_rollout, plan_rollout, start_rollout
 from fleet.registry import Received, Recorder
 from fleet.registry.rollouts import DeviceStage, read
@@ -168,6 +170,20 @@ def test_a_healthy_release_reaches_every_device_wave_by_wave(story: Story):
     story.until(RolloutState.COMPLETED)
     assert story.stages() == {"succeeded": 60}
     assert set(story.devices.serves.values()) == {story.new}
+
+
+def test_devices_are_ordered_only_within_its_windows(story: Story):
+    now = story.world.clock.now()
+    begins = now + timedelta(hours=2)
+    story.start(windows=(f"{DAYS[begins.weekday()]} {begins:%H:%M}-{begins + timedelta(hours=1):%H:%M} UTC",))
+    story.turn(3)
+    assert story.stages() == {"waiting": 20}
+    shown = describe_rollout(story.world.registry.rollouts.get("r-1"), now)
+    assert shown["opens_at"] == begins.replace(second=0, microsecond=0).isoformat()
+    story.world.clock.advance(hours=2)
+    story.turn(3)
+    assert story.stages() == {"succeeded": 20}
+    assert describe_rollout(story.world.registry.rollouts.get("r-1"), story.world.clock.now())["opens_at"] is None
 
 
 def test_a_fifth_slower_stops_in_the_first_wave_and_every_device_goes_back_the_last_one_first(story: Story):
