@@ -68,9 +68,7 @@ debian:
 demo: $(VENV)/.demo
 	@$(BIN)/phifleet demo $(ARGS)
 
-# First what is independent of toolchains and models, the long files before the many short ones; then these; and what all of it covers, held to the floors.
-# A long file that begins last is waited for alone.
-LONG_TESTS := tests/integration $(addprefix tests/,fleet/trust/test_disk_faults.py fleet/operations/test_rollouts.py fleet/registry/test_registry.py agent/core/test_deployment.py agent/store/test_fetch.py agent/daemon/test_agent.py)
+# First what is independent of toolchains and models, the long files before the many short ones (tests/conftest.py); then these; and what all of it covers, held to the floors.
 HEAVY_TESTS := tests/fleet/toolchains tests/fleet/quality tests/agent/runtimes
 LIGHT_COVERAGE := --cov --cov-config=tests/in_process.toml --cov-report=
 HEAVY_COVERAGE := --cov --cov-append --cov-report=
@@ -79,7 +77,7 @@ ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(LIGHT_COVERAGE) $(LONG_TESTS) tests $(addprefix --ignore=,$(HEAVY_TESTS))
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(LIGHT_COVERAGE) tests $(addprefix --ignore=,$(HEAVY_TESTS))
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(HEAVY_COVERAGE) $(HEAVY_TESTS)
 	@$(BIN)/python -m tests.coverage_floor
 endif
