@@ -48,7 +48,7 @@ from tests.simulators.broker import mosquitto
 
 INTERVAL_S, MEASURED_S, WAIT_S = 30, 60.0, 600.0
 PROBES, FLOOD = 100, 1500
-WAVES = tuple(Wave(percent=share) for share in (1, 10, 30, 60, 100))
+WAVES = tuple(Wave(percent=share) for share in (1, 9, 20, 30, 100))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ def figures(devices: int = DEVICES) -> list[Figure]:
         stage.until(lambda: stage.serving(old.digest) == devices, f"all serve {old.id}")
         time.sleep(INTERVAL_S)
         found = [*_steady(stage), *asyncio.run(_visible(stage))]
+        print(table(found), flush=True)  # what follows takes minutes
         return [*found, _rollout(stage, new.digest)]
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -224,15 +225,10 @@ def detectable(devices: int, gate: Gate, groups: int = 1, noise: float = 0.05) -
     """
     if devices < gate.min_pairs:
         return None
-    needed = next(
-        (
-            worse
-            for worse in range(devices + 1)
-            if e_value(Signs(worse, devices - worse)) >= bound(Metric.TPOT, gate, groups)
-        ),
-        None,
-    )
-    if needed is None:
+    # The more devices are worse, the larger e.
+    least = bound(Metric.TPOT, gate, groups)
+    needed = bisect_left(range(devices + 1), least, key=lambda worse: e_value(Signs(worse, devices - worse)))
+    if needed > devices:
         return None
     for effect in _EFFECTS:
         distance = (math.log1p(effect) - math.log1p(gate.margin)) / (noise * math.sqrt(2))
@@ -277,8 +273,15 @@ def _sum_exp(logs: Iterable[float]) -> float:
 
 
 def _at_least(needed: int, devices: int, chance: float) -> float:
-    return sum(
-        math.comb(devices, worse) * chance**worse * (1 - chance) ** (devices - worse)
+    """Return the chance that ``needed`` of the devices are, where each is with this chance (a binomial's tail)."""
+    if not 0 < chance < 1:
+        return float(chance >= 1 or needed <= 0)
+    # As logarithms: the number of ways to choose a thousand devices fits into no float.
+    every, odds, rest = math.lgamma(devices + 1), math.log(chance), math.log1p(-chance)
+    return math.fsum(
+        math.exp(
+            every - math.lgamma(worse + 1) - math.lgamma(devices - worse + 1) + worse * odds + (devices - worse) * rest
+        )
         for worse in range(needed, devices + 1)
     )
 

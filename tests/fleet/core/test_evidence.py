@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from fleet.core.evidence import (
     GroupEvidence,
     Metric,
     Signs,
+    _at_least,
     compare,
     detectable,
     e_value,
@@ -94,6 +96,25 @@ def test_what_the_plan_says_can_be_found_is_found():
     found = [detectable(devices, GATE) or math.inf for devices in (8, 20, 30, 100)]
     assert found == sorted(found, reverse=True), "more devices see more"
     assert found[2] <= 0.2
+
+
+def test_a_wave_of_any_size_can_be_planned() -> None:
+    """The ways to choose a thousand of two thousand devices fit into no float."""
+    found = [detectable(devices, GATE) for devices in (1_000, 2_000, 10_000, 100_000)]
+    assert all(one is not None and one <= 0.1 for one in found)
+    assert found == sorted(found, key=lambda one: -(one or 0))
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.floats(0, 1))
+def test_the_chance_of_a_tail_is_that_of_all_ways_together(needed: int, devices: int, chance: float) -> None:
+    ways = sum(math.comb(devices, k) * chance**k * (1 - chance) ** (devices - k) for k in range(needed, devices + 1))
+    assert _at_least(needed, devices, chance) == pytest.approx(ways, abs=1e-9)
+
+
+@given(st.integers(1, 400))
+def test_the_more_devices_are_worse_the_larger_the_evidence(devices: int) -> None:
+    found = [e_value(Signs(worse, devices - worse)) for worse in range(devices + 1)]
+    assert all(earlier <= later * (1 + 1e-9) for earlier, later in itertools.pairwise(found))
 
 
 @pytest.mark.thorough
