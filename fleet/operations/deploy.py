@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -57,7 +57,7 @@ def deploy(
     """
     refuse_unless_one_model(artifacts)
     refuse_withdrawn(fleet, artifacts)
-    profiles = {device.id: profile_of(device) for device in devices}
+    profiles = profiles_of(devices)
     fit = _fit(artifacts, devices, profiles)
     if fit.incompatibilities and options.force is None:
         lines = "\n  ".join(fit.incompatibilities)
@@ -101,6 +101,24 @@ def profile_of(device: DeviceRow) -> DeviceProfile:
     if device.profile_document is not None:
         return DeviceProfile.model_validate(device.profile_document)
     return load_profile(device.profile)
+
+
+def profiles_of(devices: Iterable[DeviceRow]) -> dict[str, DeviceProfile]:
+    """Return the profile of each device by its id; one that many devices have is read once.
+
+    Raises:
+        ProfileError: a profile is no longer there.
+    """
+    known: dict[str, DeviceProfile] = {}
+    found: dict[str, DeviceProfile] = {}
+    for device in devices:
+        if device.profile_document is not None:  # it is this device's own, whatever it is called
+            found[device.id] = profile_of(device)
+            continue
+        if device.profile not in known:
+            known[device.profile] = profile_of(device)
+        found[device.id] = known[device.profile]
+    return found
 
 
 def follow(
@@ -172,7 +190,7 @@ def _order_back(fleet: Fleet, digests: Mapping[str, str | None], without: str, a
         raise ConflictError(f"{', '.join(lacking[:20])} {without}")
     if not digests:
         return []
-    profiles = {row.id: profile_of(row) for row in fleet.registry.devices.some(list(digests))}
+    profiles = profiles_of(fleet.registry.devices.some(list(digests)))
     options = DeployOptions()
 
     def draft(device: str, sequence: int, deployment: str) -> Desired:

@@ -22,7 +22,7 @@ from fleet.core.rollouts import STATES, Rollout, State, plan
 from fleet.core.selectors import parse
 from fleet.errors import FleetError, UsageError
 from fleet.operations.artifacts import refuse_withdrawn
-from fleet.operations.deploy import DeployOptions, make_order, profile_of, refuse_unless_one_model
+from fleet.operations.deploy import DeployOptions, make_order, profiles_of, refuse_unless_one_model
 from fleet.operations.fleet import Fleet
 from fleet.operations.names import check_name, selector_text, variants
 from fleet.registry import Actor, Registry
@@ -273,7 +273,7 @@ class Roller:
             not_before=spec.not_before if stage is DeviceStage.ORDERED else None,
             not_after=spec.not_after if stage is DeviceStage.ORDERED else None,
         )
-        profiles = {name: profile_of(fleet.registry.devices.get(name)) for name in orders}
+        profiles = profiles_of(fleet.registry.devices.some(list(orders)))
 
         def draft(device: str, sequence: int, deployment: str) -> Desired:
             identity = (device, sequence, deployment)
@@ -345,13 +345,13 @@ def _candidates(
     found = registry.inventory.select(parse(spec.selector))
     digests = {manifest.digest for manifest in manifests}
     rows = {row.id: row for row in registry.devices.all()} if found else {}
-    profiles: dict[str, DeviceProfile] = {}
+    profiles = profiles_of(rows[one.device] for one in found)
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
     for one in found:
         if one.served in digests:
             continue
-        variant, why = _variant(rows[one.device], manifests, profiles)
+        variant, why = _variant(rows[one.device], manifests, profiles[one.device])
         if variant is None:
             unfit[one.device] = why
         else:
@@ -359,16 +359,8 @@ def _candidates(
     return candidates, unfit
 
 
-def _variant(
-    row: DeviceRow, manifests: Sequence[Manifest], profiles: dict[str, DeviceProfile]
-) -> tuple[Manifest | None, str]:
+def _variant(row: DeviceRow, manifests: Sequence[Manifest], profile: DeviceProfile) -> tuple[Manifest | None, str]:
     """Return the first variant that fits, or why none does."""
-    if row.profile_document:
-        profile = profile_of(row)
-    elif row.profile in profiles:
-        profile = profiles[row.profile]
-    else:
-        profile = profiles[row.profile] = profile_of(row)
     reasons: list[str] = []
     for manifest in manifests:
         wrong = incompatibilities(manifest, profile, facts_of(row)) + gate_incompatibilities(manifest, profile)
