@@ -19,6 +19,8 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 def shown(text: str, limit: int) -> str:
     """``text`` as it may be shown anywhere: on one line, at most ``limit`` characters, nothing that a screen obeys."""
+    if len(text) <= limit and text.isprintable():  # nearly always
+        return text
     flat = "".join(_visible(char) for char in text[: limit + 1])
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
