@@ -10,14 +10,15 @@ import contextlib
 import functools
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
-from fleet.errors import UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.store import FolderStore
@@ -75,23 +76,20 @@ def kept_bytes() -> int:
 
 def sample_checkpoint() -> Path:
     """The speaking Phi-3-architecture checkpoint (538 MB); about 15 s the first time."""
-    folder = CACHE / f"sample-{cache_key()}"
-    if not folder.exists():
-        try:
-            sample_model.make_sample(folder)
-        except UsageError:
-            assert folder.exists(), "another test run made it meanwhile, or nobody did"
-    return folder
+    return _made_once(CACHE / f"sample-{cache_key()}", sample_model.make_sample)
 
 
 def tiny_checkpoint(seed: int = 0) -> Path:
     """A random Phi-3 of 3 million weights with the sample's tokenizer; half a second the first time."""
-    folder = CACHE / f"tiny-{seed}-{cache_key()}"
-    if not folder.exists():
-        try:
-            sample_model.make_tiny(folder, seed=seed)
-        except UsageError:
-            assert folder.exists(), "another test run made it meanwhile, or nobody did"
+    return _made_once(CACHE / f"tiny-{seed}-{cache_key()}", lambda folder: sample_model.make_tiny(folder, seed=seed))
+
+
+def _made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """By whichever of the tests that run side by side comes first; the others wait for it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f".{folder.name}.lock"):
+        if not folder.exists():
+            make(folder)
     return folder
 
 
@@ -111,7 +109,10 @@ def built(
     """The artifact of a checkpoint; built at most once for the same inputs and toolchain versions."""
     home = _home()
     recipe = Recipe(toolchain=toolchain, precision=precision, target=target, options=options)
-    manifest = build(checkpoint(folder), profile or load_profile("iot-x86"), recipe, home)
+    what = hashlib.sha256(f"{folder} {recipe.model_dump_json()}".encode()).hexdigest()[:12]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f".build-{what}.lock"):  # tests that run side by side want the same
+        manifest = build(checkpoint(folder), profile or load_profile("iot-x86"), recipe, home)
     return Built(manifest, FolderStore(home.artifacts).files(manifest.id), home)
 
 
