@@ -285,6 +285,15 @@ def test_what_is_no_token_is_said_and_never_quoted(text: str) -> None:
         assert EnrolmentToken.parse(str(found)) == found
 
 
+@pytest.mark.parametrize(
+    "document", ['{"secret": 7, "ca": null}', '{"secret": "s", "ca": 7}', '{"ca": null}', "[]", "7"]
+)
+def test_a_token_whose_parts_are_of_another_kind_is_damaged(document: str) -> None:
+    encoded = base64.urlsafe_b64encode(document.encode()).decode().rstrip("=")
+    with pytest.raises(ValueError, match="the enrolment token is damaged"):
+        EnrolmentToken.parse(PREFIX + encoded)
+
+
 def test_the_host_name_is_the_devices_id_as_far_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     for host, expected in (
         ("Kitchen_Cam.local", "kitchen-cam"),
