@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.asymmetric import x25519
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from structlog.testing import capture_logs
 
 from agent.contract import topics
@@ -24,7 +31,7 @@ from agent.core.ports import Message
 from agent.errors import ConfigError, TrustError, UnavailableError
 from agent.trust import identity
 from agent.trust.enrolment import Asking, enrol_by_token, remember_controller, renew_at_controller
-from agent.trust.keys import request_for
+from agent.trust.keys import read_key, request_for
 from agent.trust.renewal import CertificateRenewal, keep_certificate
 from fleet.daemon.renewals import EVERY_S, Renewals
 from fleet.operations.devices import make_bundle
@@ -285,3 +292,29 @@ async def test_a_key_that_no_token_enrolled_gets_nothing_over_https(
     remember_controller(tmp_path, url, token_of(world))
     with pytest.raises(ConfigError, match=f"{device} is not enrolled with this key"):
         await asyncio.to_thread(renew_at_controller, tmp_path / "identity", device, csr_of(who))
+
+
+async def test_an_answer_that_nobody_asked_for_and_rubbish_change_nothing(world: World, tmp_path: Path) -> None:
+    async with scene_of(world, tmp_path) as scene:
+        scene.clock.advance(days=61)
+        before, renewal = scene.certificate(), scene.renewal(answer_s=0.3)
+        await scene.server.stop()
+        async with running(renewal):
+            await until(lambda: renewal._waiting)
+            (asked,) = renewal._waiting
+            renewal._on_answer(Message("t", b"{}", correlation=b"another"))
+            renewal._on_answer(Message("t", b"rubbish", correlation=asked))
+            assert not renewal._waiting[asked].done()
+            with capture_logs() as logs:
+                renewal._on_answer(Message("t", b'{"refused": "no"}', correlation=asked))
+                renewal._on_answer(Message("t", b'{"refused": "late"}', correlation=asked))
+                await until(lambda: logs)
+        assert "the controller refuses a new certificate: no" in logs[0]["error"]
+        assert scene.certificate() == before
+
+
+def test_keys_that_no_certificate_is_asked_for_are_said() -> None:
+    key = x25519.X25519PrivateKey.generate()
+    for encryption, why in ((NoEncryption(), "is not used"), (BestAvailableEncryption(b"x"), "assword")):
+        with pytest.raises(ValueError, match=why):
+            read_key(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
