@@ -52,6 +52,9 @@ ArtifactId = Annotated[
     ),
 ]
 Timestamp = Annotated[AwareDatetime, Field(description="ISO 8601 with an offset")]
+CertificateRequest = Annotated[
+    str, Field(min_length=1, max_length=16384, description="PKCS #10, PEM; its subject is CN=device")
+]
 Bytes = Annotated[int, Field(ge=0, le=MAX_INTEGER, description="bytes")]
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Self
 
 from pydantic import Field
 
-from agent.contract.base import DeviceId, WireModel
+from agent.contract.base import CertificateRequest, DeviceId, WireModel
 
 #: Under the controller's URL.
 PATH = "/api/v1/enrolments"
@@ -29,7 +29,7 @@ class EnrolmentRequest(WireModel):
     version: int = 1
     token: Annotated[str, Field(min_length=1, max_length=128, repr=False, description="the secret in the token")]
     device: DeviceId
-    csr: Annotated[str, Field(min_length=1, max_length=16384, description="PKCS #10, PEM; its subject is CN=device")]
+    csr: CertificateRequest
 
 
 @dataclass(frozen=True, slots=True)

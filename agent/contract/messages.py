@@ -12,6 +12,7 @@ from agent.contract.base import (
     Amount,
     ArtifactId,
     Bytes,
+    CertificateRequest,
     Count,
     DeviceId,
     Digest,
@@ -235,23 +236,30 @@ class ChunkRange(WireModel):
         return self
 
 
-class Want(WireModel):
-    """A device asks for chunks of an artifact: at most ``credit`` of the ranges, in the order named, are sent now.
+#: The newest version of wants; those of version 2 and later name no device, as their topic does.
+WANTS = 2
 
-    Who asks is said by the topic, which the broker holds to the device's certificate.
-    """
 
-    version: int = 2
-    artifact: Digest
+class _Chunks(WireModel):
     ranges: Annotated[tuple[ChunkRange, ...], Field(min_length=1, max_length=256)]
     credit: Annotated[int, Field(gt=0, le=4096, description="chunks the device has room for")]
     shared: Annotated[bool, Field(description="the device follows the shared topic; else send to its own")] = False
 
 
+class Want(_Chunks):
+    """A device asks for chunks of an artifact: at most ``credit`` of the ranges, in the order named, are sent now.
+
+    Who asks is said by the topic, which the broker holds to the device's certificate.
+    """
+
+    version: int = WANTS
+    artifact: Digest
+
+
 class MetadataWant(WireModel):
     """Asks for one segment of a metadata file. The answer is raw bytes; see ``MetadataAnswer`` for its properties."""
 
-    version: int = 2
+    version: int = WANTS
     name: Annotated[
         str, Field(min_length=1, max_length=256, description="e.g. 3.root.json or targets/artifacts/x.json")
     ]
@@ -262,7 +270,7 @@ class CertificateWant(WireModel):
     """A device asks for a new client certificate for the key that it has. The answer is a ``CertificateAnswer``."""
 
     version: int = 1
-    csr: Annotated[str, Field(min_length=1, max_length=16384, description="PKCS #10, PEM; its subject is CN=device")]
+    csr: CertificateRequest
 
 
 class CertificateAnswer(WireModel):
@@ -273,14 +281,11 @@ class CertificateAnswer(WireModel):
     refused: Sentence = ""
 
 
-class WantV1(WireModel):
+class WantV1(_Chunks):
     """As agents 0.1 ask, on a topic that all devices write to: anybody can ask in anybody's name."""
 
     version: int = 1
     device: DeviceId
-    ranges: Annotated[tuple[ChunkRange, ...], Field(min_length=1, max_length=256)]
-    credit: Annotated[int, Field(gt=0, le=4096, description="chunks the device has room for")]
-    shared: Annotated[bool, Field(description="the device follows the shared topic; else send to its own")] = False
 
 
 class MetadataWantV1(MetadataWant):

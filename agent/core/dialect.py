@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: The first version of a ``Want`` whose device is said by its topic.
-OWN_TOPICS = 2
+from agent.contract.messages import WANTS
 
 
 @dataclass(slots=True)
@@ -25,4 +24,4 @@ class Dialect:
 
     def answered(self, wants: int) -> None:
         """A controller answered that understands this version of wants."""
-        self.shared_topics = wants < OWN_TOPICS
+        self.shared_topics = wants < WANTS

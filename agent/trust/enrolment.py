@@ -28,6 +28,7 @@ from agent.contract.messages import CertificateWant
 from agent.errors import ConfigError, UnavailableError
 from agent.platform.addresses import is_loopback
 from agent.platform.files import PRIVATE, reason, write_atomic
+from agent.platform.http import opener
 
 TIMEOUT_S = 30.0
 #: Between two questions while an operator has not yet decided.
@@ -163,7 +164,7 @@ class _Controller:
     def __init__(self, asking: Asking) -> None:
         self._url = asking.url.rstrip("/")
         _check_url(self._url)
-        self._opener = _opener(self._context(asking.token))
+        self._opener = opener(self._context(asking.token))
 
     def call(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """Return the answer.
@@ -185,7 +186,7 @@ class _Controller:
             return ssl.create_default_context()
         unproven = ssl.create_default_context()
         unproven.check_hostname, unproven.verify_mode = False, ssl.CERT_NONE
-        pem = self._call(_opener(unproven), "GET", CA_PATH).get("certificate")
+        pem = self._call(opener(unproven), "GET", CA_PATH).get("certificate")
         try:
             found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem or "")).hexdigest()
             context = ssl.create_default_context(cadata=pem) if found == token.ca else None
@@ -199,12 +200,12 @@ class _Controller:
         return context
 
     def _call(
-        self, opener: urllib.request.OpenerDirector, method: str, path: str, body: bytes | None = None
+        self, asked_by: urllib.request.OpenerDirector, method: str, path: str, body: bytes | None = None
     ) -> dict[str, Any]:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body else {})
         request = urllib.request.Request(self._url + path, body, headers, method=method)  # noqa: S310 - http(s) alone
         try:
-            with opener.open(request, timeout=TIMEOUT_S) as response:
+            with asked_by.open(request, timeout=TIMEOUT_S) as response:
                 raw = response.read(MAX_ANSWER_BYTES)
         except urllib.error.HTTPError as error:
             self._refused(error)
@@ -228,20 +229,6 @@ class _Controller:
             raise self.strange(f"status {error.code}") from None
         text = f"the controller refuses: {detail}"
         raise (UnavailableError if error.code >= 500 else ConfigError)(f"{text} ({code})") from None
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A token goes where it was sent, and nowhere else."""
-
-    def redirect_request(self, *_args: Any, **_more: Any) -> None:
-        return None
-
-
-def _opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
-    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-    if context is not None:
-        handlers.append(urllib.request.HTTPSHandler(context=context))
-    return urllib.request.build_opener(*handlers)
 
 
 def _check_url(url: str) -> None:

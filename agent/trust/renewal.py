@@ -70,8 +70,10 @@ class CertificateRenewal:
 
     async def _turn(self, certificate: Path, key: Path) -> float:
         """Return how many seconds until the next."""
+        known: datetime | None = None
         try:
             ends, due = await in_thread(lambda _stop: _times(certificate))
+            known = ends
             self._on_expiry(ends)
             now = self._clock.now()
             if now < due:
@@ -79,7 +81,7 @@ class CertificateRenewal:
             renewed = await self._renewed(key, expired=now >= ends)
             await in_thread(lambda _stop: keep_certificate(certificate.parent, self._who.device, key, renewed, ends))
         except AgentError as error:
-            self._tell(error, certificate)
+            self._tell(error, known or self._clock.now())
             return self._retry_s * (0.5 + 0.5 * self._jitter())
         until, _ = await in_thread(lambda _stop: _times(certificate))
         self._on_expiry(until)
@@ -137,11 +139,7 @@ class CertificateRenewal:
         with suppress(MalformedMessageError):  # whoever can publish here can send rubbish; the answer may still come
             future.set_result(CertificateAnswer.from_json(message.payload))
 
-    def _tell(self, error: AgentError, certificate: Path) -> None:
-        try:
-            ends, _ = _times(certificate)
-        except AgentError:
-            ends = self._clock.now()
+    def _tell(self, error: AgentError, ends: datetime) -> None:
         write = _log.warning if ends - self._clock.now() < SOON else _log.info
         write(
             "certificate not renewed, trying again", error=str(error), code=error.code.value, expires=ends.isoformat()
@@ -152,8 +150,7 @@ def keep_certificate(folder: Path, device: str, key: Path, pem: str, not_before:
     """Put a new certificate in the place of the old one, if it is for this device and its key and holds for longer.
 
     Raises:
-        TrustError: it is not.
-        UnavailableError: the disk refuses.
+        TrustError: it is not, or the disk refuses.
     """
     from agent.trust.keys import public_bytes, read_certificate, read_key
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from agent.contract.base import explain
+from agent.platform.http import opener
 from fleet.api.handlers import ROUTES
 from fleet.api.problems import ProblemError
 from fleet.api.routes import PREFIX, Call, Route
@@ -117,7 +118,7 @@ class RemoteClient:
         except OSError as error:
             raise UsageError(f"server_ca {settings.server_ca}: cannot be read: {error.strerror or error}") from None
         # No redirects: a token goes where the operator sent it, and nowhere else.
-        self._opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=tls), _NoRedirects())
+        self._opener = opener(tls)
 
     def call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """See ``Client``."""
@@ -159,11 +160,6 @@ class RemoteClient:
             return FleetError(f"{self._url} answers {error.code} {error.reason}: is that the API's address?")
         default = UsageError if error.code < 500 else FleetError
         return _ERRORS.get(code, default)(detail)
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Follow none."""
 
 
 def _route(method: str, path: str) -> tuple[Route, dict[str, str]]:

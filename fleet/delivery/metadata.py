@@ -15,7 +15,7 @@ import structlog
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import MAX_CHUNK_BYTES
-from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, MetadataWantV1
+from agent.contract.messages import WANTS, MetadataAnswer, MetadataStatus, MetadataWant, MetadataWantV1
 from fleet.delivery.admission import Admission, everybody
 
 #: Requests being answered at once, and waiting at most; a device asks again after its timeout.
@@ -25,8 +25,6 @@ MAX_WAITING = 4096
 MAX_WAITING_OF_ONE = 8
 
 _CACHED_FILES = 8
-#: The version of wants that a controller of this release understands.
-WANTS = 2
 
 _log = structlog.get_logger(component=__name__)
 

@@ -75,8 +75,7 @@ class Devices:
                 rows = list(session.scalars(found))
                 session.execute(delete(LabelRow).where(LabelRow.device.in_(some), LabelRow.name.in_(labels)))
                 for row in rows:
-                    merged = {**(row.labels or {}), **labels}
-                    row.labels = {name: value for name, value in merged.items() if value is not None}
+                    row.labels = _merged(row, labels)
                 session.flush()
                 given = [(name, value) for name, value in labels.items() if value is not None]
                 new = [{"device": device, "name": name, "value": value} for device in some for name, value in given]
@@ -218,11 +217,15 @@ def add_row(session: Session, device: str, profile: str, document: dict[str, Any
 
 def set_labels(session: Session, row: DeviceRow, labels: Mapping[str, str | None]) -> dict[str, str]:
     """Set labels, and remove those whose value is None; returns what the device has now."""
-    merged = {**(row.labels or {}), **labels}
-    row.labels = {name: value for name, value in merged.items() if value is not None}
+    row.labels = _merged(row, labels)
     session.execute(delete(LabelRow).where(LabelRow.device == row.id))
     session.add_all(LabelRow(device=row.id, name=name, value=value) for name, value in row.labels.items())
     return dict(row.labels)
+
+
+def _merged(row: DeviceRow, labels: Mapping[str, str | None]) -> dict[str, str]:
+    both = {**(row.labels or {}), **labels}
+    return {name: value for name, value in both.items() if value is not None}
 
 
 def facts_of(row: DeviceRow) -> Facts | None:
