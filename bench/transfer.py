@@ -229,7 +229,8 @@ def serve(options: argparse.Namespace) -> None:
     async def run() -> None:
         async with MqttLink(LinkSettings(options.url, "server")) as link:
             await link.wait_connected(10)
-            server = ChunkServer(link, lambda digest: LocalArtifact(manifest, options.folder / "source"))
+            source = LocalArtifact(manifest, options.folder / "source")
+            server = ChunkServer(link, lambda digest: source, group="bench")
             await server.start()
             say("ready")
             await asyncio.to_thread(until_told)
