@@ -121,7 +121,8 @@ def test_enrolled_ordered_renewed_revoked_refused(rig: SecureRig, sample_artifac
     rig.start_agent()
     rig.until(rig.online, "its presence over TLS")
     rig.until(lambda: certificate.read_bytes() != first, "its certificate is renewed")
-    assert "certificate renewed" in rig.agents_log()
+    # The file is replaced first and the line is written after it.
+    rig.until(lambda: "certificate renewed" in rig.agents_log(), "its log says so")
 
     rig.order(sample_artifact.manifest)
     reported = rig.settled(1)
