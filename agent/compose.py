@@ -55,6 +55,7 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
         lambda found: facts.collect(
             who.device, who.profile, version("phifleet"), settings.state_dir, found, clock.now()
         ).model_copy(update={"certificate_expires_at": state.certificate_expires_at}),
+        trust.dialect,
     )
 
     def certificate_ends(at: datetime) -> None:
@@ -62,7 +63,14 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
 
     renewal = CertificateRenewal(who, link, clock, certificate_ends)
     parts = StepParts(
-        trust, store, Fetcher(link, store, who.device, dialect=trust.dialect), host, monitor, clock, available_bytes
+        trust,
+        store,
+        Fetcher(link, store, who.device, dialect=trust.dialect),
+        host,
+        monitor,
+        clock,
+        available_bytes,
+        linked=lambda: link.connected,
     )
     steps = Steps(parts, reporter.progress)
     deployer = Deployer(steps, parts, FileJournal(settings.state_dir / "journal"), state, reporter.report)

@@ -50,9 +50,13 @@ class TransferError(AgentError):
 
 
 class StoreError(AgentError):
-    """The disk does not hold what it should."""
+    """The disk does not hold what it should. ``needs_bytes`` must be free on it, where that is what is missing."""
 
     default_code = FailureCode.STORE_IO
+
+    def __init__(self, message: str, code: FailureCode | None = None, needs_bytes: int = 0) -> None:
+        super().__init__(message, code)
+        self.needs_bytes = needs_bytes
 
 
 class RuntimeLoadError(AgentError):

@@ -171,6 +171,7 @@ def states() -> str:
     lines += ["| state | meaning | step | deadline | restarts count |", "|---|---|---|---|---|"]
     for state, row in deployment.STATES.items():
         deadline = f"{row.deadline_s:.0f} s" if row.deadline_s else ("the order's" if row.step else "rests")
+        deadline = deadline if row.clock else "none, and its time does not count"
         step, counts = row.step.value if row.step else "none", "yes" if row.counts_restarts else "no"
         lines.append(f"| `{state.value}` | {row.meaning} | {step} | {deadline} | {counts} |")
     lines.append(

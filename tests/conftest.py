@@ -13,7 +13,7 @@ from hypothesis import settings
 from tests.models import CACHE, kept_bytes
 
 # How long an example takes is up to the machine, and says nothing about the code.
-settings.register_profile("phifleet")
+settings.register_profile("phifleet", deadline=None)
 settings.load_profile("phifleet")
 
 #: What the tools of the tests keep there.

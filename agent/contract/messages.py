@@ -32,6 +32,8 @@ class State(StrEnum):
     IDLE = "idle"
     RESOLVING = "resolving"
     TRANSFERRING = "transferring"
+    WAITING_LINK = "waiting_link"
+    WAITING_SPACE = "waiting_space"
     VERIFYING = "verifying"
     PROVING = "proving"
     ACTIVATING = "activating"
@@ -63,7 +65,7 @@ class DeviceMessage(WireModel):
     boot: Boot | None = None
 
     #: Fields that came after the first release.
-    _later: ClassVar[frozenset[str]] = frozenset({"boot", "certificate_expires_at"})
+    _later: ClassVar[frozenset[str]] = frozenset({"boot", "certificate_expires_at", "waiting"})
 
     def to_json(self) -> bytes:
         """Canonical UTF-8 JSON; without what came later where there is none of it, as the first release wrote it."""
@@ -119,7 +121,7 @@ class TransferLimits(WireModel):
     """How the bytes may come."""
 
     window_bytes: Annotated[int, Field(gt=0, description="bytes wanted and not yet received")] = 4 * 1024 * 1024
-    stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the transfer fails")] = 900.0
+    stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the device waits")] = 900.0
 
 
 class Window(WireModel):
@@ -197,6 +199,7 @@ class Reported(DeviceMessage):
     progress: Progress | None = None
     proof: Proof | None = None
     failure: Failure | None = None
+    waiting: Annotated[Failure | None, Field(description="what a deployment that waits is waiting for")] = None
     malformed_messages: Count = 0
     paused: Annotated[bool, Field(description="the person at the device holds new orders back")] = False
     at: Timestamp

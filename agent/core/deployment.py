@@ -14,12 +14,15 @@ journal, and then performs the effects. It works like this:
 So no edge exists beside the table. ``docs/states.md`` is generated from it, and a test compares ``decide`` with it for
 every state and event. What a state does, and for how long, is in ``STATES``.
 
-Three rules hold throughout:
+Four rules hold throughout:
 
 * Whatever is committed serves until something better has passed its proof, its activation and its probation.
   ``touched`` says that the endpoint may serve something else; while it is set, every failure rolls back.
 * Success is the digest: what the worker says it has loaded must be what was ordered.
 * Every state that runs a step has a deadline, and restarts within it are counted, so no deployment lasts for ever.
+  ``waiting_link`` alone has none, and its time does not count: without a link nothing is wrong with the deployment.
+* What passes by itself (no link, a full disk) is waited for. Each wait begins with a pause that grows, and all other
+  time counts, so waiting in turns is bounded too.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.messages import ArtifactRef, Desired, Failure, Proof, State
 from agent.core.deployment_events import (
     Activated,
+    Available,
     Begin,
     Collect,
     DeadlinePassed,
@@ -52,7 +56,7 @@ from agent.core.deployment_events import (
     Unhealthy,
     Verified,
 )
-from agent.core.deployment_table import CASES, STATES, TABLE, Case, edges, speaks_against_artifact
+from agent.core.deployment_table import CASES, STATES, TABLE, Case, edges, speaks_against_artifact, waits
 
 __all__ = [
     "CASES",
@@ -61,6 +65,7 @@ __all__ = [
     "STATES",
     "TABLE",
     "Activated",
+    "Available",
     "Begin",
     "Case",
     "Collect",
@@ -82,12 +87,14 @@ __all__ = [
     "Transferred",
     "Unhealthy",
     "Verified",
+    "Waiting",
     "case_of",
     "deadline_s",
     "decide",
     "decide_unsaved",
     "edges",
     "speaks_against_artifact",
+    "waits",
 ]
 
 #: More than this between two decisions is a clock that was set, or a device that was off.
@@ -96,6 +103,14 @@ MOST_BETWEEN_DECISIONS_S = 3600.0
 MAX_RESTARTS = 5
 #: What a deadline out of the order may add for loading, proving and the like.
 _SLACK_S = 120.0
+
+
+class Waiting(WireModel):
+    """What a deployment waits for: ``why`` a step could not go on."""
+
+    why: Failure
+    #: So many must be free on the disk; 0: not known, or no matter of the disk.
+    needs_bytes: int = 0
 
 
 class Deployment(WireModel):
@@ -110,6 +125,10 @@ class Deployment(WireModel):
     previous: ArtifactRef | None = None
     proof: Proof | None = None
     failure: Failure | None = None
+    #: Of the wait that is, or that was last in this deployment.
+    waiting: Waiting | None = None
+    #: How often this deployment has waited.
+    waits: int = 0
     restarts: int = 0
     #: Seconds of the order's deadline that are used up, as of ``decided_at``.
     spent_s: float = 0.0
@@ -123,6 +142,12 @@ class Deployment(WireModel):
     def underway(self) -> bool:
         """Whether a step runs."""
         return STATES[self.state].step is not None
+
+    @property
+    def waits_for(self) -> Failure | None:
+        """What it waits for now, if it does."""
+        is_waiting = STATES[self.state].step in (Step.AWAIT_LINK, Step.AWAIT_SPACE)
+        return self.waiting.why if is_waiting and self.waiting is not None else None
 
     @property
     def deployment_id(self) -> str:
@@ -187,6 +212,7 @@ _ONE_CASE: Mapping[type[Event], Case] = MappingProxyType(
     {
         Resolved: Case.RESOLVED,
         Transferred: Case.TRANSFERRED,
+        Available: Case.AVAILABLE,
         Verified: Case.VERIFIED,
         Proved: Case.PROVED,
         Restarted: Case.RESTARTED,
@@ -197,6 +223,9 @@ _ONE_CASE: Mapping[type[Event], Case] = MappingProxyType(
 def _case_of_failure(deployment: Deployment, event: Failed | DeadlinePassed) -> Case:
     if isinstance(event, Failed) and event.sequence not in (None, deployment.newest_sequence):
         return Case.FAILED_OLD
+    passing = waits(deployment.state, event.failure.code) if isinstance(event, Failed) else None
+    if passing is not None:
+        return passing
     return Case.FAILED_TOUCHED if deployment.touched else Case.FAILED
 
 
@@ -240,12 +269,16 @@ def _age(deployment: Deployment, now: datetime) -> Deployment:
     if not deployment.underway or deployment.decided_at is None:
         return deployment
     passed = min(max(0.0, (now - deployment.decided_at).total_seconds()), MOST_BETWEEN_DECISIONS_S)
+    if not STATES[deployment.state].clock:
+        passed = 0.0
     return deployment.model_copy(update={"spent_s": deployment.spent_s + passed, "decided_at": now})
 
 
-def deadline_s(deployment: Deployment, now: datetime) -> float:
-    """Return the seconds that the present state may take, from now."""
+def deadline_s(deployment: Deployment, now: datetime) -> float | None:
+    """Return the seconds that the present state may take, from now; None for as long as it takes."""
     row, order = STATES[deployment.state], deployment.desired
+    if not row.clock:
+        return None
     if order is None:
         return row.deadline_s or 0.0
     if deployment.state is S.PROBATION:
@@ -268,7 +301,7 @@ def decide_unsaved(before: Deployment, event: Event, decided: Decided, failure: 
     """
     if isinstance(event, Ordered):
         return before, (Report(),)
-    if isinstance(event, Resolved | Transferred | Verified | Proved | Activated | Healthy):
+    if isinstance(event, Resolved | Transferred | Available | Verified | Proved | Activated | Healthy):
         return decide(before, Failed(failure), now)
     return decided
 
@@ -292,6 +325,8 @@ def _order(deployment: Deployment, event: Event, state: State, now: datetime) ->
         "chosen": None,
         "proof": None,
         "failure": None,
+        "waiting": None,
+        "waits": 0,
         "restarts": 0,
         "spent_s": 0.0,
         "decided_at": now,
@@ -312,6 +347,15 @@ def _advance(deployment: Deployment, event: Event, state: State, now: datetime) 
             return _enter(deployment, state, now, chosen=chosen, proof=proof, touched=True)
         case _:
             return _enter(deployment, state, now)
+
+
+def _wait(deployment: Deployment, event: Event, state: State, now: datetime) -> Decided:
+    """Wait for what is missing. Whatever else the endpoint may serve meanwhile, it is what is committed."""
+    assert isinstance(event, Failed)  # noqa: S101 - as CASES says
+    waiting = Waiting(why=event.failure, needs_bytes=event.needs_bytes)
+    changes = {"waiting": waiting, "waits": deployment.waits + 1, "touched": False}
+    entered, effects = _enter(deployment, state, now, **changes)
+    return entered, (*((Serve(),) if deployment.touched else ()), *effects)
 
 
 def _commit(deployment: Deployment, _event: Event, state: State, _now: datetime) -> Decided:
@@ -340,7 +384,8 @@ def _failure(deployment: Deployment, event: Event) -> Failure:
             return failure
         case DeadlinePassed(seconds):
             text = f"the deployment was still {deployment.state.value} after {seconds:.0f} s, which is its deadline"
-            return Failure(code=FailureCode.DEADLINE, message=text)
+            waited = f"; it waited last because {deployment.waiting.why.message}" if deployment.waiting else ""
+            return Failure(code=FailureCode.DEADLINE, message=text + waited)
         case Activated(digest) | Healthy(digest):
             ordered = deployment.chosen.digest[:12] if deployment.chosen else "nothing"
             return Failure(
@@ -389,6 +434,7 @@ _ACTIONS: Mapping[Case, Callable[[Deployment, Event, State, datetime], Decided]]
         Case.ORDERED_COMMITTED: _order,
         Case.RESOLVED: _advance,
         Case.TRANSFERRED: _advance,
+        Case.AVAILABLE: _advance,
         Case.VERIFIED: _advance,
         Case.PROVED: _advance,
         Case.ACTIVATED: _advance,
@@ -397,6 +443,8 @@ _ACTIONS: Mapping[Case, Callable[[Deployment, Event, State, datetime], Decided]]
         Case.HEALTHY_OTHER: _fail,
         Case.FAILED: _fail,
         Case.FAILED_TOUCHED: _fail,
+        Case.LINK_AWAY: _wait,
+        Case.DISK_FULL: _wait,
         Case.UNHEALTHY_NEW: _fail,
         Case.UNHEALTHY_BACK: _lose,
         Case.UNHEALTHY_DAMAGED: _lose,

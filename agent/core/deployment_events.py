@@ -13,6 +13,8 @@ class Step(StrEnum):
 
     RESOLVE = "resolve"
     TRANSFER = "transfer"
+    AWAIT_LINK = "await_link"
+    AWAIT_SPACE = "await_space"
     VERIFY = "verify"
     PROVE = "prove"
     ACTIVATE = "activate"
@@ -38,6 +40,11 @@ class Transferred:
     """Every byte of these variants is on disk."""
 
     candidates: tuple[ArtifactRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Available:
+    """What the deployment waited for is there: the broker and the controller answer, or the disk has room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +76,14 @@ class Healthy:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The step of the present state failed. ``sequence`` names the order, where another may have come meanwhile."""
+    """The step of the present state failed. ``sequence`` names the order, where another may have come meanwhile.
+
+    ``needs_bytes`` of a full disk: so many must be free for the step to succeed; 0 where that is not known.
+    """
 
     failure: Failure
     sequence: int | None = None
+    needs_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,7 @@ Event = (
     Ordered
     | Resolved
     | Transferred
+    | Available
     | Verified
     | Proved
     | Activated
@@ -112,10 +124,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Start this step; send ``DeadlinePassed`` after so many seconds."""
+    """Start this step; send ``DeadlinePassed`` after so many seconds, or never."""
 
     step: Step
-    deadline_s: float
+    deadline_s: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agent.contract.messages import WANTS
+from agent.contract.messages import WANTS, State
+
+_BEFORE_WAITING = {State.WAITING_LINK: State.RESOLVING, State.WAITING_SPACE: State.TRANSFERRING}
 
 
 @dataclass(slots=True)
@@ -21,6 +23,10 @@ class Dialect:
     def asks_both(self, *, repeated: bool) -> bool:
         """Whether a request is sent the old way too: it was not answered, or the last one only that way."""
         return repeated or self.shared_topics
+
+    def state(self, state: State) -> State:
+        """As the controller knows it: to one of 0.1, what waits is still resolving or transferring."""
+        return _BEFORE_WAITING.get(state, state) if self.shared_topics else state
 
     def answered(self, wants: int) -> None:
         """A controller answered that understands this version of wants."""

@@ -165,6 +165,14 @@ class ArtifactStore(Protocol):
         """
         ...
 
+    def free_bytes(self) -> int:
+        """Return how many bytes are free where artifacts are kept; blocking.
+
+        Raises:
+            agent.errors.StoreError: the disk does not say.
+        """
+        ...
+
 
 ProgressHandler = Callable[[Progress], None]
 
@@ -179,7 +187,8 @@ class Transfer(Protocol):
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.
-            agent.errors.TransferError: no chunk for ``stall_s`` seconds.
+            agent.errors.TransferError: no chunk for ``stall_s`` seconds, or no link for a while (TRANSFER_STALLED);
+                chunks that are refused or wrong (TRANSFER_UNAVAILABLE).
         """
         ...
 

@@ -16,7 +16,7 @@ from agent.daemon.model_server import ModelServer
 from agent.daemon.orders import Orders
 from agent.daemon.state import AgentState
 from agent.daemon.steps import StepParts, Steps
-from agent.errors import AgentError
+from agent.errors import AgentError, StoreError
 from agent.platform.concurrency import cancelled_once, ended, in_thread
 
 log = structlog.get_logger(component=__name__)
@@ -128,7 +128,10 @@ class Deployer:
 
     def _log_change(self, before: core.Deployment, after: core.Deployment) -> None:
         words = {"deployment": after.deployment_id, "was": before.state.value, "state": after.state.value}
-        if after.failure is not None:
+        if after.waits_for is not None:
+            why = after.waits_for
+            log.warning("deployment waits", **words, code=why.code.value, error=why.message)
+        elif after.failure is not None:
             log.error("deployment", **words, code=after.failure.code.value, error=after.failure.message)
         else:
             log.info("deployment", **words)
@@ -172,7 +175,7 @@ class Deployer:
         task.add_done_callback(self._ending.discard)
 
     async def _run_step(
-        self, epoch: int, step: core.Step, deadline_s: float, before: Sequence[asyncio.Task[None]]
+        self, epoch: int, step: core.Step, deadline_s: float | None, before: Sequence[asyncio.Task[None]]
     ) -> None:
         structlog.contextvars.bind_contextvars(deployment=self.deployment.deployment_id)
         event: core.Event
@@ -181,9 +184,10 @@ class Deployer:
             async with asyncio.timeout(deadline_s):
                 event = await cancelled_once(self._steps.perform(step, self.deployment))
         except TimeoutError:
-            event = core.DeadlinePassed(deadline_s)
+            event = core.DeadlinePassed(deadline_s or 0.0)
         except AgentError as error:
-            event = core.Failed(Failure(code=error.code, message=str(error)))
+            needs = error.needs_bytes if isinstance(error, StoreError) else 0
+            event = core.Failed(Failure(code=error.code, message=str(error)), needs_bytes=needs)
         except Exception as error:  # the boundary: a fault of ours must end as a reported failure
             log.exception("step broke", step=step.value)
             event = core.Failed(Failure(code=FailureCode.INTERNAL, message=f"{type(error).__name__}: {error}"))

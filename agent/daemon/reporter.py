@@ -21,6 +21,7 @@ from agent.contract.messages import (
     RuntimeFact,
 )
 from agent.core.deployment import Deployment
+from agent.core.dialect import Dialect
 from agent.core.inference import ModelInfo
 from agent.core.ports import Clock, Link
 from agent.daemon.monitor import Monitor
@@ -54,6 +55,7 @@ class Reporter:
         clock: Clock,
         active: Callable[[], ModelInfo | None],
         collect_facts: Callable[[Sequence[RuntimeFact]], Facts],
+        dialect: Dialect | None = None,
     ) -> None:
         self.identity = identity
         self._state = state
@@ -61,6 +63,7 @@ class Reporter:
         self._clock = clock
         self._active = active
         self._collect_facts = collect_facts
+        self._dialect = dialect or Dialect()
         self._pending: dict[str, tuple[DeviceMessage, int, bool]] = {}
         self._count = 0
         self._wake = asyncio.Event()
@@ -148,7 +151,7 @@ class Reporter:
             device=self.identity.device,
             sequence=deployment.newest_sequence,
             deployment=deployment.deployment_id,
-            state=deployment.state,
+            state=self._dialect.state(deployment.state),
             desired=_wanted(deployment),
             digest=active.digest if active else None,
             artifact=active.artifact if active else None,
@@ -157,6 +160,7 @@ class Reporter:
             progress=self._progress if self._progress_sequence == deployment.newest_sequence else None,
             proof=deployment.proof,
             failure=state.rejected or deployment.failure,
+            waiting=deployment.waits_for,
             malformed_messages=state.malformed_messages,
             paused=state.paused,
             at=self._clock.now(),

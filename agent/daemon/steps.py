@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ log = structlog.get_logger(component=__name__)
 
 #: How often the clock is looked at while waiting for the window.
 WINDOW_LOOK_S = 30.0
+#: How often it is looked whether a link is back, or the disk has room.
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class StepParts:
     clock: Clock
     #: Bytes of memory that a model may take now.
     available: Callable[[], int]
+    #: Whether the broker is connected.
+    linked: Callable[[], bool]
     #: Seconds between attempts to reach the controller; the last one repeats until the state's deadline.
     retry_s: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -69,19 +73,17 @@ class Steps:
         order = deployment.desired
         if order is None:
             raise AgentError(f"there is no order to {step.value}")
-        match step:
-            case core.Step.RESOLVE:
-                return await self._resolve(order)
-            case core.Step.TRANSFER:
-                return await self._transfer(deployment.candidates, order)
-            case core.Step.VERIFY:
-                return await self._verify(deployment.candidates, order)
-            case core.Step.PROVE:
-                return await self._prove(deployment.candidates, order)
-            case core.Step.ACTIVATE:
-                return await self._activate(deployment.chosen, order)
-            case core.Step.WATCH:
-                return await self._watch(deployment.chosen, order)
+        work: dict[core.Step, Callable[[], Awaitable[core.Event]]] = {
+            core.Step.RESOLVE: lambda: self._resolve(order),
+            core.Step.TRANSFER: lambda: self._transfer(deployment.candidates, order),
+            core.Step.AWAIT_LINK: lambda: self._await_link(deployment.waits),
+            core.Step.AWAIT_SPACE: lambda: self._await_space(deployment.waits, deployment.waiting),
+            core.Step.VERIFY: lambda: self._verify(deployment.candidates, order),
+            core.Step.PROVE: lambda: self._prove(deployment.candidates, order),
+            core.Step.ACTIVATE: lambda: self._activate(deployment.chosen, order),
+            core.Step.WATCH: lambda: self._watch(deployment.chosen, order),
+        }
+        return await work[step]()
 
     async def serve(self, ref: ArtifactRef | None, limits: HealthLimits) -> None:
         """Serve the committed artifact again, or nothing; every byte is checked before it is loaded.
@@ -163,26 +165,62 @@ class Steps:
         return core.Resolved(tuple(ref for ref in order.artifacts if ref.digest in digests))
 
     async def _manifest(self, ref: ArtifactRef, *, newest: bool = False) -> Manifest:
-        """From memory, from the store (verified when it came), or from TUF, for as long as it takes to be reached.
+        """From memory, from the store (verified when it came), or from TUF.
 
         ``newest`` asks TUF even so: it may have been measured again, or have another chat template.
+
+        Raises:
+            AgentError: there is none, or nobody who has it can be reached.
         """
         known = self._manifests.get(ref.digest) or self._parts.store.manifest(ref.digest)
-        attempt = 0
-        while newest or known is None:
+        if newest or known is None:
             try:
-                known, newest = await self._parts.trust.manifest(ref), False
+                known = await self._parts.trust.manifest(ref)
             except TrustError as error:
-                if error.code is not FailureCode.TRUST_UNREACHABLE:
+                if known is None or error.code is not FailureCode.TRUST_UNREACHABLE:
                     raise
-                if known is not None:
-                    break
-                wait = self._parts.wait_s(attempt)
-                log.warning("controller unreachable", artifact=ref.id, error=str(error), retry_in_s=wait)
-                await asyncio.sleep(wait)
-                attempt += 1
         self._manifests = {**self._manifests, ref.digest: known}
         return known
+
+    async def _await_link(self, waits: int) -> core.Available:
+        """Until the broker is connected and a controller has answered.
+
+        Raises:
+            AgentError: what it answered is no good.
+        """
+        attempt = max(0, waits - 1)
+        while True:
+            await self._pause(self._parts.wait_s(attempt))
+            if self._parts.linked():
+                try:
+                    await self._parts.trust.refresh()
+                except TrustError as error:
+                    if error.code is not FailureCode.TRUST_UNREACHABLE:
+                        raise
+                    log.debug("controller still unreachable", error=str(error))
+                else:
+                    return core.Available()
+            attempt += 1
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait so long, or until the broker is connected again: it may be for minutes only."""
+        was, left = self._parts.linked(), seconds
+        while left > 0:
+            await asyncio.sleep(min(LOOK_S, left))
+            left -= LOOK_S
+            linked = self._parts.linked()
+            if linked and not was:
+                return
+            was = linked
+
+    async def _await_space(self, waits: int, waiting: core.Waiting | None) -> core.Available:
+        """Until so many bytes are free; first for a while, as room that is there may not be all that was missing."""
+        await asyncio.sleep(self._parts.wait_s(max(0, waits - 1)))
+        needs = waiting.needs_bytes if waiting is not None else 0
+        # No event tells that somebody has deleted something.
+        while await in_thread(lambda _stop: self._parts.store.free_bytes()) < needs:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        return core.Available()
 
     async def _transfer(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Transferred:
         here, last = [], None

@@ -204,6 +204,15 @@ class ArtifactStore:
         finally:
             self._transferring.discard(partial.manifest.digest)
 
+    def free_bytes(self) -> int:
+        """Return how many bytes are free where artifacts are kept; blocking.
+
+        Raises:
+            agent.errors.StoreError: the disk does not say.
+        """
+        with store_errors("look at the free space of", self._partial):
+            return free_bytes(self._partial)
+
     def donors(self, digest: str) -> Iterator[Donor]:
         """Other artifacts on disk, complete ones first. One that does not read is left out."""
         with store_errors("look into", self._complete.parent):
@@ -225,6 +234,7 @@ class ArtifactStore:
                 f" ({mebibytes(manifest.size)} in all, and {mebibytes(self._reserve_bytes)} are kept free),"
                 f" and {mebibytes(most)} are free; free {mebibytes(needed + self._reserve_bytes - most)} or more",
                 FailureCode.STORE_DISK_FULL,
+                needs_bytes=needed + self._reserve_bytes - (most - free),
             )
         for old, _ in leftovers:
             if needed + self._reserve_bytes <= free_bytes(self._partial):

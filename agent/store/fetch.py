@@ -31,6 +31,8 @@ from agent.store.partial import Partial
 
 TICK_S = 0.25
 PROGRESS_S = 0.5
+#: A link that is away longer is waited for by the deployment, whose clock then stands still.
+LINK_PATIENCE_S = 30.0
 #: Brought to the disk while more comes: a power cut then costs little, and the end does not wait for all of it.
 FLUSH_BYTES = 32 * 1024 * 1024
 
@@ -65,7 +67,8 @@ class Fetcher:
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.
-            agent.errors.TransferError: no chunk for ``stall_s`` seconds.
+            agent.errors.TransferError: no chunk for ``stall_s`` seconds, no link for LINK_PATIENCE_S (both
+                TRANSFER_STALLED), or chunks that come are refused or wrong (TRANSFER_UNAVAILABLE).
         """
         if self._store.path(manifest.digest) is not None:
             await in_thread(lambda _stop: self._store.renew(manifest))
@@ -131,6 +134,7 @@ class _Session:
         self._wake_at = 1
         self._wake_pending = False
         self._linked = True
+        self._unlinked_since = monotonic()
         self._following = False
         self._requests: set[asyncio.Task[None]] = set()
         self._flush: asyncio.Task[None] | None = None
@@ -197,6 +201,7 @@ class _Session:
         if self._linked != self._link.connected:
             self._linked = not self._linked
             if not self._linked:
+                self._unlinked_since = self._monotonic()
                 self._core.link_lost()
         if not self._linked:
             return
@@ -247,15 +252,21 @@ class _Session:
         if self._error is not None:
             raise self._error
         now = self._monotonic()
-        if not self._core.stalled(now):
+        away = not self._linked and now - self._unlinked_since >= LINK_PATIENCE_S
+        if not away and not self._core.stalled(now):
             return
         progress = self._core.progress(now)
-        wrong = f", and {progress.chunks_rejected} with wrong bytes" if progress.chunks_rejected else ""
-        hint = "does a controller serve it, and does the broker let this device read its chunks?"
+        where = f"artifact {self._partial.manifest.id} at {progress.bytes_done} of {progress.bytes_total} bytes"
+        if not self._linked:
+            raise TransferError(f"the broker is not connected; {where}, which are kept")
+        silent = f"no chunk came for {self._core.silent_s(now):.0f} s; {where}, which are kept"
+        if progress.chunks_rejected:
+            raise TransferError(
+                f"{silent}; {progress.chunks_rejected} chunks came with wrong bytes: is the controller's copy whole?",
+                FailureCode.TRANSFER_UNAVAILABLE,
+            )
         raise TransferError(
-            f"artifact {self._partial.manifest.id} stalled at {progress.bytes_done} of {progress.bytes_total} bytes:"
-            f" no chunk came for {self._core.silent_s(now):.0f} s{wrong}; what has arrived is kept for the next order;"
-            f" {hint if self._linked else 'the broker is not connected'}"
+            f"{silent}; does a controller serve it, and does the broker let this device read its chunks?"
         )
 
     async def _end(self) -> None:

@@ -47,6 +47,9 @@ class Deployment(Answer):
     progress: dict[str, Any] | None
     proof: dict[str, Any] | None
     failure: dict[str, Any] | None
+    waiting: Annotated[dict[str, Any] | None, Field(description="what a deployment that waits is waiting for")]
+    deadline_s: Annotated[float, Field(description="seconds that the device has, of the time that it counts")]
+    due_at: Annotated[str | None, Field(description="when the controller gives up, while the device is connected")]
     publish_error: str | None
     created_at: str
     published_at: str | None

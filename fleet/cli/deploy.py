@@ -24,7 +24,7 @@ from fleet.operations.deploy import DeployOptions, follow, select_devices
 from fleet.operations.deploy import deploy as deploy_artifacts
 from fleet.operations.fleet import Fleet
 from fleet.operations.names import variants
-from fleet.operations.views import DeviceView, describe_deployment, fleet_view
+from fleet.operations.views import DeviceView, age_text, describe_deployment, fleet_view
 from fleet.registry.models import DeploymentRow
 
 
@@ -87,7 +87,7 @@ def deploy(
         deployments = deploy_artifacts(fleet, variants(fleet, artifacts), targets, DeployOptions(**options), actor())
         if not as_json:
             for row in deployments:
-                click.echo(f"{row.device}: ordered {row.artifact} as {row.id}")
+                click.echo(_ordered(row.device, row.artifact, row.id, row.deadline_s))
         views = _views(fleet, deployments)
         if wait:
             views = _wait(fleet, [row.id for row in deployments], timeout_s, Console(stderr=True, quiet=as_json))
@@ -95,6 +95,10 @@ def deploy(
         click.echo(json.dumps([describe_deployment(view.deployment) for view in views if view.deployment]))
     if wait:
         _raise_unless_committed(views)
+
+
+def _ordered(device: str, artifact: str, deployment: str, deadline_s: float) -> str:
+    return f"{device}: ordered {artifact} as {deployment}, within {age_text(deadline_s)} at most"
 
 
 @contextlib.contextmanager
@@ -162,7 +166,7 @@ def _deploy_remote(
     rows = client.call("POST", "/deployments", order)["items"]
     if not following.as_json:
         for row in rows:
-            click.echo(f"{row['device']}: ordered {row['artifact']} as {row['deployment']}")
+            click.echo(_ordered(row["device"], row["artifact"], row["deployment"], row["deadline_s"]))
     end = time.monotonic() + (following.timeout_s or float("inf"))
     while following.wait and time.monotonic() < end and any(TABLE[Stage(row["state"])].outstanding for row in rows):
         time.sleep(REMOTE_POLL_S)

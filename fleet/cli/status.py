@@ -18,7 +18,7 @@ from rich.text import Text
 from fleet.api.client import Client, pages
 from fleet.cli import completion
 from fleet.cli.context import Context
-from fleet.core.deployments import Stage
+from fleet.core.deployments import WAITING, Stage
 from fleet.core.freshness import Presence, age_s
 from fleet.operations.fleet import Fleet
 from fleet.operations.views import ControllerView, DeviceView, FleetView, age_text, describe_fleet, fleet_view
@@ -113,7 +113,8 @@ def _reasons(views: Sequence[DeviceView]) -> Iterator[Text]:
         if deployment and deployment.publish_error and not row.revoked_at:
             yield Text.assemble((row.id, "red"), f": the broker has not taken its order: {deployment.publish_error}")
         if deployment and deployment.failure_code:
-            yield Text.assemble((f"{row.id}: {deployment.failure_code}", "red"), f": {deployment.failure_message}")
+            colour = "yellow" if Stage(deployment.stage) in WAITING else "red"
+            yield Text.assemble((f"{row.id}: {deployment.failure_code}", colour), f": {deployment.failure_message}")
 
 
 def _cells(view: DeviceView, wide: bool) -> list[str | Text]:

@@ -19,6 +19,13 @@ from agent.contract.messages import Failure, State
 GRACE_S = 300.0
 
 
+#: A deployment has at least so long: a device may be off for most of a day, or share its line.
+LEAST_DEADLINE_S = 24 * 3600.0
+#: So many times the time that the bytes need at the profile's bandwidth, as lines are shared, and so much for the rest.
+SLOWER_LINE = 3.0
+BESIDE_THE_TRANSFER_S = 6 * 3600.0
+
+
 class Stage(StrEnum):
     """Where a deployment stands: first the controller's own stages, then the device's states."""
 
@@ -26,6 +33,8 @@ class Stage(StrEnum):
     PUBLISHED = "published"
     RESOLVING = "resolving"
     TRANSFERRING = "transferring"
+    WAITING_LINK = "waiting_link"
+    WAITING_SPACE = "waiting_space"
     VERIFYING = "verifying"
     PROVING = "proving"
     ACTIVATING = "activating"
@@ -41,7 +50,10 @@ class Deadline(StrEnum):
 
     NONE = "none: nothing is awaited"
     EXPIRY = "when the signed order expires"
-    DEVICE = "the order's deadline_s and probation_s after the device's first report, and a grace for its last one"
+    DEVICE = (
+        "the order's deadline_s and probation_s after the device's first report, or after it was connected again,"
+        " and a grace for its last one"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,8 @@ TABLE: Mapping[Stage, Row] = MappingProxyType(
         Stage.PUBLISHED: _waiting("retained at the broker; the device has not answered"),
         Stage.RESOLVING: _working("the device verifies the order and fetches the manifest"),
         Stage.TRANSFERRING: _working("the device fetches chunks"),
+        Stage.WAITING_LINK: _waiting("the device waited for a link or a controller, and does not count that time"),
+        Stage.WAITING_SPACE: _working("the device waits until its disk has room for the artifact"),
         Stage.VERIFYING: _working("the device reads every file again"),
         Stage.PROVING: _working("the device loads the model in a worker and asks the signed probes"),
         Stage.ACTIVATING: _working("the device moves new requests over"),
@@ -88,6 +102,21 @@ TABLE: Mapping[Stage, Row] = MappingProxyType(
         Stage.SUPERSEDED: _over("a newer order for the same device replaced it", follows=frozenset()),
     }
 )
+
+
+#: Stages whose ``failure`` is what the device waits for, and no end.
+WAITING = frozenset({Stage.WAITING_LINK, Stage.WAITING_SPACE})
+
+
+def transfer_s(size_bytes: int, bandwidth_bytes_per_s: float) -> float:
+    """Return the seconds that so many bytes need at the profile's bandwidth."""
+    return size_bytes / bandwidth_bytes_per_s
+
+
+def usual_deadline_s(size_bytes: int, bandwidth_bytes_per_s: float, opens_in_s: float = 0.0) -> float:
+    """Return the seconds of a deployment whose operator named none, whose window opens in ``opens_in_s``."""
+    needed = SLOWER_LINE * transfer_s(size_bytes, bandwidth_bytes_per_s) + BESIDE_THE_TRANSFER_S
+    return max(LEAST_DEADLINE_S, needed) + max(0.0, opens_in_s)
 
 
 class TransitionError(Exception):
@@ -103,6 +132,7 @@ class Deployment:
     deadline_s: float
     probation_s: float = 0.0
     started_at: datetime | None = None
+    #: Of a stage that waits: for what.
     failure: Failure | None = None
     presumed: bool = False
     #: Of the variants that were ordered: to serve one of them is success, and nothing else is.
@@ -123,6 +153,14 @@ class Report:
     at: datetime
     #: What the device says that it serves.
     digest: str | None = None
+    waiting: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The device is connected again: while it was not, its own clock may have stood still."""
+
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +182,7 @@ class Withdrawn:
     reason: str
 
 
-Event = Published | Report | Tick | Superseded | Withdrawn
+Event = Published | Report | Returned | Tick | Superseded | Withdrawn
 
 
 def due_at(deployment: Deployment) -> datetime | None:
@@ -168,6 +206,9 @@ def decide(deployment: Deployment, event: Event) -> Deployment:
             return replace(deployment, stage=Stage.PUBLISHED) if deployment.stage is Stage.QUEUED else deployment
         case Report():
             return _reported(deployment, event)
+        case Returned(at):
+            is_working = TABLE[deployment.stage].outstanding and deployment.started_at is not None
+            return replace(deployment, started_at=at) if is_working else deployment
         case Tick(at):
             return _ticked(deployment, at)
         case Superseded():
@@ -185,12 +226,12 @@ def _reported(deployment: Deployment, report: Report) -> Deployment:
         raise TransitionError(f"{deployment.stage} does not become {stage} by a report")
     if stage is Stage.COMMITTED and report.digest not in deployment.digests:
         return _not_what_was_ordered(deployment, report)
-    again = not row.outstanding and TABLE[stage].outstanding
+    again = TABLE[stage].outstanding and (not row.outstanding or deployment.stage is Stage.WAITING_LINK)
     return replace(
         deployment,
         stage=stage,
         started_at=report.at if again or deployment.started_at is None else deployment.started_at,
-        failure=report.failure if stage in (Stage.FAILED, Stage.ROLLED_BACK) else None,
+        failure=report.failure if stage in (Stage.FAILED, Stage.ROLLED_BACK) else report.waiting,
         presumed=False,
     )
 

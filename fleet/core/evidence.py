@@ -274,6 +274,8 @@ def _sum_exp(logs: Iterable[float]) -> float:
 
 def _at_least(needed: int, devices: int, chance: float) -> float:
     """Return the chance that ``needed`` of the devices are, where each is with this chance (a binomial's tail)."""
+    if needed > devices:
+        return 0.0
     if not 0 < chance < 1:
         return float(chance >= 1 or needed <= 0)
     # As logarithms: the number of ways to choose a thousand devices fits into no float.

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from agent.contract.manifest import Manifest
 from agent.contract.messages import ArtifactRef, Desired, TransferLimits, Window
 from agent.contract.profile import DeviceProfile, HealthLimits
-from fleet.core.deployments import TABLE, Stage
+from fleet.core.deployments import TABLE, Stage, usual_deadline_s
 from fleet.core.fit import gate_incompatibilities, incompatibilities
 from fleet.errors import ConflictError, UsageError
 from fleet.operations.artifacts import refuse_withdrawn
@@ -67,8 +67,8 @@ def deploy(
 
     def draft(device: str, sequence: int, deployment: str) -> Desired:
         identity, chosen = (device, sequence, deployment), fit.chosen.get(device, artifacts)
-        refs = [ArtifactRef(id=manifest.id, digest=manifest.digest) for manifest in chosen]
-        return make_order(identity, refs, profiles[device], options, actor, fleet.settings.order_validity_s)
+        variants = [(ArtifactRef(id=manifest.id, digest=manifest.digest), manifest.size) for manifest in chosen]
+        return make_order(identity, variants, profiles[device], options, actor, fleet.settings.order_validity_s)
 
     ids = [device.id for device in devices]
     return fleet.registry.deployments.create(ids, draft, fleet.repository.sign_desired, actor)
@@ -191,13 +191,13 @@ def _order_back(fleet: Fleet, digests: Mapping[str, str | None], without: str, a
     if not digests:
         return []
     profiles = profiles_of(fleet.registry.devices.some(list(digests)))
-    options = DeployOptions()
+    sizes, options = fleet.registry.artifacts.sizes(), DeployOptions()
 
     def draft(device: str, sequence: int, deployment: str) -> Desired:
         digest = digests[device] or ""
-        refs = [ArtifactRef(id=published[digest], digest=digest)]
+        variants = [(ArtifactRef(id=published[digest], digest=digest), sizes[digest])]
         validity = fleet.settings.order_validity_s
-        return make_order((device, sequence, deployment), refs, profiles[device], options, actor, validity)
+        return make_order((device, sequence, deployment), variants, profiles[device], options, actor, validity)
 
     return fleet.registry.deployments.create(list(digests), draft, fleet.repository.sign_desired, actor)
 
@@ -254,7 +254,7 @@ def _publish(fleet: Fleet, artifacts: Sequence[Manifest], fit: _Fit, options: De
 
 def make_order(
     identity: tuple[str, int, str],
-    artifacts: Sequence[ArtifactRef],
+    variants: Sequence[tuple[ArtifactRef, int]],
     profile: DeviceProfile,
     options: DeployOptions,
     actor: Actor,
@@ -262,21 +262,22 @@ def make_order(
 ) -> Desired:
     """Return the order for one device, to be signed.
 
-    ``identity`` is its id, the sequence number, and the deployment's id.
+    ``identity`` is its id, the sequence number, and the deployment's id; ``variants`` are artifacts with their bytes.
     """
     device, sequence, deployment = identity
+    size = sum(size for _, size in variants)
     return Desired(
         device=device,
         sequence=sequence,
         deployment=deployment,
         issued_at=actor.at,
         expires_at=actor.at + timedelta(seconds=validity_s),
-        artifacts=tuple(artifacts),
+        artifacts=tuple(ref for ref, _ in variants),
         limits=HealthLimits.model_validate(profile.health.model_dump()),
         transfer=TransferLimits(window_bytes=profile.delivery.window_bytes),
         probation_s=profile.probation_s if options.probation_s is None else options.probation_s,
         window=Window(not_before=options.not_before, not_after=options.not_after),
-        deadline_s=_deadline_s(options, actor),
+        deadline_s=_deadline_s(options, profile, size, actor),
     )
 
 
@@ -288,9 +289,9 @@ def _check_window(options: DeployOptions, actor: Actor, validity_s: float) -> No
         raise UsageError(f"the window closes at {closes.isoformat()}, before it opens or before now")
 
 
-def _deadline_s(options: DeployOptions, actor: Actor) -> float:
+def _deadline_s(options: DeployOptions, profile: DeviceProfile, size: int, actor: Actor) -> float:
     """Waiting for the window is no delay of the device's: the usual deadline counts from its opening."""
     if options.deadline_s is not None:
         return options.deadline_s
-    usual = float(Desired.model_fields["deadline_s"].default)
-    return usual + max(0.0, ((options.not_before or actor.at) - actor.at).total_seconds())
+    opens_in_s = ((options.not_before or actor.at) - actor.at).total_seconds()
+    return usual_deadline_s(size, profile.delivery.bandwidth_bytes_per_s, opens_in_s)

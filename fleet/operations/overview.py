@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from fleet.core.deployments import Stage
+from fleet.core.deployments import WAITING, Stage
 from fleet.core.freshness import Presence, age_s, is_stale, presence
 from fleet.core.rollouts import STATES, State
 from fleet.operations.views import pulses
@@ -22,6 +22,10 @@ from fleet.registry.rollouts import read
 LISTED = 200
 #: How long a rollout that ended is news.
 NEWS_S = 86_400.0
+_WAITS_FOR = {
+    Stage.WAITING_LINK: "waits for a link or a controller",
+    Stage.WAITING_SPACE: "waits for room on its disk",
+}
 _ENDED_BADLY = {Stage.FAILED: "failed", Stage.ROLLED_BACK: "was rolled back"}
 _WAITS = {
     State.APPROVING: "waits for a person to approve its next wave",
@@ -98,6 +102,8 @@ def _of_device(device: _Device) -> Iterator[dict[str, Any]]:
         why = row.failure_message or "no reason was reported"
         text = f"{_ENDED_BADLY[Stage(row.stage)]} with {row.artifact}: {why}"
         yield entry("failed", text, row.finished_at or row.reported_at)
+    if row.stage in WAITING:
+        yield entry("waiting", f"{_WAITS_FOR[Stage(row.stage)]}: {row.failure_message}", row.reported_at)
     if row.publish_error:
         yield entry("unpublished", f"has an order that was not published: {row.publish_error}", None)
     seen = row.last_seen or row.presence_at

@@ -274,11 +274,13 @@ class Roller:
             not_after=spec.not_after if stage is DeviceStage.ORDERED else None,
         )
         profiles = profiles_of(fleet.registry.devices.some(list(orders)))
+        sizes = fleet.registry.artifacts.sizes()
 
         def draft(device: str, sequence: int, deployment: str) -> Desired:
             identity = (device, sequence, deployment)
             validity = fleet.settings.order_validity_s
-            return make_order(identity, [orders[device]], profiles[device], options, actor, validity)
+            variants = [(orders[device], sizes[orders[device].digest])]
+            return make_order(identity, variants, profiles[device], options, actor, validity)
 
         also = fleet.registry.rollouts.mark_ordered(rollout.id, stage, actor.at)
         fleet.registry.deployments.create(list(orders), draft, fleet.repository.sign_desired, actor, also)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from fleet.core.deployments import Stage
+from fleet.core.deployments import WAITING, Stage
 from fleet.core.freshness import ControllerPulse, Presence, age_s, is_running, is_stale, presence
 from fleet.registry import Registry
 from fleet.registry.models import (
@@ -154,7 +154,8 @@ def describe_device(view: DeviceView) -> dict[str, Any]:
 
 def describe_deployment(row: DeploymentRow) -> dict[str, Any]:
     """Return one deployment."""
-    failure = {"code": row.failure_code, "message": row.failure_message} if row.failure_code else None
+    reason = {"code": row.failure_code, "message": row.failure_message} if row.failure_code else None
+    waits = Stage(row.stage) in WAITING
     return {
         "deployment": row.id,
         "device": row.device,
@@ -167,7 +168,10 @@ def describe_deployment(row: DeploymentRow) -> dict[str, Any]:
         "endpoint": row.endpoint,
         "progress": row.progress,
         "proof": row.proof,
-        "failure": failure,
+        "failure": None if waits else reason,
+        "waiting": reason if waits else None,
+        "deadline_s": row.deadline_s,
+        "due_at": _iso(row.due_at),
         "publish_error": row.publish_error,
         "created_at": row.created_at.isoformat(),
         "published_at": _iso(row.published_at),

@@ -58,6 +58,11 @@ class Artifacts:
         with self._database.read() as session:
             return {row.digest: row for row in session.scalars(select(WithdrawalRow))}
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every artifact that was published, by digest."""
+        with self._database.read() as session:
+            return {row.digest: row.size for row in session.execute(select(ArtifactRow.digest, ArtifactRow.size))}
+
     def published(self) -> dict[str, str]:
         """Digest to id of every artifact that was published."""
         with self._database.read() as session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session, undefer
 
 from agent.contract.messages import Desired
@@ -85,13 +85,18 @@ class Deployments:
             put_in_outbox(session, list(devices), actor.at)
 
     def tick(self, at: datetime) -> list[DeploymentRow]:
-        """Give up on what is past its deadline; returns those."""
-        late = select(DeploymentRow).where(DeploymentRow.due_at <= at).order_by(DeploymentRow.id).limit(MANY)
+        """Give up on what is past its deadline; returns those.
+
+        A device that is not connected cannot report, and its own clock may stand still: it has until its order expires.
+        """
+        due = and_(DeploymentRow.due_at <= at, or_(DeviceRow.online.is_(True), DeploymentRow.expires_at <= at))
+        late = select(DeploymentRow).join(DeviceRow, DeviceRow.id == DeploymentRow.device).where(due)
+        late = late.order_by(DeploymentRow.id).limit(MANY)
         with self._database.read() as session:
             if session.scalar(late.limit(1)) is None:
                 return []
         with self._database.write() as session:
-            rows = list(session.scalars(late.with_for_update(skip_locked=True)))
+            rows = list(session.scalars(late.with_for_update(of=DeploymentRow, skip_locked=True)))
             for row in rows:
                 apply(row, core.Tick(at), at)
             return rows

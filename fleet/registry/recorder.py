@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -22,7 +22,7 @@ from fleet.errors import RegistryError
 from fleet.registry.device_states import Report, load_states, store_states
 from fleet.registry.health import roll_up
 from fleet.registry.models import DeploymentRow
-from fleet.registry.rows import apply, in_chunks
+from fleet.registry.rows import OUTSTANDING, apply, in_chunks
 
 _log = structlog.get_logger(component="recorder")
 
@@ -122,7 +122,8 @@ class Recorder:
 
     def _write(self, session: Session, read: Sequence[_Read]) -> None:
         states = load_states(session, {one.device for one in read})
-        deployments = _deployments(session, read)
+        away = {name for name, state in states.items() if not state.online}
+        deployments = _deployments(session, read, away)
         for one in read:
             state = states.get(one.device)
             if state is None or state.revoked:
@@ -131,6 +132,9 @@ class Recorder:
                 state.count_malformed()
             elif state.take(one.leaf, one.report, one.received.at, retained=one.received.retained):
                 _log_presence(one)
+                if one.device in away and state.online:
+                    away.discard(one.device)
+                    _start_again(deployments.values(), one.device, one.received.at)
                 if isinstance(one.report, Reported):
                     _apply_report(deployments.get(one.report.deployment), one.report, one.received)
         session.flush()
@@ -159,14 +163,29 @@ class Recorder:
             self._turns[device] = (turn + 1) % ROLL_UP_EVERY
 
 
-def _deployments(session: Session, read: Sequence[_Read]) -> dict[str, DeploymentRow]:
-    """Return those that the batch reports on, locked in the order of their ids."""
-    named = sorted({one.report.deployment for one in read if isinstance(one.report, Reported)})
+def _deployments(session: Session, read: Sequence[_Read], away: Collection[str]) -> dict[str, DeploymentRow]:
+    """Return those that the batch reports on, and those under way of devices that are ``away``.
+
+    All are locked, in the order of their ids.
+    """
+    ids = {one.report.deployment for one in read if isinstance(one.report, Reported)}
+    for some in in_chunks(sorted(away)):
+        under_way = select(DeploymentRow.id).where(
+            DeploymentRow.device.in_(some), DeploymentRow.stage.in_(OUTSTANDING), DeploymentRow.started_at.is_not(None)
+        )
+        ids.update(session.scalars(under_way))
     found: dict[str, DeploymentRow] = {}
-    for some in in_chunks(named):
+    for some in in_chunks(sorted(ids)):
         query = select(DeploymentRow).where(DeploymentRow.id.in_(some)).order_by(DeploymentRow.id)
         found |= {row.id: row for row in session.scalars(query.with_for_update())}
     return found
+
+
+def _start_again(deployments: Iterable[DeploymentRow], device: str, at: datetime) -> None:
+    """The device is back: how long it may still take is counted anew, as its own clock may have stood still."""
+    for row in deployments:
+        if row.device == device:
+            apply(row, core.Returned(at), at)
 
 
 def _log_presence(one: _Read) -> None:
@@ -186,7 +205,7 @@ def _apply_report(row: DeploymentRow | None, report: Reported, received: Receive
         return
     stage = row.stage
     try:
-        apply(row, core.Report(report.state, report.failure, received.at, report.digest), received.at)
+        apply(row, core.Report(report.state, report.failure, received.at, report.digest, report.waiting), received.at)
     except core.TransitionError as error:
         _log.debug("report not taken", deployment=row.id, device=row.device, error=str(error))
         return

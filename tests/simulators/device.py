@@ -64,6 +64,9 @@ class SimTrust:
 
     async def refresh(self) -> None:
         self.refreshed += 1
+        if self.unreachable > 0:
+            self.unreachable -= 1
+            raise TrustError("the controller does not answer", FailureCode.TRUST_UNREACHABLE)
 
     async def manifest(self, ref: ArtifactRef) -> Manifest:
         if self.unreachable > 0:
@@ -84,6 +87,10 @@ class SimStore:
     rotten: set[str] = field(default_factory=set)
     #: Bytes of artifacts that are not complete, by digest.
     partial: dict[str, int] = field(default_factory=dict)
+    free: int = 1 << 40
+
+    def free_bytes(self) -> int:
+        return self.free
 
     def path(self, digest: str) -> Path | None:
         return Path("/simulated") / digest if digest in self.complete else None

@@ -77,5 +77,5 @@ export function Device({ me, name }) {
     <h2>Orders</h2><${Problem} error=${history.error}/>
     <${Table} label="Orders" empty="This device was never ordered to run anything." columns=${[{ name: "Made" }, { name: "Artifact" }, { name: "State" }, { name: "Why" }]}
       rows=${(history.data?.items ?? []).map((row) => ({ key: row.deployment, cells: [html`<${Time} at=${row.created_at}/>`, row.artifact, html`<${State} name=${row.state}/>`,
-        row.failure ? html`${row.failure.message} <code>${row.failure.code}</code>` : row.publish_error ?? ""] }))}/>`;
+        row.failure ?? row.waiting ? html`${(row.failure ?? row.waiting).message} <code>${(row.failure ?? row.waiting).code}</code>` : row.publish_error ?? ""] }))}/>`;
 }

@@ -33,7 +33,14 @@ def order(sequence: int = 1, *artifacts: ArtifactRef, **more: object) -> Desired
 
 
 CORRUPT = Failure(code=FailureCode.STORE_CORRUPT, message="other bytes")
+NO_LINK = Failure(code=FailureCode.TRANSFER_STALLED, message="the broker is not connected")
+NO_ROOM = Failure(code=FailureCode.STORE_DISK_FULL, message="9 bytes are free")
 
+#: The way into each state that is not on the happy way: from which state, and by which event.
+WAYS_ASIDE: dict[State, tuple[State, core.Event]] = {
+    State.WAITING_LINK: (State.TRANSFERRING, core.Failed(NO_LINK)),
+    State.WAITING_SPACE: (State.TRANSFERRING, core.Failed(NO_ROOM, needs_bytes=1 << 30)),
+}
 
 HAPPY: list[tuple[core.Event, State, core.Step | None]] = [
     (core.Ordered(order()), State.RESOLVING, core.Step.RESOLVE),
@@ -47,7 +54,10 @@ HAPPY: list[tuple[core.Event, State, core.Step | None]] = [
 
 
 def at(state: State, committed: ArtifactRef | None = OLD) -> core.Deployment:
-    """A deployment that went the happy way up to ``state``."""
+    """A deployment that went the happy way up to ``state``, and aside where that is the way."""
+    if state in WAYS_ASIDE:
+        before, event = WAYS_ASIDE[state]
+        return core.decide(at(before, committed), event, NOW)[0]
     deployment = core.Deployment(committed=committed)
     for event, reached, _ in HAPPY:
         if deployment.state is state:
@@ -87,7 +97,8 @@ def test_every_state_with_a_step_has_a_deadline_and_a_way_out(state: State):
     onwards = {following for origin, _, following in core.edges() if origin is state}
     assert onwards & {State.ROLLED_BACK, State.FAILED}
     assert len(onwards) > 2
-    assert 0 < core.deadline_s(at(state), NOW) <= 6 * 3600
+    deadline_s = core.deadline_s(at(state), NOW)
+    assert deadline_s is None if state is State.WAITING_LINK else 0 < (deadline_s or 0) <= 6 * 3600
 
 
 @pytest.mark.parametrize("state", UNDERWAY)
@@ -219,6 +230,47 @@ def test_losing_the_old_artifact_does_not_stop_the_new_one_on_its_way():
     assert effects == (core.Serve(), core.Report())
 
 
+def test_a_link_that_is_away_for_weeks_costs_the_deployment_no_time():
+    deployment, when = at(State.WAITING_LINK), NOW
+    for _ in range(1000):
+        when += timedelta(hours=1)
+        deployment, effects = core.decide(deployment, core.Restarted(), when)
+        assert steps(effects) == [core.Step.AWAIT_LINK]
+    resumed, _ = core.decide(deployment, core.Available(), when)
+    assert (resumed.state, resumed.waits_for) == (State.RESOLVING, None)
+    assert core.deadline_s(resumed, when) == 6 * 3600
+
+
+def test_a_full_disk_is_waited_for_until_the_orders_deadline_whose_end_says_why():
+    deployment = at(State.WAITING_SPACE)
+    assert deployment.waiting == core.Waiting(why=NO_ROOM, needs_bytes=1 << 30)
+    assert deployment.waits_for == NO_ROOM
+    resumed, _ = core.decide(deployment, core.Available(), NOW + timedelta(minutes=30))
+    assert core.deadline_s(resumed, NOW) == 5.5 * 3600
+    ended, _ = core.decide(deployment, core.DeadlinePassed(6 * 3600), NOW)
+    assert ended.failure is not None
+    assert ended.failure.message.endswith("it waited last because 9 bytes are free")
+
+
+def test_waiting_in_turns_is_counted_so_that_each_wait_begins_with_a_longer_pause():
+    deployment = at(State.TRANSFERRING)
+    for waits in range(1, 5):
+        deployment, _ = core.decide(deployment, core.Failed(NO_LINK), NOW)
+        assert deployment.waits == waits
+        for event in (core.Available(), core.Resolved((NEW,))):
+            deployment, _ = core.decide(deployment, event, NOW)
+    deployment, _ = core.decide(deployment, core.Ordered(order(2, OTHER)), NOW)
+    assert (deployment.waits, deployment.waiting) == (0, None)
+
+
+def test_while_it_waits_what_is_committed_serves_even_where_a_newer_order_found_another_live():
+    superseded, _ = core.decide(at(State.PROBATION), core.Ordered(order(2, OTHER)), NOW)
+    assert superseded.touched
+    waiting, effects = core.decide(superseded, core.Failed(NO_LINK), NOW)
+    assert effects[0] == core.Serve()
+    assert (waiting.state, waiting.touched) == (State.WAITING_LINK, False)
+
+
 def test_the_window_is_waited_for_but_not_past_the_orders_deadline():
     wait = Window(not_before=NOW + timedelta(hours=1))
     for state in (State.PROVING, State.ACTIVATING):
@@ -237,6 +289,9 @@ EVENTS: list[core.Event] = [
     core.Ordered(order(3, NEW)),
     core.Resolved((OTHER,)),
     core.Transferred((OTHER,)),
+    core.Available(),
+    core.Failed(NO_LINK),
+    core.Failed(NO_ROOM, needs_bytes=1),
     core.Proved(OTHER, PROOF),
     core.Activated(OTHER.digest),
     core.Healthy(OTHER.digest),
@@ -284,6 +339,8 @@ DEPLOYMENTS = st.builds(
     committed=st.none() | REFS,
     previous=st.none() | REFS,
     failure=st.none() | FAILURES,
+    waiting=st.none() | st.builds(core.Waiting, why=FAILURES, needs_bytes=st.integers(0, 1 << 40)),
+    waits=st.integers(0, 100),
     restarts=st.integers(0, core.MAX_RESTARTS + 1),
     touched=st.booleans(),
     newest_sequence=st.integers(0, 5),
@@ -292,11 +349,12 @@ ANY_EVENT: dict[type, st.SearchStrategy[core.Event]] = {
     core.Ordered: st.builds(core.Ordered, st.builds(order, st.integers(1, 7), REFS)),
     core.Resolved: st.builds(core.Resolved, st.lists(REFS, max_size=2).map(tuple)),
     core.Transferred: st.builds(core.Transferred, st.lists(REFS, max_size=2).map(tuple)),
+    core.Available: st.just(core.Available()),
     core.Verified: st.just(core.Verified()),
     core.Proved: st.builds(core.Proved, REFS, st.just(PROOF)),
     core.Activated: st.builds(core.Activated, REFS.map(lambda ref: ref.digest)),
     core.Healthy: st.builds(core.Healthy, REFS.map(lambda ref: ref.digest)),
-    core.Failed: st.builds(core.Failed, FAILURES, st.none() | st.integers(0, 5)),
+    core.Failed: st.builds(core.Failed, FAILURES, st.none() | st.integers(0, 5), st.integers(0, 1 << 40)),
     core.DeadlinePassed: st.builds(core.DeadlinePassed, st.floats(0, 1e6)),
     core.Unhealthy: st.builds(core.Unhealthy, REFS.map(lambda ref: ref.digest), FAILURES),
     core.Restarted: st.just(core.Restarted()),
@@ -351,6 +409,7 @@ def example_of(case: core.Case, state: State) -> tuple[core.Deployment, core.Eve
         core.Case.ORDERED_AGAIN: (base, core.Ordered(order(3, NEW))),
         core.Case.RESOLVED: (base, core.Resolved((NEW,))),
         core.Case.TRANSFERRED: (base, core.Transferred((NEW,))),
+        core.Case.AVAILABLE: (base, core.Available()),
         core.Case.VERIFIED: (base, core.Verified()),
         core.Case.PROVED: (base, core.Proved(NEW, PROOF)),
         core.Case.ACTIVATED: (base, core.Activated(NEW.digest)),
@@ -360,6 +419,8 @@ def example_of(case: core.Case, state: State) -> tuple[core.Deployment, core.Eve
         core.Case.FAILED: (base, core.Failed(BROKEN)),
         core.Case.FAILED_TOUCHED: (but(touched=True), core.Failed(BROKEN)),
         core.Case.FAILED_OLD: (base, core.Failed(BROKEN, sequence=2)),
+        core.Case.LINK_AWAY: (base, core.Failed(NO_LINK)),
+        core.Case.DISK_FULL: (base, core.Failed(NO_ROOM)),
         core.Case.UNHEALTHY_NEW: (but(touched=True), core.Unhealthy(NEW.digest, BROKEN)),
         core.Case.UNHEALTHY_BACK: (but(previous=OTHER), core.Unhealthy(OLD.digest, BROKEN)),
         core.Case.UNHEALTHY_DAMAGED: (base, core.Unhealthy(OLD.digest, CORRUPT)),
@@ -399,6 +460,10 @@ NO_VERDICTS = [
 @pytest.mark.parametrize("code", VERDICTS + NO_VERDICTS)
 def test_bytes_are_spared_unless_the_failure_speaks_against_them(state: State, code: FailureCode):
     failed, effects = core.decide(at(state), core.Failed(Failure(code=code, message="")), NOW)
+    if failed.underway:  # it waits, and keeps all that it has
+        assert core.waits(state, code)
+        assert failed.keep() == (NEW.digest, OLD.digest)
+        return
     assert core.Collect() in effects
     assert failed.keep() == (OLD.digest,)
     assert failed.spare() == ((NEW.digest,) if code in NO_VERDICTS else ())
@@ -425,6 +490,10 @@ def test_without_memory_nothing_new_is_begun_and_what_serves_goes_on(kind: type)
             assert (after, effects) == (deployment, (core.Report(),))
         elif kind in (core.Failed, core.DeadlinePassed, core.Unhealthy, core.Restarted):
             assert (after, effects) == decided
+        elif after.underway:
+            assert (after.state, after.waits_for) == (State.WAITING_SPACE, full)
+            assert steps(effects) == [core.Step.AWAIT_SPACE]
+            assert after.committed == deployment.committed
         else:
             assert steps(effects) == []
             assert after.failure == full

@@ -29,7 +29,7 @@ async def test_an_order_goes_all_the_way_and_reports_each_state():
         assert done.state is State.COMMITTED
         assert done.committed == ref(NEW)
         assert device.host.history == ["", NEW.digest]
-        ways = [state for state, row in core.STATES.items() if row.step] + [State.COMMITTED]
+        ways = [state for state, row in core.STATES.items() if row.step and state not in _ASIDE] + [State.COMMITTED]
         assert [state for state in device.states if state in ways] == ways
 
 
@@ -50,15 +50,9 @@ FAULTS = [
     ),
     Fault("runtime missing", lambda d: setattr(d.host, "usable", False), FailureCode.RUNTIME_MISSING, State.FAILED),
     Fault(
-        "disk full",
-        lambda d: setattr(d.transfer, "error", StoreError("9 bytes free", FailureCode.STORE_DISK_FULL)),
-        FailureCode.STORE_DISK_FULL,
-        State.FAILED,
-    ),
-    Fault(
-        "transfer stalls",
-        lambda d: setattr(d.transfer, "error", TransferError("no chunk for 900 s")),
-        FailureCode.TRANSFER_STALLED,
+        "chunks are wrong",
+        lambda d: setattr(d.transfer, "error", TransferError("9 with wrong bytes", FailureCode.TRANSFER_UNAVAILABLE)),
+        FailureCode.TRANSFER_UNAVAILABLE,
         State.FAILED,
     ),
     Fault("other bytes each time", lambda d: d.store.rotten.add(NEW.digest), FailureCode.STORE_CORRUPT, State.FAILED),
@@ -116,6 +110,110 @@ async def test_the_next_order_is_taken_after_any_fault(fault: Fault):
         assert device.host.serving == OTHER
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """Something that passes by itself: how it comes and goes, and what the deployment says meanwhile."""
+
+    name: str
+    state: State
+    code: FailureCode
+    comes: Callable[[Device], object]
+    goes: Callable[[Device], object]
+
+
+def _no_room(device: Device) -> None:
+    device.store.free = 9
+    device.transfer.error = StoreError("9 bytes are free", FailureCode.STORE_DISK_FULL, needs_bytes=1 << 30)
+
+
+def _room(device: Device) -> None:
+    device.transfer.error, device.store.free = None, 1 << 30
+
+
+def _no_link(device: Device) -> None:
+    device.is_linked, device.transfer.error = False, TransferError("the broker is not connected")
+
+
+def _link(device: Device) -> None:
+    device.is_linked, device.transfer.error = True, None
+
+
+SHORTAGES = [
+    Shortage("no room", State.WAITING_SPACE, FailureCode.STORE_DISK_FULL, _no_room, _room),
+    Shortage("no link", State.WAITING_LINK, FailureCode.TRANSFER_STALLED, _no_link, _link),
+    Shortage(
+        "no controller",
+        State.WAITING_LINK,
+        FailureCode.TRUST_UNREACHABLE,
+        lambda device: setattr(device.trust, "unreachable", 10**9),
+        lambda device: setattr(device.trust, "unreachable", 0),
+    ),
+]
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda shortage: shortage.name)
+@pytest.mark.parametrize("restarted", [False, True], ids=["", "over a restart"])
+async def test_what_passes_by_itself_is_waited_for_past_the_deadline_and_the_deployment_goes_on(
+    shortage: Shortage, restarted: bool
+):
+    device = Device()
+    async with device.boot():
+        await device.deploys(1, OLD)
+        shortage.comes(device)
+        device.deployer.orders.take(order(2, NEW, deadline_s=30.0))
+        waiting = await device.until(lambda now: now.state is shortage.state)
+        assert waiting.waits_for is not None and waiting.waits_for.code is shortage.code
+        await asyncio.sleep(0.1)
+        assert device.deployer.deployment.state is shortage.state
+        assert device.host.serving == OLD
+        if not restarted:
+            shortage.goes(device)
+            assert (await device.settled(2)).committed == ref(NEW)
+    if restarted:
+        again = Device(journal=device.journal, store=device.store, trust=device.trust)
+        shortage.comes(again)
+        async with again.boot():
+            await again.until(lambda now: now.state is shortage.state)
+            await again.until(lambda _: again.host.serving == OLD)
+            shortage.goes(again)
+            assert (await again.settled(2)).committed == ref(NEW)
+
+
+async def test_a_full_disk_ends_a_deployment_at_its_deadline_and_a_link_that_is_away_never_does():
+    async with Device().boot() as device:
+        _no_room(device)
+        ended = await device.deploys(1, NEW, deadline_s=0.3)
+        assert ended.failure and ended.failure.code is FailureCode.DEADLINE
+        assert "it waited last because 9 bytes are free" in ended.failure.message
+        _room(device)
+        _no_link(device)
+        device.deployer.orders.take(order(2, OTHER, deadline_s=0.3))
+        await device.until(lambda now: now.state is State.WAITING_LINK)
+        await asyncio.sleep(0.5)
+        assert device.deployer.deployment.state is State.WAITING_LINK
+        _link(device)
+        assert (await device.settled(2)).committed == ref(OTHER)
+
+
+async def test_an_answer_that_is_no_good_ends_the_wait():
+    async with Device().boot() as device:
+        _no_link(device)
+        device.deployer.orders.take(order(1, NEW))
+        await device.until(lambda now: now.state is State.WAITING_LINK)
+
+        async def refresh() -> None:
+            raise TrustError("signed by nobody we know", FailureCode.TRUST_SIGNATURE)
+
+        device.trust.refresh = refresh  # type: ignore[method-assign]
+        device.is_linked = True
+        ended = await device.settled(1)
+        assert ended.failure and ended.failure.code is FailureCode.TRUST_SIGNATURE
+
+
+#: What keeps a deployment from going on, for each state that is not on its way.
+_ASIDE = {State.WAITING_LINK: _no_link, State.WAITING_SPACE: _no_room}
+
+
 @pytest.mark.parametrize("state", [state for state, row in core.STATES.items() if row.step], ids=str)
 async def test_killed_in_any_state_the_old_model_serves_and_the_deployment_commits(state: State):
     """The journal is saved before anything is done, so a crash anywhere is a crash after some save."""
@@ -130,7 +228,12 @@ async def test_killed_in_any_state_the_old_model_serves_and_the_deployment_commi
             keep(document)
 
         device.journal.save = save  # type: ignore[method-assign]
-        await device.deploys(2, NEW)
+        if state in _ASIDE:
+            _ASIDE[state](device)
+            device.deployer.orders.take(order(2, NEW))
+            await device.until(lambda now: now.state is state)
+        else:
+            await device.deploys(2, NEW)
     (found,) = [document for document in saves if core.Deployment.from_json(document).state is state]
     for crashed in (
         Device(journal=MemoryJournal(), store=device.store),
@@ -138,7 +241,8 @@ async def test_killed_in_any_state_the_old_model_serves_and_the_deployment_commi
     ):
         crashed.journal.document = found
         crashed.store.complete.setdefault(OLD.digest, OLD)
-        if state not in (State.RESOLVING, State.TRANSFERRING):
+        crashed.store.free = 1 << 40
+        if state not in (State.RESOLVING, State.TRANSFERRING, *_ASIDE):
             crashed.store.complete[NEW.digest] = NEW
         async with crashed.boot():
             ended = await crashed.settled(2)

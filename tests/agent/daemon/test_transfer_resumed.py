@@ -22,7 +22,7 @@ from agent.store.fetch import Fetcher
 from tests.agent.daemon.world import Device, order
 from tests.disk import MIB
 from tests.simulators.artifacts import make_artifact, noise
-from tests.simulators.broker import Broker, embedded_broker
+from tests.simulators.broker import Broker, embedded_broker, free_port, mosquitto
 from tests.simulators.device import SimHost, SimTrust
 from tests.simulators.transfer import linked, serving
 from tests.waiting import until
@@ -104,9 +104,10 @@ Interruption = Callable[[RealTransfer], Any]
 
 
 async def by_a_stall(real: RealTransfer, manifest: Manifest) -> None:
-    ended = await real.order(1, manifest)
-    assert (ended.state, ended.failure and ended.failure.code) == (State.FAILED, FailureCode.TRANSFER_STALLED)
-    assert ended.failure and "kept for the next order" in ended.failure.message
+    real.device.deployer.orders.take(order(1, manifest, transfer={"window_bytes": MIB, "stall_s": 1.0}))
+    waiting = await real.device.until(lambda now: now.state is State.WAITING_LINK)
+    assert waiting.waits_for and waiting.waits_for.code is FailureCode.TRANSFER_STALLED
+    assert "which are kept; does a controller serve it" in waiting.waits_for.message
 
 
 async def by_the_deadline(real: RealTransfer, manifest: Manifest) -> None:
@@ -198,3 +199,44 @@ async def test_whole_bytes_of_a_deployment_that_was_cancelled_are_not_fetched_ag
         assert (await real.order(2, manifest)).state is State.COMMITTED
         assert real.received == 0
         await asyncio.sleep(0)
+
+
+async def test_a_broker_that_goes_away_in_the_middle_is_waited_for_and_the_rest_is_fetched(
+    tmp_path: Path, manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.store.fetch.LINK_PATIENCE_S", 0.3)
+    manifest, port = manifests[0], free_port()
+    with mosquitto(tmp_path / "one", port=port) as broker:
+        async with world(broker, tmp_path, manifests) as real, real.device.boot():
+            real.link.left = int(0.9 * manifest.size)
+            real.device.deployer.orders.take(order(1, manifest, transfer={"window_bytes": MIB, "stall_s": 60.0}))
+            await until(lambda: real.link.left < MIB / 4)
+            real.device.is_linked = False
+            assert broker.process is not None
+            broker.process.kill()
+            broker.process.wait()
+            waiting = await real.device.until(lambda now: now.state is State.WAITING_LINK)
+            assert waiting.waits_for and waiting.waits_for.message.startswith("the broker is not connected")
+            with mosquitto(tmp_path / "two", port=port):
+                await until(lambda: real.link.connected)
+                real.device.progress.clear()
+                real.link.left, real.device.is_linked = 1 << 40, True
+                assert (await real.device.settled(1)).state is State.COMMITTED
+                assert real.received < 0.2 * manifest.size
+
+
+async def test_a_disk_that_is_full_is_waited_for_until_so_much_is_free_as_the_artifact_needs(
+    embedded_broker: Broker, tmp_path: Path, manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifests[0]
+    free = MIB
+    monkeypatch.setattr("agent.store.artifacts.free_bytes", lambda _: free)
+    async with world(embedded_broker, tmp_path, manifests) as real, real.device.boot():
+        real.device.deployer.orders.take(order(1, manifest))
+        waiting = await real.device.until(lambda now: now.state is State.WAITING_SPACE)
+        assert waiting.waiting and waiting.waiting.needs_bytes == manifest.size
+        free = manifest.size - 1
+        await asyncio.sleep(1.5)
+        assert real.device.deployer.deployment.state is State.WAITING_SPACE
+        free = manifest.size
+        assert (await real.device.settled(1)).state is State.COMMITTED

@@ -72,6 +72,10 @@ class Device:
     state: AgentState = field(init=False)
     steps: Steps = field(init=False)
     progress: list[Progress] = field(default_factory=list)
+    is_linked: bool = True
+
+    def linked(self) -> bool:
+        return self.is_linked
 
     def __post_init__(self) -> None:
         self.transfer = SimTransfer(self.store)
@@ -81,7 +85,7 @@ class Device:
         clock = SimClock()
         self.monitor = Monitor(self.host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
         parts = StepParts(
-            self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, retry_s=(0.01,)
+            self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, self.linked, (0.01,)
         )
         self.steps = Steps(parts, self.progress.append)
         self.state = AgentState()
@@ -161,7 +165,15 @@ class WholeAgent:
             Identity("pi-1", "demo", "1", BOOT), self.state, self.link, clock, host.active, self.facts
         )
         parts = StepParts(
-            self.device.trust, self.device.store, self.device.transfer, host, monitor, clock, lambda: 8 << 30, (0.01,)
+            self.device.trust,
+            self.device.store,
+            self.device.transfer,
+            host,
+            monitor,
+            clock,
+            lambda: 8 << 30,
+            self.device.linked,
+            (0.01,),
         )
         deployer = Deployer(
             Steps(parts, self.reporter.progress), parts, self.device.journal, self.state, self.reporter.report

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract import topics
-from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWantV1, WantV1
+from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWantV1, State, WantV1
 from agent.core.dialect import Dialect
 from agent.core.ports import Message
 from agent.store.artifacts import ArtifactStore
@@ -81,7 +81,7 @@ async def test_a_controller_of_the_last_release_is_found_and_then_asked_for_chun
         assert (await requests.segment("timestamp.json", 0)).data == b"{}"
         assert dialect.shared_topics
         fetcher = Fetcher(device, ArtifactStore(tmp_path, reserve_bytes=0), "pi-1", dialect=dialect)
-        with pytest.raises(Exception, match="stalled"):
+        with pytest.raises(Exception, match="no chunk came"):
             await fetcher.fetch(manifest, window_bytes=1 << 20, stall_s=0.2, on_progress=lambda progress: None)
         assert {want.device for want in old.chunks_asked} == {"pi-1"}
         assert topics.want("pi-1") not in asked_at(broker)
@@ -110,3 +110,10 @@ async def test_a_broker_that_refuses_both_is_told_with_its_reason() -> None:
         broker.forbidden = {topics.metadata_want("pi-1"), topics.METADATA_WANT_V1}
         with pytest.raises(UnreachableError, match=r"cannot ask for timestamp\.json: .*refused"):
             await MetadataRequests(device, "pi-1", QUICK).segment("timestamp.json", 0)
+
+
+def test_a_controller_of_the_last_release_is_told_the_states_that_it_knows() -> None:
+    old, new = Dialect(shared_topics=True), Dialect()
+    known = {"idle", "resolving", "transferring", "verifying", "proving", "activating", "probation", "committed"}
+    assert {old.state(state).value for state in State} == known | {"rolled_back", "failed"}
+    assert all(new.state(state) is state for state in State)

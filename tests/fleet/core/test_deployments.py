@@ -17,6 +17,7 @@ from fleet.core.deployments import (
     Event,
     Published,
     Report,
+    Returned,
     Stage,
     Superseded,
     Tick,
@@ -24,10 +25,12 @@ from fleet.core.deployments import (
     Withdrawn,
     decide,
     due_at,
+    usual_deadline_s,
 )
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 ORDERED, VARIANT, OTHER = "ab" * 32, "cd" * 32, "ef" * 32
+MB = 1_000_000
 FAILURE = Failure(code=FailureCode.PROBE_FAILED, message="said London")
 
 
@@ -121,6 +124,34 @@ def test_a_device_that_falls_silent_is_given_up_after_its_deadline_and_a_grace(s
     over = decide(working, Tick(due))
     assert over.stage is Stage.FAILED and over.failure is not None
     assert over.failure.code is FailureCode.DEADLINE and stage.value in over.failure.message
+
+
+def test_a_link_that_was_away_costs_the_device_none_of_its_time() -> None:
+    later = START + timedelta(days=3)
+    waiting = decide(deployment(Stage.TRANSFERRING), replace(report(State.WAITING_LINK), waiting=FAILURE))
+    assert (waiting.stage, waiting.failure) == (Stage.WAITING_LINK, FAILURE)
+    assert due_at(waiting) == waiting.expires_at
+    resumed = decide(waiting, report(State.RESOLVING, later))
+    assert (resumed.stage, resumed.failure, resumed.started_at) == (Stage.RESOLVING, None, later)
+    returned = decide(deployment(Stage.TRANSFERRING), Returned(later))
+    assert (returned.stage, returned.started_at) == (Stage.TRANSFERRING, later)
+    for untouched in (deployment(Stage.PUBLISHED), deployment(Stage.COMMITTED)):
+        assert decide(untouched, Returned(later)) == untouched
+
+
+@pytest.mark.parametrize(
+    ("size", "bandwidth", "opens_in_s", "hours"),
+    [
+        (90 * MB, 4 * MB, 0, 24),  # a small model: a day, as a device may be off for most of one
+        (8_500 * MB, MB // 4, 0, 6 + 3 * 8500 * 4 / 3600),  # 14 billion weights at 2 Mbit/s: nine and a half hours
+        (90 * MB, 4 * MB, 10 * 3600, 34),
+        (90 * MB, 4 * MB, -5, 24),
+    ],
+)
+def test_a_deadline_is_as_long_as_the_bytes_need_and_a_day_at_least(
+    size: int, bandwidth: int, opens_in_s: float, hours: float
+) -> None:
+    assert usual_deadline_s(size, bandwidth, opens_in_s) == pytest.approx(hours * 3600)
 
 
 def test_a_final_report_corrects_the_controllers_verdict_and_an_unfinished_one_does_not() -> None:

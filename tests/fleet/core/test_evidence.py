@@ -8,7 +8,7 @@ import random
 from types import MappingProxyType
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleet.core.evidence import (
@@ -105,6 +105,7 @@ def test_a_wave_of_any_size_can_be_planned() -> None:
     assert found == sorted(found, key=lambda one: -(one or 0))
 
 
+@example(needed=1, devices=0, chance=1.0)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0, 1))
 def test_the_chance_of_a_tail_is_that_of_all_ways_together(needed: int, devices: int, chance: float) -> None:
     ways = sum(math.comb(devices, k) * chance**k * (1 - chance) ** (devices - k) for k in range(needed, devices + 1))

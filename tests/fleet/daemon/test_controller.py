@@ -19,6 +19,8 @@ from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure, HealthReport, Progress, SignedDesired, State
 from fleet.daemon.barring import Evict
 from fleet.daemon.controller import Controller
+from fleet.operations.overview import overview
+from fleet.operations.views import describe_deployment
 from fleet.registry import Received, Recorder
 from fleet.registry.models import DeploymentRow
 from tests.fleet.world import World, make_world, topic_of
@@ -223,6 +225,7 @@ async def test_nothing_is_in_progress_for_ever(world: World, monkeypatch: pytest
     (order,) = world.deploy(DEVICE, deadline_s=3600, probation_s=0)
     broker = MemoryBroker()
     async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
+        await say(device, world.presence(DEVICE))
         await say(device, world.reported(order, State.TRANSFERRING))
         await until(lambda: newest(world).stage == "transferring", "it is under way")
         world.clock.advance(hours=2)
@@ -231,6 +234,62 @@ async def test_nothing_is_in_progress_for_ever(world: World, monkeypatch: pytest
         await say(device, world.reported(order, State.COMMITTED, digest=world.manifest.digest))
         await until(lambda: newest(world).stage == "committed", "the device's word corrects it")
     assert newest(world).failure_code is None
+
+
+async def test_a_device_that_was_away_has_its_time_when_it_is_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own clock stands still without a link, and who knows nothing of a device must not call that a failure."""
+    monkeypatch.setattr("fleet.daemon.publisher.TICK_S", 0.02)
+    (order,) = world.deploy(DEVICE, deadline_s=3600, probation_s=0)
+    broker = MemoryBroker()
+    async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
+        await say(device, world.presence(DEVICE))
+        await say(device, world.reported(order, State.TRANSFERRING))
+        await until(lambda: newest(world).stage == "transferring", "it is under way")
+        await say(device, world.presence(DEVICE, online=False))
+        await until(lambda: not world.registry.devices.get(DEVICE).online, "it is away")
+        world.clock.advance(hours=20)
+        await asyncio.sleep(0.2)
+        assert newest(world).stage == "transferring"
+        await say(device, world.presence(DEVICE))
+        await until(lambda: newest(world).started_at == world.clock.now(), "its time begins again")
+        await asyncio.sleep(0.2)
+        assert newest(world).stage == "transferring"
+        world.clock.advance(hours=2)
+        await until(lambda: newest(world).stage == "failed", "and is over at last")
+
+
+async def test_an_order_that_expired_while_its_device_was_away_is_given_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleet.daemon.publisher.TICK_S", 0.02)
+    (order,) = world.deploy(DEVICE, deadline_s=3600, probation_s=0)
+    broker = MemoryBroker()
+    async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
+        await say(device, world.reported(order, State.TRANSFERRING))
+        await until(lambda: newest(world).stage == "transferring", "it is under way")
+        world.clock.advance(days=400)
+        await until(lambda: newest(world).stage == "failed", "it is given up")
+
+
+async def test_what_a_device_waits_for_is_shown_and_is_no_failure(world: World) -> None:
+    (order,) = world.deploy(DEVICE)
+    broker = MemoryBroker()
+    why = Failure(code=FailureCode.STORE_DISK_FULL, message="needs 86 MiB, has 3 MiB")
+    async with broker.link("fleet") as link, broker.link("device") as device, running(world, link):
+        await say(device, world.presence(DEVICE))
+        await say(device, world.reported(order, State.WAITING_SPACE, waiting=why))
+        await until(lambda: newest(world).stage == "waiting_space", "it waits")
+        shown = describe_deployment(newest(world))
+        assert (shown["failure"], shown["waiting"]) == (None, {"code": "store.disk_full", "message": why.message})
+        assert any(
+            entry["kind"] == "waiting" and "waits for room on its disk: needs 86 MiB" in entry["text"]
+            for entry in overview(world.registry, world.clock.now())["attention"]
+        )
+        await say(device, world.reported(order, State.TRANSFERRING))
+        await until(lambda: newest(world).stage == "transferring", "it goes on")
+        assert newest(world).failure_code is None
 
 
 async def test_a_failure_is_kept_with_its_code_and_reason(world: World) -> None:
