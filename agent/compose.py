@@ -65,7 +65,7 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
     parts = StepParts(
         trust,
         store,
-        Fetcher(link, store, who.device, dialect=trust.dialect),
+        Fetcher(link, store, who.device, dialect=trust.dialect, bytes_per_s=settings.download_bytes_per_s),
         host,
         monitor,
         clock,

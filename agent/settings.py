@@ -84,6 +84,9 @@ class AgentSettings(BaseSettings):
     memory_limit_bytes: Annotated[int | None, Field(gt=0, description="resident bytes of the worker, at most")] = None
     load_timeout_s: Annotated[float, Field(gt=0, description="seconds for loading a model")] = 600.0
     hang_timeout_s: Annotated[float, Field(gt=0, description="seconds without a token while one is due")] = 60.0
+    download_bytes_per_s: Annotated[
+        int | None, Field(ge=1024, description="of artifacts, on average; none: not limited")
+    ] = None
     health_interval_s: Annotated[float, Field(gt=0, description="seconds between two health reports")] = 10.0
     canary_interval_s: Annotated[float, Field(ge=0, description="seconds between two canaries; 0: none")] = 300.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="lowest level logged")] = (

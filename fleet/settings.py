@@ -68,6 +68,9 @@ class FleetSettings(BaseSettings):
     order_validity_s: Annotated[float, Field(gt=0, description="seconds after which a signed order is void")] = (
         30 * 86400.0
     )
+    upload_bytes_per_s: Annotated[
+        int | None, Field(ge=1024, description="of artifacts to all devices, on average; none: not limited")
+    ] = None
     device_certificate_days: Annotated[
         float,
         Field(gt=0, le=3650, description="of a device that enrolled by token or renews; agents renew at two thirds"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from agent.contract.base import (
     MAX_INTEGER,
@@ -122,6 +122,11 @@ class TransferLimits(WireModel):
 
     window_bytes: Annotated[int, Field(gt=0, description="bytes wanted and not yet received")] = 4 * 1024 * 1024
     stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the device waits")] = 900.0
+    max_bytes_per_s: Annotated[int | None, Field(ge=1024, description="on average; none: not limited")] = None
+
+    @model_serializer(mode="wrap")
+    def _as_the_first_release(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "max_bytes_per_s" or value is not None}
 
 
 class Window(WireModel):

@@ -87,6 +87,9 @@ class Delivery(_Strict):
 
     bandwidth_bytes_per_s: Annotated[int, Field(gt=0, description="expected, for estimates")]
     window_bytes: Annotated[int, Field(gt=0, description="bytes in flight")] = 4 * 1024 * 1024
+    max_bytes_per_s: Annotated[
+        int | None, Field(ge=1024, description="no device of this class takes more; none: not limited")
+    ] = None
 
 
 class DeviceProfile(_Strict):

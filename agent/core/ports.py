@@ -181,9 +181,17 @@ class Transfer(Protocol):
     """Brings an artifact's bytes onto the disk."""
 
     async def fetch(
-        self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
+        self,
+        manifest: Manifest,
+        *,
+        window_bytes: int,
+        stall_s: float,
+        on_progress: ProgressHandler,
+        bytes_per_s: int | None = None,
     ) -> Progress:
         """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
+
+        ``bytes_per_s``: no more than so many on average; None for as fast as they come.
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.

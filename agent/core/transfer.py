@@ -9,7 +9,9 @@ The server keeps no state a device, so everything that makes a transfer robust i
 * a chunk that was overtaken by later ones, or came with wrong bytes, is asked for again on the device's own topic;
 * in silence one chunk is asked for again, ever more seldom, and the rest only once that was answered: so neither a
   slow link nor a server that comes back is met with a whole window a second time;
-* a device that the shared topic overruns, or that it only repeats itself to, stops following it.
+* a device that the shared topic overruns, or that it only repeats itself to, stops following it;
+* with a limit of bytes a second no more is asked for than may come, and the shared topic, on which others have the
+  say, is not followed at all.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from heapq import heappop, heappush
 
 from agent.contract.manifest import MAX_CHUNK_BYTES
 from agent.contract.messages import Progress
+from agent.core.bandwidth import Bandwidth
 from agent.core.chunks import ChunkTable
 
 #: Limits of one ``Want`` (agent/contract/messages.py).
@@ -29,6 +32,8 @@ MAX_CREDIT = 4096
 
 FIRST_WINDOW_BYTES = 1024 * 1024
 LEAST_WINDOW_BYTES = 2 * MAX_CHUNK_BYTES
+#: With a limit, so many seconds of it may be under way: a link that stood still brings no more at once.
+LIMITED_WINDOW_S = 1.0
 #: Chunks that later ones overtook may still come, from a second server or another queue of the first.
 OVERTAKEN_GRACE_S = 0.25
 SCAN_S = 0.2
@@ -71,7 +76,7 @@ class _Asked:
 class TransferCore:
     """Decides the requests of one transfer. Times are monotonic seconds; ``jitter`` gives numbers in [0, 1).
 
-    ``present`` are the first occurrences that the disk holds already.
+    ``present`` are the first occurrences that the disk holds already. ``bytes_per_s`` None: as fast as they come.
     """
 
     def __init__(
@@ -83,12 +88,16 @@ class TransferCore:
         stall_s: float,
         now: float,
         jitter: Callable[[], float],
+        bytes_per_s: float | None = None,
     ) -> None:
         self._table = table
         self._jitter = jitter
         self._stall_s = stall_s
         self._started = self._last_good = self._last_answer = self._last_event = now
         self._limit = max(window_bytes, MAX_CHUNK_BYTES)
+        self._bandwidth = Bandwidth(bytes_per_s, now)
+        if bytes_per_s is not None:
+            self._limit = min(self._limit, max(LEAST_WINDOW_BYTES, int(bytes_per_s * LIMITED_WINDOW_S)))
         self._window = min(self._limit, FIRST_WINDOW_BYTES)
         self._state = bytearray(_MISSING if first == index else _HAVE for index, first in enumerate(table.first))
         self._asked: dict[int, _Asked] = {}
@@ -103,7 +112,7 @@ class TransferCore:
         self._quiet_until = self._scanned_at = now
         self._duplicate_bytes = self._unasked_cursor = 0
         self._losses, self._lost_at = 0, now
-        self.following = True
+        self.following = bytes_per_s is None
         self.in_flight_bytes = 0
         self._left = self._state.count(_MISSING)
         self._progress = Progress(chunks_total=len(table), bytes_total=sum(table.sizes))
@@ -271,6 +280,7 @@ class TransferCore:
     def _probe(self, now: float) -> Request:
         self._probes += 1
         index, asked = min(self._asked.items(), key=lambda item: item[1].order)
+        self._bandwidth.take(self._table.sizes[index])
         self._order += 1
         self._asked[index] = _Asked(self._order, now, shared=False, before=asked.before or asked)
         return Request(((index, index),), 1, shared=False)
@@ -281,7 +291,7 @@ class TransferCore:
 
     def _ask_again(self, now: float) -> Request | None:
         chosen: list[int] = []
-        while self._retries and self._retries[0][0] <= now and len(chosen) < MAX_RANGES:
+        while self._retries and self._retries[0][0] <= now and len(chosen) < MAX_RANGES and self._may_ask(now):
             index = self._retries[0][1]
             if self._state[index] == _RETRY:
                 if not self._fits(index):
@@ -296,7 +306,7 @@ class TransferCore:
         self._unasked_cursor = 0
         chosen: list[int] = []
         ranges = 0
-        while len(chosen) < MAX_CREDIT:
+        while len(chosen) < MAX_CREDIT and self._may_ask(now):
             index = self._next_missing()
             if index < 0 or not self._fits(index):
                 break
@@ -315,11 +325,15 @@ class TransferCore:
     def _fits(self, index: int) -> bool:
         return not self._asked or self.in_flight_bytes + self._table.sizes[index] <= self._window
 
+    def _may_ask(self, now: float) -> bool:
+        return self._bandwidth.wait_s(now) == 0
+
     def _ask(self, index: int, now: float, *, shared: bool) -> None:
         self._state[index] = _ASKED
         self._order += 1
         self._asked[index] = _Asked(self._order, now, shared)
         self.in_flight_bytes += self._table.sizes[index]
+        self._bandwidth.take(self._table.sizes[index])
 
 
 def _request(indices: list[int], *, shared: bool) -> Request | None:

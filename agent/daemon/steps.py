@@ -242,6 +242,7 @@ class Steps:
             window_bytes=order.transfer.window_bytes,
             stall_s=order.transfer.stall_s,
             on_progress=self._on_progress,
+            bytes_per_s=order.transfer.max_bytes_per_s,
         )
         self._on_progress(progress)
 

@@ -41,7 +41,7 @@ _log = structlog.get_logger(component=__name__)
 
 
 class Fetcher:
-    """Implements ``agent.core.ports.Transfer``."""
+    """Implements ``agent.core.ports.Transfer``. ``bytes_per_s`` is the device's own limit for all transfers."""
 
     def __init__(
         self,
@@ -50,10 +50,12 @@ class Fetcher:
         device: str,
         *,
         dialect: Dialect | None = None,
+        bytes_per_s: int | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._dialect = dialect or Dialect()
+        self._bytes_per_s = bytes_per_s
         self._link = link
         self._store = store
         self._device = device
@@ -61,9 +63,17 @@ class Fetcher:
         self._jitter = jitter
 
     async def fetch(
-        self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
+        self,
+        manifest: Manifest,
+        *,
+        window_bytes: int,
+        stall_s: float,
+        on_progress: ProgressHandler,
+        bytes_per_s: int | None = None,
     ) -> Progress:
         """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
+
+        What will be fetched is reported, and logged, before anything is asked for.
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.
@@ -83,8 +93,10 @@ class Fetcher:
                 stall_s=stall_s,
                 now=self._monotonic(),
                 jitter=self._jitter,
+                bytes_per_s=min((rate for rate in (bytes_per_s, self._bytes_per_s) if rate is not None), default=None),
             )
             if not core.complete:
+                _tell_plan(manifest, core.progress(self._monotonic()), on_progress)
                 session = _Session(self._link, self._device, self._dialect, partial, core, self._monotonic, on_progress)
                 await session.run(present)
             await in_thread(lambda _stop: self._store.commit(partial))
@@ -163,10 +175,11 @@ class _Session:
     async def _follow(self) -> None:
         try:
             await self._link.subscribe(self._own_filter, self._on_chunk, qos=0, bulk=True)
-            await self._link.subscribe(self._shared_filter, self._on_chunk, qos=0, bulk=True)
+            if self._core.following:
+                await self._link.subscribe(self._shared_filter, self._on_chunk, qos=0, bulk=True)
         except LinkError as error:
             raise TransferError(f"chunks cannot be received: {error}", FailureCode.TRANSFER_UNAVAILABLE) from error
-        self._following = True
+        self._following = self._core.following
 
     async def _turn(self) -> None:
         reported = self._monotonic()
@@ -306,6 +319,12 @@ class _Session:
             return Outcome.DUPLICATE
         self._received[first] = 1
         return Outcome.GOOD
+
+
+def _tell_plan(manifest: Manifest, progress: Progress, on_progress: ProgressHandler) -> None:
+    missing = progress.bytes_total - progress.bytes_done
+    _log.info("transfer begins", artifact=manifest.id, bytes=missing, bytes_reused=progress.bytes_reused)
+    on_progress(progress)
 
 
 def _all_there(manifest: Manifest) -> Progress:

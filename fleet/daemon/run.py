@@ -70,7 +70,13 @@ async def run_controller(
                 barred = BarredDevices()
                 group, known = registry.shared("group"), KnownDevices(registry, barred)
                 servers = (
-                    ChunkServer(bulk, FolderStore(home.artifacts).open, group=group, admission=known.refusal),
+                    ChunkServer(
+                        bulk,
+                        FolderStore(home.artifacts).open,
+                        group=group,
+                        admission=known.refusal,
+                        bytes_per_s=settings.upload_bytes_per_s,
+                    ),
                     MetadataServer(control, repository, group=group, admission=known.refusal),
                     Renewals(
                         control,

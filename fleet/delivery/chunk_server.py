@@ -5,6 +5,8 @@ What it remembers of devices is only for fairness, and may be lost at any time: 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -18,6 +20,7 @@ from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import Manifest
 from agent.contract.messages import ChunkRange, Want, WantV1
+from agent.core.bandwidth import Bandwidth
 from agent.link import BulkSource, Handler, Message
 from fleet.delivery.admission import Admission, everybody
 from fleet.delivery.send_queue import ANYBODY, Chunk, SendQueue
@@ -93,7 +96,8 @@ class ChunkServerStats:
 class ChunkServer:
     """One of any number that share the wants. Give it a link of its own: bulk then never delays control.
 
-    ``group`` is what the controllers of this fleet share and no device knows; ``admission`` says who is answered.
+    ``group`` is what the controllers of this fleet share and no device knows; ``admission`` says who is answered;
+    ``bytes_per_s`` limits what is published, to all devices together.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class ChunkServer:
         *,
         group: str,
         admission: Admission = everybody,
+        bytes_per_s: int | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._admission = admission
@@ -114,6 +119,9 @@ class ChunkServer:
         self._artifacts = artifacts
         self._monotonic = monotonic
         self._queue = SendQueue()
+        self._bandwidth = Bandwidth(bytes_per_s, monotonic())
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wakes = False
         self._open: OrderedDict[str, _OpenArtifact] = OrderedDict()
         self._lock = threading.Lock()
         self._complaints: set[str] = set()
@@ -127,6 +135,7 @@ class ChunkServer:
         Raises:
             agent.errors.LinkError: the broker refuses the subscription.
         """
+        self._loop = asyncio.get_running_loop()
         self._link.serve_bulk(self._next)
         await self._link.subscribe(self._topic, self._on_want, bulk=True)
         await self._link.subscribe(self._topic_v1, self._on_want_v1, bulk=True)
@@ -223,6 +232,9 @@ class ChunkServer:
 
     def _next(self) -> tuple[str, bytes] | None:
         with self._lock:
+            if len(self._queue) and (wait_s := self._bandwidth.wait_s(self._monotonic())) > 0:
+                self._wake_in(wait_s)
+                return None
             while (chunk := self._queue.next(self._monotonic())) is not None:
                 if chunk.device is not None and self._admission(chunk.device) is not None:
                     continue
@@ -230,10 +242,24 @@ class ChunkServer:
                 if data is not None:
                     self._chunks += 1
                     self._bytes += len(data)
+                    self._bandwidth.take(len(data))
                     if chunk.device is None:
                         return topics.shared_chunk(chunk.digest, chunk.index), data
                     return topics.own_chunk(chunk.device, chunk.digest, chunk.index), data
         return None
+
+    def _wake_in(self, seconds: float) -> None:
+        """The link asks again then; it has no clock of its own for that."""
+        if self._wakes or self._loop is None:
+            return
+
+        def wake() -> None:
+            self._wakes = False
+            self._link.wake_bulk()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is sent any more
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, wake)
+            self._wakes = True
 
     def _opened(self, digest: str) -> _OpenArtifact | None:
         try:

@@ -274,7 +274,9 @@ def make_order(
         expires_at=actor.at + timedelta(seconds=validity_s),
         artifacts=tuple(ref for ref, _ in variants),
         limits=HealthLimits.model_validate(profile.health.model_dump()),
-        transfer=TransferLimits(window_bytes=profile.delivery.window_bytes),
+        transfer=TransferLimits(
+            window_bytes=profile.delivery.window_bytes, max_bytes_per_s=profile.delivery.max_bytes_per_s
+        ),
         probation_s=profile.probation_s if options.probation_s is None else options.probation_s,
         window=Window(not_before=options.not_before, not_after=options.not_after),
         deadline_s=_deadline_s(options, profile, size, actor),
@@ -294,4 +296,6 @@ def _deadline_s(options: DeployOptions, profile: DeviceProfile, size: int, actor
     if options.deadline_s is not None:
         return options.deadline_s
     opens_in_s = ((options.not_before or actor.at) - actor.at).total_seconds()
-    return usual_deadline_s(size, profile.delivery.bandwidth_bytes_per_s, opens_in_s)
+    delivery = profile.delivery
+    rate = min(delivery.bandwidth_bytes_per_s, delivery.max_bytes_per_s or delivery.bandwidth_bytes_per_s)
+    return usual_deadline_s(size, rate, opens_in_s)

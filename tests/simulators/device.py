@@ -127,7 +127,13 @@ class SimTransfer:
     fetched: list[str] = field(default_factory=list)
 
     async def fetch(
-        self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
+        self,
+        manifest: Manifest,
+        *,
+        window_bytes: int,
+        stall_s: float,
+        on_progress: ProgressHandler,
+        bytes_per_s: int | None = None,
     ) -> Progress:
         if self.hang:
             await asyncio.Event().wait()

@@ -43,7 +43,10 @@ async def linked(url: str, name: str = "device") -> AsyncIterator[MqttLink]:
 
 @asynccontextmanager
 async def serving(
-    url: str, artifacts: dict[str, tuple[Manifest, Path]], admission: Admission = everybody
+    url: str,
+    artifacts: dict[str, tuple[Manifest, Path]],
+    admission: Admission = everybody,
+    bytes_per_s: int | None = None,
 ) -> AsyncIterator[ChunkServer]:
     async with linked(url, "server") as link:
         server = ChunkServer(
@@ -51,6 +54,7 @@ async def serving(
             lambda digest: LocalArtifact(*artifacts[digest]) if digest in artifacts else None,
             group="secret",
             admission=admission,
+            bytes_per_s=bytes_per_s,
         )
         await server.start()
         yield server

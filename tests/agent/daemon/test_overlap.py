@@ -68,9 +68,7 @@ class SlowTransfer(SimTransfer):
         with self.files.used_by("fetch", digest):
             time.sleep(0.03)
 
-    async def fetch(
-        self, manifest: Manifest, *, window_bytes: int, stall_s: float, on_progress: ProgressHandler
-    ) -> Progress:
+    async def fetch(self, manifest: Manifest, *, on_progress: ProgressHandler, **limits: float | None) -> Progress:
         if manifest.digest not in self.store.complete:
             writing = asyncio.get_running_loop().run_in_executor(None, self._write, manifest.digest)
             try:
@@ -78,7 +76,7 @@ class SlowTransfer(SimTransfer):
             except asyncio.CancelledError:
                 await asyncio.wait([writing])
                 raise
-        return await super().fetch(manifest, window_bytes=window_bytes, stall_s=stall_s, on_progress=on_progress)
+        return await super().fetch(manifest, on_progress=on_progress, **limits)  # type: ignore[arg-type]
 
 
 def slow_device() -> tuple[Device, Files]:

@@ -12,9 +12,10 @@ import pytest
 
 from agent.contract import topics
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import Chat, Manifest
+from agent.contract.manifest import MAX_CHUNK_BYTES, Chat, Manifest
 from agent.contract.messages import Progress
 from agent.core import ports
+from agent.core.bandwidth import BURST_S
 from agent.errors import StoreError, TransferError
 from agent.link import MqttLink
 from agent.store.artifacts import ArtifactStore
@@ -216,8 +217,8 @@ async def test_agent_is_killed_and_goes_on_from_what_is_on_disk(
         async with serving(broker.url, only(manifest, source)) as server:
             for _ in range(2):
                 agent = Worker("fetch", between.url, listed, home, WINDOW)
-                await asyncio.to_thread(agent.line)
-                await asyncio.to_thread(agent.line)
+                for _ in range(3):  # it is ready, the plan, and the first progress
+                    await asyncio.to_thread(agent.line)
                 agent.kill()
             await asyncio.sleep(0.3)
             with worker("fetch", broker.url, listed, home, WINDOW) as agent:
@@ -434,3 +435,29 @@ async def test_slow_device_neither_slows_the_others_nor_is_flooded(
         check(tmp_path / name, manifest)
     assert late.bytes_received < 1.5 * manifest.size
     assert sent < 3.5 * manifest.size
+
+
+async def test_a_device_and_a_controller_keep_to_their_limits(
+    embedded_broker: Broker, source: Path, home: Path, tmp_path: Path
+) -> None:
+    """Only what is too fast can be told from a test's time: how fast it goes at least depends on the machine."""
+    manifest, rate = artifact(source, 2), MIB
+    least_s = (manifest.size - 2 * MAX_CHUNK_BYTES) / rate - BURST_S
+    async with serving(embedded_broker.url, only(manifest, source)), linked(embedded_broker.url) as link:
+        began = time.monotonic()
+        fetcher = Fetcher(link, ArtifactStore(home, reserve_bytes=0), "d1", bytes_per_s=rate)
+        said: list[Progress] = []
+        await fetcher.fetch(manifest, window_bytes=WINDOW, stall_s=60, on_progress=said.append, bytes_per_s=2 * rate)
+        assert time.monotonic() - began >= least_s
+        assert (said[0].bytes_total, said[0].bytes_done) == (manifest.size, 0), "the plan comes before the bytes"
+    check(home, manifest)
+    other = tmp_path / "other"
+    async with (
+        serving(embedded_broker.url, only(manifest, source), bytes_per_s=rate) as server,
+        linked(embedded_broker.url) as link,
+    ):
+        began = time.monotonic()
+        await fetch(link, other, manifest)
+        assert time.monotonic() - began >= least_s
+        assert server.stats().bytes <= 1.2 * manifest.size, "a device that waits does not ask for all of it again"
+    check(other, manifest)
