@@ -17,6 +17,7 @@ from agent.contract.messages import State
 from agent.contract.profile import DeviceProfile
 from agent.core import deployment
 from agent.core.inference import PARAMETERS, Capabilities, GuidanceKind
+from agent.runtimes.engines.schema import CONSTRAINING, ENFORCED
 from agent.runtimes.protocol.registry import REGISTRY, features
 from fleet.api.handlers import ROUTES
 from fleet.api.metrics import NAMES
@@ -267,7 +268,26 @@ def runtimes() -> str:
     lines.append("| | " + " | ".join(f"`{name}`" for name in found) + " |")
     lines.append("|---" * (len(found) + 1) + "|")
     lines += [f"| {label} | " + " | ".join(cell(has) for has in found.values()) + " |" for label, cell in rows]
+    lines += ["", "## Keywords of JSON Schema\n", inspect.cleandoc(_KEYWORDS_INTRODUCTION) + "\n"]
+    lines.append("| | " + " | ".join(f"`{name}`" for name in found) + " |")
+    lines.append("|---" * (len(found) + 1) + "|")
+    for keyword in sorted(CONSTRAINING, key=str.lower):
+        cells = (_ONE_OF if keyword == "oneOf" else _enforced(keyword in ENFORCED[name]) for name in found)
+        lines.append(f"| `{keyword}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+_ONE_OF = "where its branches exclude each other"
+_KEYWORDS_INTRODUCTION = """
+    A keyword that constrains is enforced while the answer is made, or the request is refused with a 400 that names it;
+    none is ignored. `tests/agent/runtimes/test_constraints.py` tries each on each runtime and validates every finished
+    answer. Remarks (`title`, `default` and the like, and keywords that JSON Schema does not know) say nothing about an
+    answer, and are passed over. Regular expressions have no look-around. An answer that `max_tokens` cuts is no JSON.
+    """
+
+
+def _enforced(is_enforced: bool) -> str:
+    return "enforced" if is_enforced else "refused"
 
 
 _RESPONSE_FORMATS = {GuidanceKind.JSON_OBJECT: "JSON object", GuidanceKind.JSON_SCHEMA: "JSON schema"}
@@ -276,8 +296,8 @@ _RUNTIMES_INTRODUCTION = """
     (`tests/agent/runtimes/test_openai_client.py`); where a row says no, the answer is a 400 that names the parameter.
 
     It is what a model has on the CPU, on a Mac for `mlx`. OpenVINO's static pipeline, which is the one for NPUs, has
-    one answer at once and no `logprobs` and no `response_format`. In `onnx_genai` and `mlx`, `response_format` needs
-    the package llguidance, which comes with their extras.
+    one answer at once and no `logprobs` and no `response_format`. But in `openvino_genai`, `response_format` needs the
+    package llguidance, which comes with the extras.
     """
 
 

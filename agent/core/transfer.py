@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from enum import Enum
 from heapq import heappop, heappush
 
+from agent.contract.bandwidth import Bandwidth
 from agent.contract.manifest import MAX_CHUNK_BYTES
 from agent.contract.messages import Progress
-from agent.core.bandwidth import Bandwidth
 from agent.core.chunks import ChunkTable
 
 #: Limits of one ``Want`` (agent/contract/messages.py).

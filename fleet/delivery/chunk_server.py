@@ -17,10 +17,10 @@ from typing import Protocol
 import structlog
 
 from agent.contract import topics
+from agent.contract.bandwidth import Bandwidth
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import Manifest
 from agent.contract.messages import ChunkRange, Want, WantV1
-from agent.core.bandwidth import Bandwidth
 from agent.link import BulkSource, Handler, Message
 from fleet.delivery.admission import Admission, everybody
 from fleet.delivery.send_queue import ANYBODY, Chunk, SendQueue

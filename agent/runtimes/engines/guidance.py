@@ -5,6 +5,8 @@ It never raises for a bad grammar and is bounded in time and size; the reason co
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,21 +59,34 @@ class Guide:
         return masked
 
 
+def from_file(path: Path, vocabulary: int, ends: frozenset[int]) -> Callable[[], Any] | None:
+    """Return what reads a ``tokenizer.json`` into the library's tokenizer; None where there is no such file."""
+
+    def read_file() -> Any:
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(path.read_text("utf-8"), n_vocab=vocabulary, eos_token=sorted(ends))
+
+    return read_file if path.is_file() else None
+
+
 class Guides:
-    """Makes guides for one model. The tokenizer is read when the first is asked for."""
+    """Makes guides for one model.
+
+    ``tokenizer`` makes the library's tokenizer, which takes a second, when the first guide is asked for; None where
+    the artifact has none that the library reads.
+    """
 
     KINDS = frozenset(GuidanceKind)
 
-    def __init__(self, tokenizer_file: Path, vocabulary: int, ends: frozenset[int]) -> None:
-        self._file = tokenizer_file
-        self._vocabulary = vocabulary
-        self._ends = sorted(ends)
+    def __init__(self, tokenizer: Callable[[], Any] | None) -> None:
+        self._make = tokenizer
         self._tokenizer: Any = None
 
     @cached_property
     def kinds(self) -> frozenset[GuidanceKind]:
         """None without the library, or without the tokenizer in the format it reads."""
-        return self.KINDS if find_spec("llguidance") is not None and self._file.is_file() else frozenset()
+        return self.KINDS if find_spec("llguidance") is not None and self._make is not None else frozenset()
 
     def guide(self, guidance: Guidance) -> Guide:
         """Compile.
@@ -79,16 +94,14 @@ class Guides:
         Raises:
             InferenceError: it is no grammar, or the library is not there.
         """
-        if not self.kinds:
+        if not self.kinds or self._make is None:
             reason = "guidance needs the package llguidance and the artifact's tokenizer.json"
             raise InferenceError("unsupported", reason, param="response_format")
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLMatcher
 
         grammar = _grammar(LLMatcher, guidance)
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(
-                self._file.read_text("utf-8"), n_vocab=self._vocabulary, eos_token=list(self._ends)
-            )
+            self._tokenizer = self._make()
         reason = LLMatcher.validate_grammar(grammar, self._tokenizer)
         if reason:
             raise InferenceError("invalid", f"no {guidance.kind}: {reason[:300]}", param="response_format")
@@ -97,10 +110,9 @@ class Guides:
 
 def _grammar(matcher: Any, guidance: Guidance) -> str:
     if guidance.kind in (GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA):
-        schema = text_of(guidance.kind, guidance.data)
-        if not isinstance(read(schema), dict):
-            schema = "{}"
-        return str(matcher.grammar_from_json_schema(schema, overrides=_JSON))
+        schema = read(text_of(guidance.kind, guidance.data))
+        text = json.dumps(schema if isinstance(schema, dict) else {})
+        return str(matcher.grammar_from_json_schema(text, overrides=_JSON))
     if guidance.kind is GuidanceKind.REGEX:
         return str(matcher.grammar_from_regex(guidance.data))
     return str(matcher.grammar_from_lark(guidance.data))

@@ -27,8 +27,9 @@ from agent.core.inference import (
 )
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.generation import Generation, check_fits
+from agent.runtimes.engines.guidance import Guide, Guides
 from agent.runtimes.engines.llamacpp_binding import Batch, Log
-from agent.runtimes.engines.llamacpp_grammar import Grammar, gbnf
+from agent.runtimes.engines.llamacpp_grammar import Grammar
 from agent.runtimes.engines.llamacpp_quirks import quiet_openmp, without_amx
 from agent.runtimes.engines.slots import choose
 from agent.runtimes.engines.text import Utf8Stream
@@ -36,14 +37,13 @@ from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSour
 
 #: Tokens of one decode; and of prompts in it while others wait for their next token, which bounds their delay.
 _BATCH, _PREFILL_SHARED = 512, 128
-_GUIDANCE = frozenset({GuidanceKind.JSON_OBJECT, GuidanceKind.JSON_SCHEMA, GuidanceKind.GRAMMAR})
 
 
 class LlamaCppRuntime:
     """See the module."""
 
     name = "llamacpp"
-    features = Capabilities(PARAMETERS, _GUIDANCE, prefix_reuse=True)
+    features = Capabilities(PARAMETERS, Guides.KINDS, prefix_reuse=True)
 
     def check(self) -> Check:
         """Import it; loading the library is what fails when it was built for another processor."""
@@ -86,7 +86,7 @@ class _Sequence:
     generation: Generation
     prompt: list[int]
     sampler: Any
-    grammar: Grammar | None
+    guide: Guide | Grammar | None
     slot: _Slot | None = None
     next: int | None = None
 
@@ -117,12 +117,13 @@ class LlamaCppEngine:
         self._ended: list[GenerationEvent] = []
         self._clock = 0
         self._pieces: dict[int, bytes] = {}
+        self._guides = Guides(self._tokenizer)
         self._ends = {ids[0] for text in source.stop_tokens if len(ids := self._encode(text)) == 1}
 
     @property
     def capabilities(self) -> Capabilities:
-        """Every sampling parameter, since the drawing is ours; guidance by llama.cpp's grammars (GBNF)."""
-        return Capabilities(PARAMETERS, _GUIDANCE, True, self._sequences)
+        """Every sampling parameter, since the drawing is ours; grammars are llama.cpp's own (GBNF)."""
+        return Capabilities(PARAMETERS, self._guides.kinds | {GuidanceKind.GRAMMAR}, True, self._sequences)
 
     @property
     def busy(self) -> bool:
@@ -135,9 +136,9 @@ class LlamaCppEngine:
 
         prompt = self._encode(request.prompt)
         limit = check_fits(len(prompt), request.sampling.max_tokens, self.context)
-        grammar = self._grammar(request)
+        guide = self._guide(request)
         generation = Generation(request, _Pieces(self._piece), len(prompt), limit)
-        self._waiting.append(_Sequence(generation, prompt, TokenSampler(request.sampling, prompt), grammar))
+        self._waiting.append(_Sequence(generation, prompt, TokenSampler(request.sampling, prompt), guide))
 
     def cancel(self, request_id: str) -> None:
         """Before the next token; what was computed stays for the next request that begins the same way."""
@@ -219,11 +220,19 @@ class LlamaCppEngine:
             known = self._pieces[token] = buffer.raw[:size]
         return known
 
-    def _grammar(self, request: GenerationRequest) -> Grammar | None:
+    def _guide(self, request: GenerationRequest) -> Guide | Grammar | None:
         guidance = request.sampling.guidance
         if guidance is None:
             return None
-        return Grammar(self._lib, self._np, self._vocab, gbnf(guidance.kind, guidance.data))
+        if guidance.kind is GuidanceKind.GRAMMAR:
+            return Grammar(self._lib, self._np, self._vocab, guidance.data)
+        return self._guides.guide(guidance)
+
+    def _tokenizer(self) -> Any:
+        from llguidance.llamacpp import lltokenizer_from_vocab
+
+        ends = [token for token in range(self._size) if self._lib.llama_vocab_is_eog(self._vocab, token)]
+        return lltokenizer_from_vocab(self._vocab, eos_token=sorted({*ends, *self._ends}))
 
     def _start(self, sequence: _Sequence) -> None:
         """Into the slot that suits it, with another's cache copied where that pays."""
@@ -286,17 +295,20 @@ class LlamaCppEngine:
     def _draw(self, sequence: _Sequence, index: int) -> list[GenerationEvent]:
         row = self._lib.llama_get_logits_ith(self._context, index)
         logits = self._np.ctypeslib.as_array(row, (self._size,))
-        drawn = sequence.sampler.draw(logits)
-        if sequence.grammar is not None and not sequence.grammar.allows(drawn.token):
-            drawn = sequence.sampler.redraw(sequence.grammar.masked(logits), logits, drawn.token)
-        if drawn.token in self._ends or self._lib.llama_vocab_is_eog(self._vocab, drawn.token):
-            events = sequence.generation.end_marker()
+        guide, generation = sequence.guide, sequence.generation
+        try:
+            drawn = sequence.sampler.draw(logits) if guide is None else guide.draw(sequence.sampler, logits)
+        except InferenceError as error:
+            events = generation.fail(error.kind, str(error))
         else:
-            if sequence.grammar is not None:
-                sequence.grammar.accept(drawn.token)
-            own = None if drawn.logprob is None else self._logprob(drawn.token, drawn.logprob)
-            events = sequence.generation.token(drawn.token, own, tuple(self._logprob(*pair) for pair in drawn.top))
-            sequence.next = drawn.token
+            if drawn.token in self._ends or self._lib.llama_vocab_is_eog(self._vocab, drawn.token):
+                events = generation.end_marker()
+            else:
+                own = None if drawn.logprob is None else self._logprob(drawn.token, drawn.logprob)
+                events = generation.token(drawn.token, own, tuple(self._logprob(*pair) for pair in drawn.top))
+                sequence.next = drawn.token
+                if guide is not None and guide.finished and not generation.done:
+                    events += generation.finish(FinishReason.STOP)
         if sequence.generation.done:
             self._release(sequence)
         return events

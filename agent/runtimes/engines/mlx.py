@@ -24,7 +24,7 @@ from agent.core.inference import (
 )
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.generation import Generation, check_fits
-from agent.runtimes.engines.guidance import Guide, Guides
+from agent.runtimes.engines.guidance import Guide, Guides, from_file
 from agent.runtimes.engines.text import Pieces, PieceStream
 from agent.runtimes.engines.token_bytes import TokenBytes
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
@@ -99,7 +99,7 @@ class MlxEngine:
         )
         ends = frozenset(self._ends)
         vocabulary = int(json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"])
-        self._guides = Guides(folder / "tokenizer.json", vocabulary, ends)
+        self._guides = Guides(from_file(folder / "tokenizer.json", vocabulary, ends))
         self._end = min(ends)
         self._kept = LRUPromptCache(max_size=options.max_sequences)
         self._running: dict[int, _Sequence] = {}

@@ -21,7 +21,7 @@ from agent.core.inference import (
     InferenceError,
 )
 from agent.runtimes.engines.generation import Generation, check_fits
-from agent.runtimes.engines.guidance import Guide, Guides
+from agent.runtimes.engines.guidance import Guide, Guides, from_file
 from agent.runtimes.engines.onnx_cache import RowCache
 from agent.runtimes.engines.onnx_files import OnnxFiles
 from agent.runtimes.engines.slots import choose
@@ -70,7 +70,7 @@ class BatchEngine:
         self._options = options
         self.device = "CPU"
         self.context = min(options.context, files.max_context)
-        self._guides = Guides(files.folder / "tokenizer.json", self._cache.vocabulary, files.ends)
+        self._guides = Guides(from_file(files.folder / "tokenizer.json", self._cache.vocabulary, files.ends))
         self._rows = [_Row(number) for number in range(options.max_sequences)]
         self._capacity = max(options.kv_tokens, self.context)
         self._waiting: deque[_Sequence] = deque()

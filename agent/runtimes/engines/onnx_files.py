@@ -32,6 +32,7 @@ class OnnxFiles:
             self.model: dict[str, Any] = json.loads(file.read_text("utf-8"))["model"]
             self.decoder: dict[str, Any] = self.model["decoder"]
             self.max_context = int(self.model["context_length"])
+            self.vocabulary = int(self.model["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RuntimeLoadError(f"{file} describes no model: {error}") from error
         self._og = og

@@ -21,11 +21,11 @@ from agent.core.inference import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
-    GuidanceKind,
+    InferenceError,
 )
 from agent.runtimes.engines.generation import Generation, check_fits, common_prefix
+from agent.runtimes.engines.guidance import Guide, Guides, from_file
 from agent.runtimes.engines.onnx_files import LONGROPE_SWITCH, OnnxFiles
-from agent.runtimes.engines.schema import read, text_of
 from agent.runtimes.protocol.engine import LoadOptions
 
 #: Prompt tokens computed in one step: with others waiting for their next token, and alone.
@@ -33,12 +33,6 @@ _PREFILL_SHARED, _PREFILL_ALONE = 64, 512
 #: Capacities of generators are multiples of this, so that the next request fits the last one's.
 _CAPACITY_STEP = 512
 PROVIDERS = {"CPU": "", "CUDA": "cuda", "DML": "dml", "WEBGPU": "webgpu", "QNN": "qnn"}
-_GUIDANCE = {
-    GuidanceKind.JSON_OBJECT: "json_schema",
-    GuidanceKind.JSON_SCHEMA: "json_schema",
-    GuidanceKind.REGEX: "regex",
-    GuidanceKind.GRAMMAR: "lark_grammar",
-}
 
 
 @dataclass(slots=True)
@@ -58,8 +52,8 @@ class _Sequence:
     generation: Generation
     prompt: list[int]
     sampler: Any
+    guide: Guide | None = None
     slot: _Slot | None = None
-    guided: bool = False
 
     @property
     def id(self) -> str:
@@ -78,6 +72,7 @@ class GeneratorEngine:
         self._options = options
         self._model = og.Model(_config(og, files, options))
         self._longrope = files.longrope
+        self._guides = Guides(from_file(files.folder / "tokenizer.json", files.vocabulary, files.ends))
         self.device = options.device
         self.context = min(options.context, files.max_context)
         self._waiting: deque[_Sequence] = deque()
@@ -87,8 +82,8 @@ class GeneratorEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Every sampling parameter, since the drawing is ours."""
-        return Capabilities(PARAMETERS, frozenset(_GUIDANCE), True, self._options.max_sequences)
+        """Every sampling parameter, since the drawing is ours; guidance where llguidance is there."""
+        return Capabilities(PARAMETERS, self._guides.kinds, True, self._options.max_sequences)
 
     @property
     def busy(self) -> bool:
@@ -102,11 +97,10 @@ class GeneratorEngine:
         prompt = self._files.encode(request.prompt)
         limit = check_fits(len(prompt), request.sampling.max_tokens, self.context)
         guidance = request.sampling.guidance
-        if guidance is not None and guidance.kind is GuidanceKind.JSON_SCHEMA:
-            read(guidance.data)
+        guide = self._guides.guide(guidance) if guidance is not None else None
         generation = Generation(request, self._files.stream(), len(prompt), limit)
         sampler = TokenSampler(request.sampling, prompt)
-        self._waiting.append(_Sequence(generation, prompt, sampler, guided=guidance is not None))
+        self._waiting.append(_Sequence(generation, prompt, sampler, guide))
 
     def cancel(self, request_id: str) -> None:
         """Before the next token."""
@@ -157,9 +151,6 @@ class GeneratorEngine:
     def _start(self, sequence: _Sequence) -> None:
         """Find or make a generator, and rewind it to what it shares with the prompt."""
         need = len(sequence.prompt) + sequence.generation.limit
-        if sequence.guided:
-            sequence.slot = _Slot(self._generator(need, sequence.generation.request), need)
-            return
         long = self._longrope and len(sequence.prompt) > LONGROPE_SWITCH
         slot, shared = self._best_slot(sequence.prompt, need, long)
         slot.generator.rewind_to(shared)
@@ -173,7 +164,7 @@ class GeneratorEngine:
         if not fitting:
             capacity = min(self.context, -(-need // _CAPACITY_STEP) * _CAPACITY_STEP)
             self._make_room(capacity)
-            return _Slot(self._generator(capacity, None), capacity), 0
+            return _Slot(self._generator(capacity), capacity), 0
         # The last token of the prompt is always computed: its logits are what is drawn from.
         shared = {
             id(slot): min(common_prefix(slot.tokens, prompt), len(prompt) - 1) for slot in fitting if slot.long == long
@@ -191,12 +182,9 @@ class GeneratorEngine:
         ):
             self._idle.pop(0)
 
-    def _generator(self, capacity: int, request: GenerationRequest | None) -> Any:
+    def _generator(self, capacity: int) -> Any:
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=capacity, do_sample=False)
-        guidance = request.sampling.guidance if request else None
-        if guidance is not None:
-            params.set_guidance(_GUIDANCE[guidance.kind], text_of(guidance.kind, guidance.data))
         return self._og.Generator(self._model, params)
 
     def _advance(self, sequence: _Sequence) -> list[GenerationEvent]:
@@ -210,12 +198,18 @@ class GeneratorEngine:
             if len(piece) < missing:
                 return []
         logits = slot.generator.get_logits()[0, -1]
-        drawn = self._draw_guided(sequence, slot, logits) if sequence.guided else sequence.sampler.draw(logits)
+        generation, guide = sequence.generation, sequence.guide
+        try:
+            drawn = sequence.sampler.draw(logits) if guide is None else guide.draw(sequence.sampler, logits)
+        except InferenceError as error:
+            return generation.fail(error.kind, str(error))
         if drawn.token in self._files.ends:
-            return sequence.generation.end_marker()
+            return generation.end_marker()
         own = None if drawn.logprob is None else self._files.logprob(drawn.token, drawn.logprob)
-        events = sequence.generation.token(drawn.token, own, tuple(self._files.logprob(*pair) for pair in drawn.top))
-        if not sequence.generation.done and not sequence.guided:
+        events = generation.token(drawn.token, own, tuple(self._files.logprob(*pair) for pair in drawn.top))
+        if guide is not None and guide.finished and not generation.done:
+            events += generation.finish(FinishReason.STOP)
+        if not generation.done:
             self._append(slot, [drawn.token])
         return events
 
@@ -236,22 +230,12 @@ class GeneratorEngine:
         slot.generator.append_tokens(self._np.array(tokens, self._np.int32))
         slot.tokens.extend(tokens)
 
-    def _draw_guided(self, sequence: _Sequence, slot: _Slot, logits: Any) -> Any:
-        """The library masks what the guidance forbids and takes the largest: our scores make that a fair draw."""
-        logits = logits.copy()
-        scores = sequence.sampler.scores(logits)
-        slot.generator.set_logits(scores.reshape(1, 1, -1))
-        slot.generator.generate_next_token()
-        token = int(slot.generator.get_next_tokens()[0])
-        slot.tokens.append(token)
-        return sequence.sampler.drawn(token, logits)
-
     def _release(self, sequence: _Sequence) -> None:
         if sequence in self._active:
             self._active.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        if sequence.slot is not None and not sequence.guided:
+        if sequence.slot is not None:
             self._idle.append(sequence.slot)
         sequence.slot = None
 

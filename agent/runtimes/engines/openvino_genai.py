@@ -26,7 +26,7 @@ from agent.core.inference import (
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.generation import Generation, check_fits
 from agent.runtimes.engines.schema import text_of, vet
-from agent.runtimes.engines.text import Pieces, PieceStream
+from agent.runtimes.engines.text import JsonStream, Pieces, PieceStream
 from agent.runtimes.engines.token_bytes import TokenBytes
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
 
@@ -122,7 +122,9 @@ class OpenVinoEngine:
         config = generation_config(self._genai, request, limit, self._ends)
         self._number += 1
         handle = self._pipeline.add_request(self._number, tokens, config)
-        generation = Generation(request, PieceStream(self._pieces), size, limit)
+        pieces = PieceStream(self._pieces)
+        stream = pieces if request.sampling.guidance is None else JsonStream(pieces)
+        generation = Generation(request, stream, size, limit)
         self._running[self._number] = _Sequence(generation, handle, request.sampling.top_logprobs is not None)
 
     def cancel(self, request_id: str) -> None:
@@ -256,9 +258,7 @@ def generation_config(genai: Any, request: GenerationRequest, limit: int, ends: 
 def _schema(kind: GuidanceKind, data: str) -> str:
     if kind not in _GUIDANCE:
         raise InferenceError("unsupported", f"guidance by {kind} is not had with OpenVINO", param="response_format")
-    schema = text_of(kind, data)
-    vet(schema)
-    return schema
+    return vet(text_of(kind, data))
 
 
 RUNTIME = OpenVinoRuntime()

@@ -2,10 +2,15 @@
 
 The order is: bias and penalties, temperature, then top-k, top-p and min-p, each on what the one before left.
 Log probabilities are the model's own, before any of these, as vLLM reports them.
+
+A draw is the largest of the logits with Gumbel noise added, which is a sample of their softmax (Gumbel, 1954). The
+noise is a function of seed, position and token alone: logits that differ in their last digits, as kernels for other
+batch sizes give them, change the answer only where two tokens are all but tied.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +23,10 @@ Logits = NDArray[np.float32]
 
 #: Candidates looked at first for top-p; only flat distributions need more.
 _HEAD = 512
-#: What a filtered token gets under guidance: below every other, its order among the filtered kept.
-_FILTERED = 1e6
+#: Tokens that are e to the power of this less likely than the likeliest are never drawn: all together, of a vocabulary
+#: of 200,000, they would be once in ten million draws.
+_NEVER = 28.0
+_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,8 @@ class TokenSampler:
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
         self._sampling = sampling
-        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+        self._noise = Noise(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+        self._position = 0
         self._counts: dict[int, int] = {}
         repeats = sampling.repetition_penalty
         self._seen = dict.fromkeys(prompt) if repeats not in (None, 1.0) else {}
@@ -52,8 +60,9 @@ class TokenSampler:
     def redraw(self, masked: Logits, logits: Logits, refused: int) -> Drawn:
         """Instead of ``refused``, which guidance forbids: from ``masked``, the logits with what it forbids at -inf.
 
-        Drawing, and drawing again among the allowed when the first is not, is a draw among the allowed.
+        The noise is the same as before, so this is the draw among the allowed, whatever was drawn first.
         """
+        self._position -= 1
         if self._penalised:
             self._counts[refused] -= 1
             if not self._counts[refused]:
@@ -64,37 +73,19 @@ class TokenSampler:
         adjusted = self._adjust(logits)
         if self._sampling.temperature <= 0:
             return int(adjusted.argmax())
-        ids, weights = self._candidates(adjusted)
-        total = np.cumsum(weights, dtype=np.float64)
-        at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-        at = min(at, len(total) - 1)
-        return int(ids[at]) if ids is not None else at
+        ids, scaled = self._candidates(adjusted)
+        if not len(ids):  # no number among them: a model that is broken still ends in good order
+            return int(adjusted.argmax())
+        return int(ids[np.argmax(scaled + self._noise.at(self._position, ids))])
 
     def drawn(self, token: int, logits: Logits) -> Drawn:
         """``token`` was drawn (by whomever): remember it, and give the log probabilities asked for."""
+        self._position += 1
         if self._penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
         if self._sampling.top_logprobs is None:
             return Drawn(token)
         return _with_logprobs(token, logits, self._sampling.top_logprobs)
-
-    def scores(self, logits: Logits) -> Logits:
-        """Scores whose largest *allowed* entry is a fair draw, for a runtime that masks and takes the largest itself.
-
-        Adding Gumbel noise to logits makes the argmax a sample of their softmax, whatever is masked afterwards.
-        Filtered tokens stay in order below all others: a mask that leaves only them still gets its likeliest.
-        """
-        adjusted = self._adjust(logits)
-        if self._sampling.temperature <= 0:
-            return adjusted
-        scaled = adjusted / np.float32(self._sampling.temperature)
-        kept, _ = self._candidates(adjusted)
-        noisy: Logits = scaled + self._random.gumbel(size=scaled.shape).astype(np.float32)
-        if kept is not None:
-            filtered = np.ones(scaled.shape, dtype=bool)
-            filtered[kept] = False
-            noisy[filtered] -= np.float32(_FILTERED)
-        return noisy
 
     def _adjust(self, logits: Logits) -> Logits:
         if not self._penalised and not len(self._bias):
@@ -119,23 +110,44 @@ class TokenSampler:
             counts = np.fromiter(self._counts.values(), np.float32, len(ids))
             logits[ids] -= counts * (self._sampling.frequency_penalty or 0.0) + (self._sampling.presence_penalty or 0.0)
 
-    def _candidates(self, logits: Logits) -> tuple[NDArray[np.int64] | None, Logits]:
-        """Ids (None: all of them, in order) and their unnormalised weights after the filters."""
+    def _candidates(self, logits: Logits) -> tuple[NDArray[np.int64], Logits]:
+        """Ids, and their logits divided by the temperature, after the filters."""
         options = self._sampling
-        weights = np.exp((logits - logits.max()) / np.float32(options.temperature))
-        ids: NDArray[np.int64] | None = None
-        if options.top_k and 0 < options.top_k < len(weights):
-            ids = np.argpartition(weights, -options.top_k)[-options.top_k :]
-            weights = weights[ids]
+        scaled = (logits - logits.max()) / np.float32(options.temperature)
+        ids = np.flatnonzero(scaled > -_NEVER)
+        if options.top_k and 0 < options.top_k < len(ids):
+            ids = ids[np.argpartition(scaled[ids], -options.top_k)[-options.top_k :]]
         if options.top_p is not None and options.top_p < 1.0:
-            chosen = _nucleus(weights, options.top_p)
-            ids = chosen if ids is None else ids[chosen]
-            weights = weights[chosen]
+            ids = ids[_nucleus(np.exp(scaled[ids]), options.top_p)]
         if options.min_p:
-            chosen = np.flatnonzero(weights >= weights.max() * options.min_p)
-            ids = chosen if ids is None else ids[chosen]
-            weights = weights[chosen]
-        return ids, weights
+            ids = ids[scaled[ids] >= np.log(np.float32(options.min_p))]
+        return ids, scaled[ids]
+
+
+class Noise:
+    """Gumbel noise of any token at any position of an answer, without a state that goes on."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = _mixed(seed & _WORD)
+
+    def at(self, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the noise of ``tokens``, of their shape."""
+        base = _mixed((self._seed + position) & _WORD)
+        # SplitMix64's output function over a counter (Steele, Lea and Flood, 2014), for all tokens at once.
+        word = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(base)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        word ^= word >> np.uint64(31)
+        uniform = ((word >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        noise: NDArray[np.float64] = -np.log(-np.log(uniform))
+        return noise
+
+
+def _mixed(word: int) -> int:
+    word = (word + 0x9E3779B97F4A7C15) & _WORD
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _WORD
+    return word ^ (word >> 31)
 
 
 def _nucleus(weights: Logits, top_p: float) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
-"""Which JSON schemas may go to a runtime's grammar engine.
+"""Which JSON schemas may go to a runtime's grammar engine: each keyword is enforced, or refused by name.
 
-``read`` refuses what no engine should see. ``vet`` is for an engine that does not survive a schema it cannot compile:
-only what is known to compile passes.
+``read`` refuses what no engine should see. llguidance refuses by itself what it does not enforce (``LLGUIDANCE``).
+``vet`` is for an engine that does not survive a schema it cannot compile: only what is known to compile passes
+(``XGRAMMAR``). Keywords that JSON Schema says are remarks (``title``, or unknown ones) constrain nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from agent.core.inference import GuidanceKind, InferenceError
+from agent.runtimes.engines.subschemas import mapped, without_exclusive_one_of
 
 _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
-_REMARKS = frozenset({"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated"})
+_OF_OLDER_DRAFTS = frozenset({"additionalItems", "dependencies", "$recursiveRef"})
+#: What else JSON Schema (draft 2020-12, and what came before it) has that says what fits; the rest are remarks.
+_CONSTRAIN = frozenset(
+    {
+        *("allOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies"),
+        *("prefixItems", "contains", "minContains", "maxContains", "uniqueItems", "additionalItems"),
+        *("unevaluatedItems", "unevaluatedProperties", "patternProperties", "propertyNames"),
+        *("minProperties", "maxProperties", "pattern", "format", "multipleOf"),
+        *("exclusiveMinimum", "exclusiveMaximum", "$dynamicRef", "$recursiveRef"),
+    }
+)
 _MAX_DEPTH, _MAX_NODES = 32, 2000
+#: Options of llguidance inside of a schema; one of them makes it ignore keywords that it does not know.
+_ENGINES_OWN = "x-guidance"
 
 
 def text_of(kind: GuidanceKind, data: str) -> str:
@@ -23,10 +37,11 @@ def text_of(kind: GuidanceKind, data: str) -> str:
 
 
 def read(text: str) -> Any:
-    """Return the schema in a text.
+    """Return the schema in a text, as engines are given it.
 
     Raises:
-        InferenceError: it is no JSON object or boolean, or has a definition that is nothing but itself.
+        InferenceError: it is no JSON object or boolean, has a definition that is nothing but itself, or speaks to the
+            engine and not about the answer.
     """
     try:
         schema = json.loads(text)
@@ -34,18 +49,22 @@ def read(text: str) -> Any:
         raise _refusal("the schema", f"is no JSON: {error}") from None
     if not isinstance(schema, dict | bool):
         raise _refusal("the schema", "must be an object")
+    if isinstance(schema, dict) and _ENGINES_OWN in schema:
+        raise _refusal("the schema", f"holds {_ENGINES_OWN!r}, which could lift what it demands")
     _no_empty_circle(schema)
-    return schema
+    return mapped(without_exclusive_one_of(schema), _checked)
 
 
-def vet(text: str) -> None:
-    """Check a schema against what is known to compile.
+def vet(text: str) -> str:
+    """Check a schema against what is known to compile; returns its text, as the engine is given it.
 
     Raises:
         InferenceError: ``unsupported``, naming the place and the keyword.
     """
     schema = read(text)
     _Vetting(schema).schema(schema, "the schema", 0)
+    # Remarks go: not every engine knows that they are none of its business.
+    return json.dumps(mapped(schema, lambda one: {name: value for name, value in one.items() if name in _KEYWORDS}))
 
 
 def _refusal(where: str, why: str) -> InferenceError:
@@ -70,7 +89,7 @@ class _Vetting:
             check = _KEYWORDS.get(keyword)
             if check is not None:
                 check(self, value, f"{where}, {keyword}", depth + 1)
-            elif keyword not in _REMARKS:
+            elif keyword in _CONSTRAIN:
                 raise _refusal(where, f"uses {keyword!r}, which the runtime that is loaded does not have")
         _ranges(schema, where)
 
@@ -121,6 +140,20 @@ class _Vetting:
     def bound(self, value: Any, where: str, _depth: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
             raise _refusal(where, "must be a number below 2 to the power of 53")
+
+
+def _checked(schema: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what would be passed over: keywords of older drafts, and a count that a name which comes twice makes up.
+
+    No grammar can tell that a name came before.
+    """
+    for keyword in _OF_OLDER_DRAFTS & schema.keys():
+        raise _refusal("the schema", f"uses {keyword!r}, which draft 2020-12 has no more")
+    required = schema.get("required", [])
+    least = schema.get("minProperties", 0)
+    if isinstance(least, int) and isinstance(required, list) and least > len(set(map(str, required))):
+        raise _refusal("the schema", "has 'minProperties' above the number of properties that it requires by name")
+    return schema
 
 
 def _no_empty_circle(root: Any) -> None:
@@ -178,3 +211,27 @@ _KEYWORDS: Mapping[str, _Check] = {
     "minimum": _Vetting.bound,
     "maximum": _Vetting.bound,
 }
+
+#: Keywords that constrain, and that each engine enforces; every other one that constrains is refused by name.
+XGRAMMAR = frozenset(_KEYWORDS)
+LLGUIDANCE = XGRAMMAR | {
+    "allOf",
+    "exclusiveMaximum",
+    "exclusiveMinimum",
+    "format",
+    "maxProperties",
+    "minProperties",
+    "multipleOf",
+    "pattern",
+    "patternProperties",
+    "prefixItems",
+}
+#: By runtime. ``oneOf`` is taken by all where its branches exclude each other.
+ENFORCED: Mapping[str, frozenset[str]] = {
+    "onnx_genai": LLGUIDANCE,
+    "openvino_genai": XGRAMMAR,
+    "llamacpp": LLGUIDANCE,
+    "mlx": LLGUIDANCE,
+}
+#: Every keyword that constrains.
+CONSTRAINING = _CONSTRAIN | XGRAMMAR

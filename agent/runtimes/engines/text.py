@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 _REPLACEMENT = "�"
 
@@ -50,6 +52,45 @@ class Pieces:
     def all_after(self, tokens: Sequence[int]) -> str:
         """Return what several tokens add."""
         return self._decode([self._neutral, *tokens])[self._before :]
+
+
+class _Stream(Protocol):
+    def feed(self, token: int, /) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class JsonStream:
+    """JSON as it comes from another stream, with control characters inside of strings written as JSON has them.
+
+    For a grammar engine that lets them pass as they are, which no JSON parser takes.
+    """
+
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+        self._in_string = self._escaped = False
+
+    def feed(self, token: int, /) -> str:
+        """Return the text that is complete now."""
+        return "".join(map(self._written, self._stream.feed(token)))
+
+    def flush(self) -> str:
+        """Return what is left."""
+        return "".join(map(self._written, self._stream.flush()))
+
+    def _written(self, char: str) -> str:
+        if not self._in_string:
+            self._in_string = char == '"'
+            return char
+        if char < " ":
+            return json.dumps(char)[1:-1]
+        if self._escaped:
+            self._escaped = False
+        elif char == "\\":
+            self._escaped = True
+        elif char == '"':
+            self._in_string = False
+        return char
 
 
 class PieceStream:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.contract.bandwidth import BURST_S, Bandwidth
 from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile
-from agent.core.bandwidth import BURST_S, Bandwidth
 from agent.core.chunks import ChunkTable
 from agent.core.transfer import Outcome, TransferCore
 from tests.simulators.artifacts import manifest_of

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from agent.core.inference import InferenceError
 from agent.runtimes.engines.schema import read, vet
+from agent.runtimes.engines.subschemas import without_exclusive_one_of
 
 GOOD = [
     "true",
@@ -70,3 +71,37 @@ def test_anything_is_passed_or_refused(value: object) -> None:
     for check in (read, vet):
         with contextlib.suppress(InferenceError):
             check(json.dumps(value))
+
+
+def tagged(kind: str) -> dict[str, object]:
+    return {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("branches", "exclusive"),
+    [
+        ([{"type": "string"}, {"type": "null"}], True),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"type": ["integer", "null"]}, {"type": "string"}], True),
+        ([{"const": 1}, {"const": True}], True),
+        ([{"const": 1}, {"const": 1.0}], False),
+        ([{"enum": ["a", "b"]}, {"enum": ["b", "c"]}], False),
+        ([tagged("cat"), tagged("dog")], True),
+        ([tagged("cat"), tagged("dog"), tagged("cat")], False),
+        ([tagged("cat"), {**tagged("dog"), "required": []}], False),
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], True),
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/none"}], False),
+        ([{"$ref": "#/$defs/loop"}, {"type": "null"}], False),
+        ([True, {"type": "null"}], False),
+        ([{"type": "object"}], True),
+    ],
+)
+def test_one_of_becomes_any_of_only_where_no_value_fits_two_branches(branches: list[object], exclusive: bool) -> None:
+    loop = {"$ref": "#/$defs/other"}
+    definitions = {"cat": tagged("cat"), "dog": tagged("dog"), "loop": loop, "other": {"$ref": "#/$defs/loop"}}
+    schema = {"$defs": definitions, "type": "array", "items": {"oneOf": branches}}
+    before = json.dumps(schema)
+    changed = without_exclusive_one_of(schema)
+    assert set(changed["items"]) == {"anyOf" if exclusive else "oneOf"}
+    assert json.dumps(schema) == before
+    assert changed["$defs"] == definitions

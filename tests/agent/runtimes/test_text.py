@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.runtimes.engines.generation import common_prefix
-from agent.runtimes.engines.text import Pieces, PieceStream, StopStrings, Utf8Stream
+from agent.runtimes.engines.text import JsonStream, Pieces, PieceStream, StopStrings, Utf8Stream
 
 _letters = st.text("ab\n<é", max_size=30)
 _stops = st.lists(st.text("ab<é", min_size=1, max_size=4), max_size=4)
@@ -89,3 +90,31 @@ def test_the_common_beginning(left: list[int], right: list[int]) -> None:
     size = common_prefix(left, right)
     assert left[:size] == right[:size]
     assert size == min(len(left), len(right)) or left[size] != right[size]
+
+
+class Said:
+    """A stream whose tokens are numbers of its pieces; the last piece comes when it is flushed."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces = pieces
+
+    def feed(self, token: int, /) -> str:
+        return self.pieces[token]
+
+    def flush(self) -> str:
+        return self.pieces[-1]
+
+
+@given(st.lists(st.text(max_size=8), max_size=6), st.integers(1, 5))
+def test_control_characters_in_strings_are_written_as_json_has_them(texts: list[str], size: int) -> None:
+    """As an engine writes them that escapes quotes and backslashes, and nothing else."""
+    raw = "{\n" + ",\t".join(f'"{n}": ' + _raw(text) for n, text in enumerate(texts)) + "\n}"
+    pieces = [raw[start : start + size] for start in range(0, len(raw), size)]
+    stream = JsonStream(Said(pieces))
+    text = "".join(stream.feed(token) for token in range(len(pieces) - 1)) + stream.flush()
+    assert json.loads(text) == {str(n): text for n, text in enumerate(texts)}
+    assert text.startswith("{\n"), "between values it stays as it was"
+
+
+def _raw(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

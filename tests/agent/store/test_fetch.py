@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from agent.contract import topics
+from agent.contract.bandwidth import BURST_S
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES, Chat, Manifest
 from agent.contract.messages import Progress
 from agent.core import ports
-from agent.core.bandwidth import BURST_S
 from agent.errors import StoreError, TransferError
 from agent.link import MqttLink
 from agent.store.artifacts import ArtifactStore
