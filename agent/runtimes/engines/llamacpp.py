@@ -31,7 +31,7 @@ from agent.runtimes.engines.guidance import Guide, Guides
 from agent.runtimes.engines.llamacpp_binding import Batch, Log
 from agent.runtimes.engines.llamacpp_grammar import Grammar
 from agent.runtimes.engines.llamacpp_quirks import quiet_openmp, without_amx
-from agent.runtimes.engines.slots import choose
+from agent.runtimes.engines.slots import LEAST_PIECE, choose, piece_of
 from agent.runtimes.engines.text import Utf8Stream
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
 
@@ -280,7 +280,10 @@ class LlamaCppEngine:
         room = min(_PREFILL_SHARED, _BATCH - answering) if answering else _BATCH
         shares = {}
         for number in sorted(left, key=left.__getitem__):
-            shares[number] = min(left[number], room)
+            # The end is a piece of its own, always: a prompt that is found in the cache is computed from there on, and
+            # the kernels round otherwise in pieces of other sizes.
+            begun = left[number] - LEAST_PIECE
+            shares[number] = piece_of(begun, room) if begun > 0 else left[number] if left[number] <= room else 0
             room -= shares[number]
         return shares
 

@@ -24,7 +24,7 @@ from agent.runtimes.engines.generation import Generation, check_fits
 from agent.runtimes.engines.guidance import Guide, Guides, from_file
 from agent.runtimes.engines.onnx_cache import RowCache
 from agent.runtimes.engines.onnx_files import OnnxFiles
-from agent.runtimes.engines.slots import choose
+from agent.runtimes.engines.slots import choose, piece_of
 from agent.runtimes.protocol.engine import LoadOptions
 
 #: Prompt tokens of one step while others wait for their next token, which bounds their delay.
@@ -175,8 +175,8 @@ class BatchEngine:
             if row.sequence is not None and row.sequence.next is None
         ]
         for missing, number, sequence in sorted(left, key=lambda entry: entry[:2]):
-            size = min(missing, room, self._cache.piece)
-            if size <= 0:
+            size = piece_of(missing, min(room, self._cache.piece))
+            if size == 0:
                 break
             room -= size
             tokens = self._rows[number].tokens

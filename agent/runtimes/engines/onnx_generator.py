@@ -26,6 +26,7 @@ from agent.core.inference import (
 from agent.runtimes.engines.generation import Generation, check_fits, common_prefix
 from agent.runtimes.engines.guidance import Guide, Guides, from_file
 from agent.runtimes.engines.onnx_files import LONGROPE_SWITCH, OnnxFiles
+from agent.runtimes.engines.slots import LEAST_PIECE, piece_of
 from agent.runtimes.protocol.engine import LoadOptions
 
 #: Prompt tokens computed in one step: with others waiting for their next token, and alone.
@@ -165,10 +166,9 @@ class GeneratorEngine:
             capacity = min(self.context, -(-need // _CAPACITY_STEP) * _CAPACITY_STEP)
             self._make_room(capacity)
             return _Slot(self._generator(capacity), capacity), 0
-        # The last token of the prompt is always computed: its logits are what is drawn from.
-        shared = {
-            id(slot): min(common_prefix(slot.tokens, prompt), len(prompt) - 1) for slot in fitting if slot.long == long
-        }
+        # The end of the prompt is always computed: its logits are what is drawn from.
+        most = max(0, len(prompt) - LEAST_PIECE)
+        shared = {id(slot): min(common_prefix(slot.tokens, prompt), most) for slot in fitting if slot.long == long}
         slot = max(fitting, key=lambda one: (shared.get(id(one), 0), -len(one.tokens)))
         self._idle.remove(slot)
         return slot, shared.get(id(slot), 0)
@@ -221,7 +221,7 @@ class GeneratorEngine:
         size = _PREFILL_ALONE if len(self._active) == 1 else _PREFILL_SHARED
         if self._longrope and done == 0 and len(sequence.prompt) > LONGROPE_SWITCH:
             size = LONGROPE_SWITCH + 1
-        return sequence.prompt[done : done + size]
+        return sequence.prompt[done : done + piece_of(len(sequence.prompt) - done, size)]
 
     def _append(self, slot: _Slot, tokens: list[int]) -> None:
         if self._longrope and not slot.long and len(slot.tokens) + len(tokens) > LONGROPE_SWITCH:

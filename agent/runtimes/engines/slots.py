@@ -19,6 +19,22 @@ WORTH_COPYING = 64
 WORTH_KEEPING = 32
 
 
+#: Tokens of a prompt's piece, at least. Kernels for one row are others than those for many, and the logits they give
+#: differ by more than the last digits: with pieces of one, an answer would depend on what was in the cache.
+LEAST_PIECE = 2
+
+
+def piece_of(missing: int, room: int) -> int:
+    """Return how many of the ``missing`` tokens of a prompt are computed now, with room for so many; 0: wait.
+
+    Neither this piece nor the last one is a single token, but for a prompt of one.
+    """
+    if missing <= room:
+        return missing
+    size = room - 1 if missing - room == 1 else room
+    return size if size >= LEAST_PIECE else 0
+
+
 class Slot(Protocol):
     """A place: the tokens whose keys and values it holds, who is there, and when it was last left."""
 
@@ -47,7 +63,8 @@ class Choice(Generic[S]):
 def choose(slots: Sequence[S], prompt: list[int]) -> Choice[S]:
     """Among the free ones, of which there must be one.
 
-    The last token of the prompt never counts as shared: it is computed always, its logits are what is drawn from.
+    The last token of the prompt never counts as shared: it is computed always, its logits are what is drawn from. Nor
+    does the one before: see ``LEAST_PIECE``.
     """
     free = [one for one in slots if one.sequence is None]
     at_work = [one.number for one in slots if one.sequence is not None]
@@ -59,7 +76,7 @@ def choose(slots: Sequence[S], prompt: list[int]) -> Choice[S]:
         held = common_prefix(one.tokens, prompt)
         return held if held >= WORTH_KEEPING else 0
 
-    most = len(prompt) - 1
+    most = max(0, len(prompt) - LEAST_PIECE)
     slot = max(free, key=lambda one: (saved(one), beside(one)))
     shared = min(common_prefix(slot.tokens, prompt), most)
     donor = max(slots, key=lambda one: common_prefix(one.tokens, prompt))

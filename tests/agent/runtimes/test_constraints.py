@@ -149,10 +149,9 @@ async def holds(run: Run, schema: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("keyword", SCHEMAS)
 async def test_each_keyword_is_enforced_or_refused_by_name(run: Run, keyword: str) -> None:
-    runtime = run.artifact.manifest.toolchain.value.replace("openvino", "openvino_genai")
     if not run.guides():
-        pytest.skip(f"{runtime} has no guidance here")
-    if keyword in ENFORCED[runtime]:
+        pytest.skip(f"{run.runtime} has no guidance here")
+    if keyword in ENFORCED[run.runtime]:
         await holds(run, SCHEMAS[keyword], keyword)
         return
     with pytest.raises(InferenceError, match=keyword.replace("$", r"\$")) as caught:

@@ -150,7 +150,7 @@ def test_a_long_beginning_is_taken_over_from_a_row_that_still_answers() -> None:
     first = next(number for number in range(30) if len(expected([3] * 70 + [number], 20)) == 20)
     made.submit(GenerationRequest("a", " ".join([*shared, str(first)]), Sampling(20, 0.0)))
     events = [event for _ in range(4) for event in made.step()]
-    made.submit(GenerationRequest("b", " ".join([*shared, "30"]), Sampling(1, 0.0)))
+    made.submit(GenerationRequest("b", " ".join([*shared, "30", "31"]), Sampling(1, 0.0)))
     events += [event for _ in range(40) for event in made.step()]
     cached = {event.id: event.cached_tokens for event in events if isinstance(event, DoneEvent)}
     assert cached == {"a": 0, "b": 70}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.runtimes.engines.slots import WORTH_COPYING, WORTH_KEEPING, choose
+from agent.runtimes.engines.slots import LEAST_PIECE, WORTH_COPYING, WORTH_KEEPING, choose, piece_of
 
 
 @dataclass
@@ -55,9 +56,25 @@ def test_a_long_beginning_of_one_at_work_is_copied_to_a_neighbour():
     assert chosen.slot.number in (2, 4)
 
 
-def test_the_last_token_is_always_computed():
+def test_the_end_is_always_computed():
     chosen = choose(places(p5=[*PROMPT, 1, 2]), PROMPT)
-    assert (chosen.slot.number, chosen.shared) == (5, len(PROMPT) - 1)
+    assert (chosen.slot.number, chosen.shared) == (5, len(PROMPT) - LEAST_PIECE)
+    assert choose(places(p5=[1, 2]), [1]).shared == 0
+
+
+@given(st.integers(1, 3000), st.lists(st.integers(1, 600), min_size=1, max_size=8))
+def test_no_piece_of_a_prompt_is_a_single_token(length: int, rooms: list[int]):
+    missing, waited = length, 0
+    for room in itertools.cycle(rooms):
+        size = piece_of(missing, room)
+        assert 0 <= size <= room
+        assert size != 1 or length == 1
+        missing -= size
+        waited = waited + 1 if size == 0 else 0
+        assert missing != 1
+        if missing == 0 or waited > len(rooms):
+            break
+    assert missing == 0 or max(rooms) < 3, "with room for three it comes to its end"
 
 
 texts = st.lists(st.integers(0, 1), max_size=6).map(lambda bits: [bit for bit in bits for _ in range(40)])
