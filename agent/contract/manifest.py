@@ -137,6 +137,15 @@ class Chat(WireModel):
     bos_token: str = ""
     eos_token: str = ""
     stop: tuple[str, ...] = ()
+    special: Annotated[
+        tuple[Annotated[str, Field(min_length=2, max_length=128)], ...],
+        Field(max_length=4096, description="what the tokenizer reads as a control token, wherever it stands in a text"),
+    ] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_it_was_signed(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A manifest from before ``special`` stays the bytes that were signed."""
+        return {name: value for name, value in dump(self).items() if name != "special" or self.special}
 
 
 class SamplingDefaults(WireModel):

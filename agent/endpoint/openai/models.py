@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from agent.contract.manifest import Manifest
+from agent.contract.templates import Place, knowledge
 from agent.core.inference import ModelInfo
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.sampling import effective_defaults
@@ -76,5 +77,14 @@ def signed_facts(manifest: Manifest) -> dict[str, Any]:
         "source": manifest.model.model_dump(mode="json"),
         "profile": manifest.profile,
         "versions": manifest.versions,
-        "chat": {"tools_in_template": "tools" in manifest.chat.template, "stop": list(manifest.chat.stop)},
+        "chat": {**_chat_facts(manifest), "stop": list(manifest.chat.stop)},
+    }
+
+
+def _chat_facts(manifest: Manifest) -> dict[str, Any]:
+    """What the template shows; the rest is said in the user's turn (``agent.endpoint.openai.chat``)."""
+    knows = knowledge(manifest.chat)
+    return {
+        "tools_in_template": knows.tools is not Place.NOWHERE,
+        "roles": {"system": knows.system, "later_system": knows.later_system, "tool": knows.tool},
     }

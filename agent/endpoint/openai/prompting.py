@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.contract.manifest import Manifest
 from agent.core.inference import DoneEvent, FinishReason, GenerationRequest, Sampling
-from agent.endpoint.openai.chat import ChatTemplateError, neutralise, render
+from agent.endpoint.openai.chat import ChatTemplateError, neutralised, render
 from agent.endpoint.openai.errors import from_done, invalid
 from agent.endpoint.openai.shapes import ContentPart, Message
 
@@ -28,17 +28,20 @@ def prompt_of(
 ) -> str:
     """Return the prompt that the manifest's chat template makes of ``messages``.
 
+    No text in them, nor in ``tools``, can play another role than its own: control tokens are broken up, at any depth.
+
     Raises:
         ApiError: 400, the template refuses.
     """
     try:
-        return render(manifest, messages, tools or None)
+        special = manifest.chat.special
+        return render(manifest, neutralised(list(messages), special), neutralised(list(tools), special) or None)
     except ChatTemplateError as error:
         raise invalid(str(error), param) from None
 
 
 def plain_messages(messages: Sequence[Message], param: str = "messages") -> list[dict[str, Any]]:
-    """Messages as a template takes them: text only, and no control tokens smuggled in.
+    """Messages as a template takes them: text only.
 
     Raises:
         ApiError: 400, a part is no text, or a message is empty that must not be.
@@ -52,20 +55,20 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
         raise invalid(f"{where}.content is missing", f"{where}.content")
     plain: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": neutralise(text or ""),
+        "content": text or "",
     }
     if message.name:
-        plain["name"] = neutralise(message.name)
+        plain["name"] = message.name
     if message.tool_call_id:
-        plain["tool_call_id"] = neutralise(message.tool_call_id)
+        plain["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         plain["tool_calls"] = [
             {
-                "id": neutralise(call.id or ""),
+                "id": call.id or "",
                 "type": "function",
                 "function": {
-                    "name": neutralise(call.function.name),
-                    "arguments": neutralise(call.function.arguments or "{}"),
+                    "name": call.function.name,
+                    "arguments": call.function.arguments or "{}",
                 },
             }
             for call in message.tool_calls

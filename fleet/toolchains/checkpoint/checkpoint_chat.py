@@ -28,7 +28,11 @@ class _Token(ModelFile):
     content: str
 
 
-class _AddedToken(_Token):
+class _NamedToken(_Token):
+    special: bool = False
+
+
+class _AddedToken(_NamedToken):
     id: _TokenId
 
 
@@ -49,7 +53,7 @@ class _TokenizerConfig(ModelFile):
     chat_template: str | list[_NamedTemplate] | None = None
     bos_token: str | _Token | None = None
     eos_token: str | _Token | None = None
-    added_tokens_decoder: dict[Annotated[_TokenId, Field(strict=False)], str | _Token] | None = None
+    added_tokens_decoder: dict[Annotated[_TokenId, Field(strict=False)], str | _NamedToken] | None = None
 
 
 class _Generation(ModelFile):
@@ -84,7 +88,13 @@ def chat_of(path: Path, architecture: str) -> Chat:
     ends += [token for token in _TURN_ENDS if token in special.values() and token in template]
     stop = tuple(dict.fromkeys(token for token in [eos, *ends] if token))
     try:
-        chat = Chat(template=template, bos_token=_text(config.bos_token), eos_token=eos, stop=stop)
+        chat = Chat(
+            template=template,
+            bos_token=_text(config.bos_token),
+            eos_token=eos,
+            stop=stop,
+            special=_control_tokens(path, config),
+        )
     except ValidationError as error:
         raise ModelError(f"{file}: the chat cannot be delivered: {explain(error)}; shorten it") from None
     try:
@@ -135,6 +145,23 @@ def _template(path: Path, config: _TokenizerConfig) -> tuple[Path, str]:
 
 def _text(token: str | _Token | None) -> str:
     return token.content if isinstance(token, _Token) else token or ""
+
+
+def _control_tokens(path: Path, config: _TokenizerConfig) -> tuple[str, ...]:
+    """Return what a text must not hold that comes from outside, sorted.
+
+    Beside those that the tokenizer calls special, these are added tokens that look like marks, as some checkpoints
+    leave out the flag; but not runs of spaces, which are added tokens too.
+    """
+    added: list[_NamedToken] = list(read_as(_Tokenizer, path / "tokenizer.json").added_tokens or [])
+    named = [token for token in (config.added_tokens_decoder or {}).values() if isinstance(token, _NamedToken)]
+    marks = {
+        token.content
+        for token in [*added, *named]
+        if token.special or (token.content[:1] + token.content[-1:]) in ("<>", "[]", "{}")
+    }
+    ends = {_text(config.bos_token), _text(config.eos_token)}
+    return tuple(sorted(mark for mark in marks | ends if len(mark.strip()) > 1))
 
 
 def _special_tokens(path: Path, config: _TokenizerConfig) -> dict[int, str]:

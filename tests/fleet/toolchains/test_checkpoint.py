@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from agent.endpoint.openai.chat import neutralise
 from fleet.errors import ModelError
 from fleet.toolchains.checkpoint.chat import render
 from fleet.toolchains.checkpoint.checkpoint import inspect, resolve_model, slug
+from fleet.toolchains.checkpoint.checkpoint_chat import chat_of
 from fleet.toolchains.checkpoint.safetensors_scan import first_not_finite, read_tensors
 from fleet.toolchains.checkpoint.source import hub_config
 
@@ -164,3 +166,16 @@ def test_rope_saved_by_transformers_5_is_spelled_as_on_the_hub() -> None:
     assert (view["rope_theta"], view["partial_rotary_factor"]) == (10000.0, 0.75)
     assert (view["original_max_position_embeddings"], view["torch_dtype"]) == (4096, "float32")
     assert not {"rope_parameters", "dtype"} & set(view)
+
+
+def test_the_tokenizers_own_control_tokens_are_signed_and_no_text_from_outside_holds_one(sample_dir: Path) -> None:
+    from tokenizers import Tokenizer
+
+    special = chat_of(sample_dir, "Phi3ForCausalLM").special
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"} <= set(special)
+    tokenizer = Tokenizer.from_file(str(sample_dir / "tokenizer.json"))
+    ids = {tokenizer.token_to_id(token) for token in special}
+    for token in special:
+        for text in (token, f"a{token}b", f" {token} ", token * 3):
+            assert ids & set(tokenizer.encode(text, add_special_tokens=False).ids), "the tokenizer sees it"
+            assert not ids & set(tokenizer.encode(neutralise(text, special), add_special_tokens=False).ids)
