@@ -75,7 +75,11 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
     steps = Steps(parts, reporter.progress)
     deployer = Deployer(steps, parts, FileJournal(settings.state_dir / "journal"), state, reporter.report)
     server = EndpointServer(
-        host, endpoint_config(settings), stats=host.stats, on_finished=lambda done: _book(done, monitor)
+        host,
+        endpoint_config(settings),
+        stats=host.stats,
+        on_finished=lambda done: _book(done, monitor),
+        names=lambda: state.deployment.names(clock.now()),
     )
     return Body(
         link,

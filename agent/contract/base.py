@@ -51,6 +51,9 @@ ArtifactId = Annotated[
         description="model-toolchain-precision-target-key, derived from the inputs",
     ),
 ]
+Alias = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="what applications call a model by, such as chat")
+]
 Timestamp = Annotated[AwareDatetime, Field(description="ISO 8601 with an offset")]
 CertificateRequest = Annotated[
     str, Field(min_length=1, max_length=16384, description="PKCS #10, PEM; its subject is CN=device")

@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from agent.contract.base import (
     MAX_INTEGER,
+    Alias,
     Amount,
     ArtifactId,
     Bytes,
@@ -136,6 +137,15 @@ class Window(WireModel):
     not_after: Timestamp | None = None
 
 
+class ServedNames(WireModel):
+    """What applications may call the model by, beside its own name."""
+
+    aliases: Annotated[tuple[Alias, ...], Field(max_length=16)] = ()
+    former_s: Annotated[
+        float, Field(ge=0, le=1e10, description="seconds for which the name of what served before is answered")
+    ] = 30 * 86400.0
+
+
 class Desired(WireModel):
     """What one device should run: a director document in Uptane's sense. Travels signed (see ``SignedDesired``)."""
 
@@ -151,6 +161,11 @@ class Desired(WireModel):
     transfer: TransferLimits = TransferLimits()
     probation_s: Annotated[float, Field(ge=0, description="seconds of health before commit")] = 60.0
     deadline_s: Annotated[float, Field(gt=0, description="seconds for the whole deployment")] = 6 * 3600.0
+    names: ServedNames | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_the_first_release(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "names" or value is not None}
 
     @model_validator(mode="after")
     def _expires_later(self) -> Self:

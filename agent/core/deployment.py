@@ -33,7 +33,7 @@ from types import MappingProxyType
 
 from agent.contract.base import Timestamp, WireModel
 from agent.contract.failures import FailureCode
-from agent.contract.messages import ArtifactRef, Desired, Failure, Proof, State
+from agent.contract.messages import ArtifactRef, Desired, Failure, Proof, ServedNames, State
 from agent.core.deployment_events import (
     Activated,
     Available,
@@ -57,6 +57,7 @@ from agent.core.deployment_events import (
     Verified,
 )
 from agent.core.deployment_table import CASES, STATES, TABLE, Case, edges, speaks_against_artifact, waits
+from agent.core.names import Former, Names, answered, remembered
 
 __all__ = [
     "CASES",
@@ -137,6 +138,13 @@ class Deployment(WireModel):
     touched: bool = False
     #: The largest sequence number ever accepted: an older order is a replay.
     newest_sequence: int = 0
+    #: As the order of what is committed said.
+    aliases: tuple[str, ...] = ()
+    #: What served before, as long as its names are answered.
+    former: tuple[Former, ...] = ()
+    #: Names and artifacts of what was activated last, and of what that replaced until it is committed.
+    activated: tuple[str, str] | None = None
+    replaced: tuple[tuple[str, str], ...] = ()
 
     @property
     def underway(self) -> bool:
@@ -153,6 +161,28 @@ class Deployment(WireModel):
     def deployment_id(self) -> str:
         """Of the order, for log lines; empty before the first."""
         return self.desired.deployment if self.desired else ""
+
+    def names(self, now: datetime) -> Names:
+        """What the model that serves now answers to, beside its own name and its artifact's."""
+        ordered = self._ordered_names().aliases if self.touched else ()
+        replaced = tuple(text for pair in self.replaced for text in pair)
+        aliases = tuple(dict.fromkeys([*self.aliases, *ordered]))
+        return Names(aliases, tuple(dict.fromkeys([*answered(self.former, now), *replaced])))
+
+    def _ordered_names(self) -> ServedNames:
+        return (self.desired.names if self.desired else None) or ServedNames()
+
+    def once_committed(self, now: datetime) -> dict[str, object]:
+        """Return what is remembered of names once what was ordered is committed."""
+        ordered = self._ordered_names()
+        former = remembered(self.former, self.replaced, ordered, now)
+        return {"aliases": ordered.aliases, "former": former, "replaced": ()}
+
+    def once_back(self, now: datetime) -> dict[str, object]:
+        """Return what is remembered of names once something else serves than what was activated last."""
+        gone = [self.activated] if self.activated is not None else []
+        former = remembered(self.former, gone, self._ordered_names(), now)
+        return {"former": former, "activated": None, "replaced": ()}
 
     def keep(self) -> tuple[str, ...]:
         """Digests of the artifacts that must stay complete on disk."""
@@ -195,7 +225,7 @@ def case_of(deployment: Deployment, event: Event, now: datetime) -> Case:
     match event:
         case Ordered(order):
             return _case_of_order(deployment, order)
-        case Activated(digest):
+        case Activated(digest, _, _):
             return Case.ACTIVATED if _is_chosen(deployment, digest) else Case.ACTIVATED_OTHER
         case Healthy(digest):
             return Case.HEALTHY if _is_chosen(deployment, digest) else Case.HEALTHY_OTHER
@@ -334,6 +364,7 @@ def _order(deployment: Deployment, event: Event, state: State, now: datetime) ->
     }
     if state is S.COMMITTED:
         done = deployment.model_copy(update={**fresh, "state": state, "chosen": deployment.committed})
+        done = done.model_copy(update=done.once_committed(now))
         return done, (Halt(), Serve(), Report())
     entered, effects = _enter(deployment, state, now, **fresh)
     return entered, (Halt(), *effects)
@@ -345,6 +376,9 @@ def _advance(deployment: Deployment, event: Event, state: State, now: datetime) 
             return _enter(deployment, state, now, candidates=candidates)
         case Proved(chosen, proof):
             return _enter(deployment, state, now, chosen=chosen, proof=proof, touched=True)
+        case Activated(_, serves, before):
+            replaced = tuple(dict.fromkeys([*deployment.replaced, *([before] if before else [])]))
+            return _enter(deployment, state, now, activated=serves, replaced=replaced)
         case _:
             return _enter(deployment, state, now)
 
@@ -358,10 +392,11 @@ def _wait(deployment: Deployment, event: Event, state: State, now: datetime) -> 
     return entered, (*((Serve(),) if deployment.touched else ()), *effects)
 
 
-def _commit(deployment: Deployment, _event: Event, state: State, _now: datetime) -> Decided:
+def _commit(deployment: Deployment, _event: Event, state: State, now: datetime) -> Decided:
     chosen = deployment.chosen
     committed = deployment.model_copy(
         update={
+            **deployment.once_committed(now),
             "state": state,
             "previous": deployment.previous if deployment.committed == chosen else deployment.committed,
             "committed": chosen,
@@ -372,8 +407,9 @@ def _commit(deployment: Deployment, _event: Event, state: State, _now: datetime)
     return committed, (Halt(), Report(), Collect())
 
 
-def _fail(deployment: Deployment, event: Event, state: State, _now: datetime) -> Decided:
-    failed = deployment.model_copy(update={"state": state, "failure": _failure(deployment, event), "touched": False})
+def _fail(deployment: Deployment, event: Event, state: State, now: datetime) -> Decided:
+    changes = {"state": state, "failure": _failure(deployment, event), "touched": False}
+    failed = deployment.model_copy(update={**(deployment.once_back(now) if deployment.touched else {}), **changes})
     # Without a touch the committed artifact serves all along.
     return failed, (Halt(), *((Serve(),) if deployment.touched else ()), Report(), Collect())
 
@@ -386,7 +422,7 @@ def _failure(deployment: Deployment, event: Event) -> Failure:
             text = f"the deployment was still {deployment.state.value} after {seconds:.0f} s, which is its deadline"
             waited = f"; it waited last because {deployment.waiting.why.message}" if deployment.waiting else ""
             return Failure(code=FailureCode.DEADLINE, message=text + waited)
-        case Activated(digest) | Healthy(digest):
+        case Activated(digest, _, _) | Healthy(digest):
             ordered = deployment.chosen.digest[:12] if deployment.chosen else "nothing"
             return Failure(
                 code=FailureCode.STORE_CORRUPT, message=f"the worker serves {digest[:12]}, and {ordered} was ordered"
@@ -396,9 +432,10 @@ def _failure(deployment: Deployment, event: Event) -> Failure:
             return Failure(code=FailureCode.BOOT_LOOP, message=text)
 
 
-def _lose(deployment: Deployment, event: Event, state: State, _now: datetime) -> Decided:
+def _lose(deployment: Deployment, event: Event, state: State, now: datetime) -> Decided:
     """Put the one before, if any, in the place of the committed artifact, which is gone."""
     changes = {
+        **({} if deployment.touched else deployment.once_back(now)),
         "state": state,
         "committed": deployment.previous,
         "previous": None,

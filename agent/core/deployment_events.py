@@ -62,9 +62,14 @@ class Proved:
 
 @dataclass(frozen=True, slots=True)
 class Activated:
-    """The endpoint serves the new model; ``digest`` is what the worker says it has loaded."""
+    """The endpoint serves the new model; ``digest`` is what the worker says it has loaded.
+
+    ``serves`` and ``replaced``: the model's name and its artifact's id, now and before, where something served.
+    """
 
     digest: str
+    serves: tuple[str, str] | None = None
+    replaced: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

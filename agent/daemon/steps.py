@@ -283,8 +283,10 @@ class Steps:
         await self._wait_for_window(order)
         manifest = await self._manifest(ref)
         async with self.host_lock:
+            before = self._parts.host.active()
             info = await self._activated(manifest, self._folder(ref))
-        return core.Activated(info.digest)
+        replaced = (before.name, before.artifact) if before is not None and before.digest != info.digest else None
+        return core.Activated(info.digest, (info.name, info.artifact), replaced)
 
     async def _wait_for_window(self, order: Desired) -> None:
         begin, end = order.window.not_before, order.window.not_after

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from agent.core.names import Names
 from agent.core.ports import Inference
 from agent.endpoint.http.auth import Cors, Keyring, check_host, is_open
 from agent.endpoint.http.config import EndpointConfig
@@ -42,10 +44,12 @@ def create_app(
     *,
     stats: StatsSource,
     on_finished: OnFinished | None = None,
+    names: Callable[[], Names] = Names,
 ) -> web.Application:
     """Return the endpoint as an aiohttp application; ``EndpointServer`` listens with it.
 
     ``stats`` is asked whenever metrics are scraped. ``on_finished`` is called for each sequence that is over.
+    ``names`` says what the model answers to beside its own name.
 
     Raises:
         agent.errors.ConfigError: the configuration is unsafe or contradicts itself.
@@ -63,7 +67,7 @@ def create_app(
     )
     runner = Runner(inference, stats, finished, config.limits.request_timeout_s)
     app[CONTEXT] = Context(
-        inference, config, runner, metrics, _store(config), stats, Budget(config.limits.bodies_bytes)
+        inference, config, runner, metrics, _store(config), stats, Budget(config.limits.bodies_bytes), names
     )
     _routes(app.router)
     app.on_response_prepare.append(_headers)

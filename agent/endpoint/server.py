@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from agent.core.names import Names
 from agent.core.ports import Inference
 from agent.endpoint.app import create_app
 from agent.endpoint.http.config import EndpointConfig
@@ -39,9 +40,10 @@ class EndpointServer:
         *,
         stats: StatsSource,
         on_finished: OnFinished | None = None,
+        names: Callable[[], Names] = Names,
     ) -> None:
         self.config = config
-        self.app = create_app(inference, config, stats=stats, on_finished=on_finished)
+        self.app = create_app(inference, config, stats=stats, on_finished=on_finished, names=names)
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
         self._port = config.port

@@ -315,7 +315,14 @@ def post_deployments(call: Call) -> Reply:
         raise UsageError("no device is meant: name devices, a profile or a selector")
     call.require(*names)
     rows = call.fleet.registry.devices.some(names)
-    options = DeployOptions(order.probation_s, order.deadline_s, order.not_before, order.not_after, order.force)
+    options = DeployOptions(
+        order.probation_s,
+        order.deadline_s,
+        order.not_before,
+        order.not_after,
+        order.force,
+        tuple(order.aliases),
+    )
     made = deploy(call.fleet, variants(call.fleet, order.artifacts), rows, options, call.actor)
     return _whole(made, describe_deployment, 201)
 

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from agent.contract.base import Alias
 from fleet.core.roles import Role
-from fleet.core.rollout_spec import RolloutSpec
+from fleet.core.rollout_spec import DEFAULT_ALIASES, RolloutSpec
 
 T = TypeVar("T")
 
@@ -274,6 +275,9 @@ class Order(Body):
     not_before: AwareDatetime | None = None
     not_after: AwareDatetime | None = None
     force: Annotated[str | None, Field(max_length=1000, description="why, although it does not fit")] = None
+    aliases: Annotated[list[Alias], Field(max_length=16, description="what applications may call the model by")] = list(
+        DEFAULT_ALIASES
+    )
 
 
 class Devices(Body):

@@ -19,6 +19,7 @@ from fleet.cli import completion
 from fleet.cli.context import Context, actor
 from fleet.cli.status import HELD, table
 from fleet.core.deployments import TABLE, Stage
+from fleet.core.rollout_spec import DEFAULT_ALIASES
 from fleet.errors import DeploymentError
 from fleet.operations.deploy import DeployOptions, follow, select_devices
 from fleet.operations.deploy import deploy as deploy_artifacts
@@ -55,6 +56,15 @@ UNPUBLISHED_HINT_S = 5.0
 @click.option("--profile", shell_complete=completion.profiles, help="All devices of this profile.")
 @click.option("--probation", "probation_s", type=click.FloatRange(0), help="Seconds of health before commit.")
 @click.option("--deadline", "deadline_s", type=click.FloatRange(1), help="Seconds for the whole deployment.")
+@click.option(
+    "--alias",
+    "aliases",
+    metavar="NAME",
+    multiple=True,
+    default=DEFAULT_ALIASES,
+    show_default=True,
+    help="What applications may call the model by; more than once.",
+)
 @click.option("--not-before", type=MOMENT, help="When devices may change their model, from; fetching begins at once.")
 @click.option("--not-after", type=MOMENT, help="When devices may change their model, until.")
 @click.option("--force", metavar="REASON", help="Deploy although it does not fit; the reason is recorded.")

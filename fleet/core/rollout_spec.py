@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from agent.contract.base import Timestamp
+from agent.contract.base import Alias, Timestamp
 from fleet.core.evidence import Gate
 from fleet.core.windows import WeeklyWindow
 
@@ -45,6 +45,10 @@ class Wave(Frozen):
         return f"{self.percent:g}%" if self.percent is not None else f"{self.devices}"
 
 
+#: What applications may call any fleet's model by, unless the order says otherwise.
+DEFAULT_ALIASES = ("chat",)
+
+
 class RolloutSpec(Frozen):
     """What the operator asks for."""
 
@@ -65,6 +69,9 @@ class RolloutSpec(Frozen):
         tuple[str, ...],
         Field(max_length=50, description="devices are ordered only within these, such as mon-fri 22:00-05:00 UTC"),
     ] = ()
+    aliases: Annotated[
+        tuple[Alias, ...], Field(max_length=16, description="what applications may call the model by")
+    ] = DEFAULT_ALIASES
     gate: Gate | None = Gate()
     on_stop: Annotated[Literal["revert", "keep"], Field(description="of devices that have changed")] = "revert"
     priority: Annotated[int, Field(ge=0, le=100)] = 50

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from pydantic import ValidationError
+
+from agent.contract.base import explain
 from agent.contract.manifest import Manifest
-from agent.contract.messages import ArtifactRef, Desired, TransferLimits, Window
+from agent.contract.messages import ArtifactRef, Desired, ServedNames, SignedDesired, TransferLimits, Window
 from agent.contract.profile import DeviceProfile, HealthLimits
 from fleet.core.deployments import TABLE, Stage, usual_deadline_s
 from fleet.core.fit import gate_incompatibilities, incompatibilities
+from fleet.core.rollout_spec import DEFAULT_ALIASES
 from fleet.errors import ConflictError, UsageError
 from fleet.operations.artifacts import refuse_withdrawn
 from fleet.operations.fleet import Fleet
@@ -25,13 +30,27 @@ FOLLOW_POLL_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class DeployOptions:
-    """What the operator says about a deployment beside artifact and devices. None: as the profile has it."""
+    """What the operator says about a deployment beside artifact and devices. None: as the profile has it.
+
+    Raises:
+        UsageError: an alias is none.
+    """
 
     probation_s: float | None = None
     deadline_s: float | None = None
     not_before: datetime | None = None
     not_after: datetime | None = None
     force: str | None = None
+    aliases: tuple[str, ...] = DEFAULT_ALIASES
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        try:
+            ServedNames(aliases=self.aliases)
+        except ValidationError as error:
+            raise UsageError(
+                f"these aliases cannot be: {explain(error)}; they are of lower case letters, digits, '.', '_' and '-'"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +210,31 @@ def _order_back(fleet: Fleet, digests: Mapping[str, str | None], without: str, a
     if not digests:
         return []
     profiles = profiles_of(fleet.registry.devices.some(list(digests)))
-    sizes, options = fleet.registry.artifacts.sizes(), DeployOptions()
+    sizes, aliases = fleet.registry.artifacts.sizes(), _aliases(fleet.registry, list(digests))
 
     def draft(device: str, sequence: int, deployment: str) -> Desired:
         digest = digests[device] or ""
         variants = [(ArtifactRef(id=published[digest], digest=digest), sizes[digest])]
         validity = fleet.settings.order_validity_s
+        options = DeployOptions(aliases=aliases.get(device, DEFAULT_ALIASES))
         return make_order((device, sequence, deployment), variants, profiles[device], options, actor, validity)
 
     return fleet.registry.deployments.create(list(digests), draft, fleet.repository.sign_desired, actor)
+
+
+def _aliases(registry: Registry, devices: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the aliases that each device was last ordered, where it was ordered any."""
+    found: dict[str, tuple[str, ...]] = {}
+    for device, row in registry.deployments.newest(devices).items():
+        order = ordered(registry.deployments.get(row.id).envelope)
+        if order.names is not None:
+            found[device] = order.names.aliases
+    return found
+
+
+def ordered(envelope: bytes) -> Desired:
+    """Return the order inside an envelope of the registry, whose signature was this fleet's own."""
+    return Desired.from_json(base64.b64decode(SignedDesired.from_json(envelope).payload))
 
 
 def refuse_unless_one_model(artifacts: Sequence[Manifest], what: str = "variants") -> None:
@@ -280,6 +315,7 @@ def make_order(
         probation_s=profile.probation_s if options.probation_s is None else options.probation_s,
         window=Window(not_before=options.not_before, not_after=options.not_after),
         deadline_s=_deadline_s(options, profile, size, actor),
+        names=ServedNames(aliases=options.aliases),
     )
 
 

@@ -272,6 +272,7 @@ class Roller:
             deadline_s=spec.device_deadline_s,
             not_before=spec.not_before if stage is DeviceStage.ORDERED else None,
             not_after=spec.not_after if stage is DeviceStage.ORDERED else None,
+            aliases=spec.aliases,
         )
         profiles = profiles_of(fleet.registry.devices.some(list(orders)))
         sizes = fleet.registry.artifacts.sizes()

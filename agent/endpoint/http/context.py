@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel
 
+from agent.core.names import Names
 from agent.core.ports import Inference
 from agent.endpoint.http.config import EndpointConfig
 from agent.endpoint.http.connections import GuardedConnection
@@ -55,6 +57,8 @@ class Context:
     store: BoundedStore[StoredResponse | Conversation]
     stats: StatsSource
     budget: Budget
+    #: What the model that serves answers to, beside its own name.
+    names: Callable[[], Names]
 
 
 CONTEXT = web.AppKey("context", Context)

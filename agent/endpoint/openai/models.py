@@ -7,29 +7,32 @@ from typing import Any
 from agent.contract.manifest import Manifest
 from agent.contract.templates import Place, knowledge
 from agent.core.inference import ModelInfo
+from agent.core.names import Names
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.sampling import effective_defaults
 
 
-def check_model(asked: str, info: ModelInfo) -> None:
-    """A model may be asked for by its name or by its artifact.
+def check_model(asked: str, info: ModelInfo, names: Names) -> None:
+    """A model may be asked for by its name, by its artifact, or by what else its order says.
 
     Raises:
         ApiError: 404, naming what is there.
     """
-    if asked not in (info.name, info.artifact):
+    if asked not in (info.name, info.artifact) and asked not in names:
+        also = f", also as {', '.join(map(repr, names.aliases))}" if names.aliases else ""
         raise ApiError(
             404,
-            f"the model {asked[:128]!r} does not exist here: this device serves {info.name!r}",
+            f"the model {asked[:128]!r} does not exist here: this device serves {info.name!r}{also}",
             param="model",
             code="model_not_found",
         )
 
 
-def model_object(info: ModelInfo, created: int) -> dict[str, Any]:
-    """Return an entry of ``/v1/models``; ``created`` in seconds since 1970."""
+def model_object(info: ModelInfo, created: int, name: str | None = None) -> dict[str, Any]:
+    """Return an entry of ``/v1/models``; ``created`` in seconds since 1970, ``root`` the model that ``name`` means."""
     return {
-        "id": info.name,
+        "id": name or info.name,
+        "root": info.name,
         "object": "model",
         "created": created,
         "owned_by": "phifleet",

@@ -18,7 +18,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     asked = await read_request(request, ChatRequest)
     info = context.runner.model()
-    check_model(asked.model, info)
+    check_model(asked.model, info, context.names())
     job = ChatJob.prepare(
         asked,
         info,

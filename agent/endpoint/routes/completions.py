@@ -18,7 +18,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     asked = await read_request(request, CompletionRequest)
     info = context.runner.model()
-    check_model(asked.model, info)
+    check_model(asked.model, info, context.names())
     job = CompletionJob.prepare(
         asked,
         info,

@@ -10,25 +10,28 @@ from agent.endpoint.http.context import CONTEXT, read_body
 from agent.endpoint.http.metrics import CONTENT_TYPE
 from agent.endpoint.http.replies import json_reply
 from agent.endpoint.openai.errors import ApiError
-from agent.endpoint.openai.models import loaded_facts, model_object, signed_facts
+from agent.endpoint.openai.models import check_model, loaded_facts, model_object, signed_facts
 from agent.endpoint.openai.strictness import Strictness
 
 _STARTED = int(time.time())
 
 
 async def models(request: web.Request) -> web.Response:
-    """``GET /v1/models``: what serves now, or an empty list."""
-    info = request.app[CONTEXT].inference.active()
-    return json_reply({"object": "list", "data": [] if info is None else [model_object(info, _STARTED)]})
+    """``GET /v1/models``: what serves now, under its name and its aliases, or an empty list."""
+    context = request.app[CONTEXT]
+    info = context.inference.active()
+    listed = [] if info is None else list(dict.fromkeys([info.name, *context.names().aliases]))
+    return json_reply({"object": "list", "data": [model_object(info, _STARTED, name) for name in listed if info]})
 
 
 async def model(request: web.Request) -> web.Response:
     """``GET /v1/models/{name}``."""
-    info = request.app[CONTEXT].inference.active()
-    name = request.match_info["name"]
-    if info is None or name not in (info.name, info.artifact):
+    context, name = request.app[CONTEXT], request.match_info["name"]
+    info = context.inference.active()
+    if info is None:
         raise ApiError(404, f"the model {name[:128]!r} does not exist here", param="model", code="model_not_found")
-    return json_reply(model_object(info, _STARTED))
+    check_model(name, info, context.names())
+    return json_reply(model_object(info, _STARTED, None if name == info.artifact else name))
 
 
 async def embeddings(request: web.Request) -> web.Response:
@@ -68,7 +71,8 @@ async def props(request: web.Request) -> web.Response:
     if info is None:
         stats = context.stats()
         return json_reply({"ready": False, "state": stats.state, "reason": stats.reason})
-    return json_reply({"ready": True, **loaded_facts(info), **({} if manifest is None else signed_facts(manifest))})
+    signed = {} if manifest is None else signed_facts(manifest)
+    return json_reply({"ready": True, "aliases": context.names().aliases, **loaded_facts(info), **signed})
 
 
 async def openapi(request: web.Request) -> web.Response:
@@ -76,6 +80,7 @@ async def openapi(request: web.Request) -> web.Response:
     # Made when it is asked for: few ask, and its schemas take memory.
     from agent.endpoint.openai.openapi import description
 
-    info = request.app[CONTEXT].inference.active()
-    strict = request.app[CONTEXT].config.unknown_parameters is Strictness.REFUSE
-    return json_reply(description((info.name, info.artifact) if info else (), strict=strict))
+    context = request.app[CONTEXT]
+    info, strict = context.inference.active(), context.config.unknown_parameters is Strictness.REFUSE
+    names = (info.name, info.artifact, *context.names().aliases) if info else ()
+    return json_reply(description(tuple(dict.fromkeys(names)), strict=strict))

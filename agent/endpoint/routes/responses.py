@@ -29,7 +29,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     asked = await read_request(request, ResponseRequest)
     info = context.runner.model()
-    check_model(asked.model, info)
+    check_model(asked.model, info, context.names())
     job = ResponseJob.prepare(
         asked,
         info,

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from agent.core.names import Names
 from agent.endpoint import EndpointConfig, EndpointServer, FinishedRequest, Limits
 from tests.simulators.inference import SimulatedInference, SimulatedStats
 
@@ -65,7 +66,10 @@ async def serve() -> AsyncIterator[Serve]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            inference: SimulatedInference | None = None, limits: dict[str, Any] | None = None, **config: Any
+            inference: SimulatedInference | None = None,
+            limits: dict[str, Any] | None = None,
+            names: Names | None = None,
+            **config: Any,
         ) -> Endpoint:
             inference = inference or SimulatedInference()
             stats = SimulatedStats()
@@ -73,7 +77,13 @@ async def serve() -> AsyncIterator[Serve]:
             settings = EndpointConfig(
                 **{"port": 0, "drain_s": 0.5, "limits": replace(Limits(), **(limits or {})), **config}
             )
-            server = EndpointServer(inference, settings, stats=lambda: stats, on_finished=finished.append)
+            server = EndpointServer(
+                inference,
+                settings,
+                stats=lambda: stats,
+                on_finished=finished.append,
+                names=lambda: names or Names(),
+            )
             await stack.enter_async_context(server)
             http = await stack.enter_async_context(aiohttp.ClientSession())
             key = config["keys"][0].secret if config.get("keys") else "none"

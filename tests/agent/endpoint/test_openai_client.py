@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from structlog.testing import capture_logs
 
 from agent.core.inference import GuidanceKind, InferenceError
+from agent.core.names import Names
 from tests.agent.endpoint.conftest import HELLO, MODEL, Endpoint, Serve
 from tests.simulators.inference import NOTHING, SimulatedInference
 from tests.waiting import until
@@ -36,6 +37,21 @@ async def test_models(endpoint: Endpoint):
     assert (await endpoint.openai.models.retrieve(MODEL)).id == MODEL
     with pytest.raises(openai.NotFoundError):
         await endpoint.openai.models.retrieve("gpt-4o")
+
+
+async def test_a_model_answers_to_its_aliases_and_to_the_names_of_what_it_replaced(serve: Serve):
+    endpoint = await serve(names=Names(("chat", "small"), ("phi-before", "phi-before-int4")))
+    listed = [model async for model in await endpoint.openai.models.list()]
+    assert [model.id for model in listed] == [MODEL, "chat", "small"]
+    for name in ("chat", "phi-before", "phi-before-int4", MODEL):
+        found = await endpoint.openai.models.retrieve(name)
+        assert (found.id, found.root) == (name, MODEL)  # type: ignore[attr-defined]
+        answer = await endpoint.openai.chat.completions.create(model=name, messages=HELLO)
+        assert (answer.choices[0].message.content, answer.model) == (ANSWER, MODEL)
+        assert (await endpoint.openai.completions.create(model=name, prompt="hello")).model == MODEL
+        assert (await endpoint.openai.responses.create(model=name, input="hello")).model == MODEL
+    with pytest.raises(openai.NotFoundError, match=f"serves '{MODEL}', also as 'chat', 'small'"):
+        await endpoint.openai.chat.completions.create(model="gpt-4o", messages=HELLO)
 
 
 async def test_chat(endpoint: Endpoint):

@@ -11,6 +11,7 @@ import pytest
 from agent.contract.messages import State
 from fleet.api.handlers import ROUTES
 from fleet.core.roles import Role
+from fleet.operations.deploy import ordered
 from fleet.operations.rollouts import Roller
 from fleet.registry import Received, Recorder
 from fleet.registry.rollouts import Candidate
@@ -75,10 +76,15 @@ async def test_a_device_goes_back_to_what_it_served(api: Api) -> None:
     kept = await api.post("/deployments/cancel", {"devices": ["pi-1"]})
     assert kept["items"][0]["ordered_digest"] == world.manifest.digest, "it keeps what it serves"
     assert world.registry.deployments.get(second.id).stage == "superseded"
-    third = (await api.post("/deployments", {"artifacts": [other.id], "devices": ["pi-1"]}, 201))["items"][0]
+    named = {"artifacts": [other.id], "devices": ["pi-1"], "aliases": ["helper"]}
+    third = (await api.post("/deployments", named, 201))["items"][0]
     report(world, world.reported(world.registry.deployments.get(third["deployment"]), State.COMMITTED))
     back = await api.post("/deployments/rollback", {"devices": ["pi-1"]})
     assert back["items"][0]["ordered_digest"] == world.manifest.digest
+    names = ordered(world.registry.deployments.get(back["items"][0]["deployment"]).envelope).names
+    assert names is not None and names.aliases == ("helper",), "applications go on calling it by that"
+    refused = await api.post("/deployments", {**named, "aliases": ["Not good"]}, 422)
+    assert refused["code"] == "request.invalid"
 
 
 async def test_a_release_and_a_saved_selector_stand_for_what_they_name(api: Api) -> None:

@@ -324,6 +324,18 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
     ) == 2
 
 
+def test_aliases_are_part_of_the_order(phifleet: Phifleet, world: World) -> None:
+    world.add("pi-1", "pi-2")
+    assert phifleet("deploy", world.manifest.id, "--device", "pi-1", "--alias", "helper", "--alias", "chat").code == 0
+    order = payload_of(queued(world).envelope)
+    assert order.names is not None and order.names.aliases == ("helper", "chat")
+    assert phifleet("deploy", world.manifest.id, "--device", "pi-2").code == 0
+    usual = payload_of(world.registry.deployments.get(world.registry.deployments.newest()["pi-2"].id).envelope)
+    assert usual.names is not None and usual.names.aliases == ("chat",)
+    refused = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--alias", "Not good")
+    assert (refused.code, "these aliases cannot be" in refused.err) == (2, True)
+
+
 def test_a_window_is_part_of_the_order_and_the_deadline_counts_from_its_opening(
     phifleet: Phifleet, world: World
 ) -> None:
