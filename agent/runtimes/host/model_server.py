@@ -38,6 +38,8 @@ class Ticket:
         self.events: asyncio.Queue[GenerationEvent | InferenceError] = asyncio.Queue()
         self.begun = 0.0
         self.ended = False
+        #: Something of the answer was passed on, it was begun a second time, or nobody waits for it any more.
+        self.told = self.again = self.left = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,11 @@ class ModelStats:
 
 
 class ModelServer:
-    """Takes requests as long as it is open; those that wait outlive a worker, those in flight do not."""
+    """Takes requests as long as it is open.
+
+    Those that wait outlive a worker. Of those in flight when it dies, the ones that have told nothing yet are begun
+    once more on the next; the others end.
+    """
 
     def __init__(self, loaded: LoadedModel, settings: HostSettings, on_event: Callable[[HostEvent], None]) -> None:
         self.manifest = loaded.manifest
@@ -162,6 +168,7 @@ class ModelServer:
         return ticket
 
     def _leave(self, ticket: Ticket) -> None:
+        ticket.left = True
         if ticket.ended:
             return
         if self._queue.remove(ticket):
@@ -196,12 +203,25 @@ class ModelServer:
         return self._settings.long_answers_at_once(slots) if kept else slots
 
     def _arrive(self, ticket: Ticket, event: GenerationEvent | InferenceError) -> None:
+        if isinstance(event, InferenceError) and self.worker.died.done() and self._begins_again(ticket):
+            self._long_active -= not ticket.short
+            return
+        ticket.told = True
         ticket.events.put_nowait(event)
         if isinstance(event, DoneEvent | InferenceError):
             self._durations.append(asyncio.get_running_loop().time() - ticket.begun)
             self._long_active -= not ticket.short
             self._end(ticket)
             self._pump()
+
+    def _begins_again(self, ticket: Ticket) -> bool:
+        """Put a request that has told nothing back into the queue, once: what killed the worker may be itself."""
+        if ticket.told or ticket.again or ticket.left or self.failed:
+            return False
+        ticket.again = True
+        request, now = ticket.request, asyncio.get_running_loop().time()
+        log.info("request begins again", artifact=self.manifest.id, request=request.id)
+        return self._queue.push(ticket, priority=request.priority, client=request.client, short=ticket.short, now=now)
 
     def _wait_s(self) -> float:
         mean = sum(self._durations) / len(self._durations) if self._durations else 2.0

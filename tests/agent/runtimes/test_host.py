@@ -96,12 +96,18 @@ async def test_refusals_reach_the_one_who_asked(host_of: HostFactory, artifact: 
     assert (await answer(host, ask("still here")))[0].startswith("still here")
 
 
-async def test_requests_in_flight_end_at_a_crash_and_those_that_wait_are_served(
+async def test_answers_that_have_begun_end_at_a_crash_and_those_that_wait_are_served(
     host_of: HostFactory, artifact: Make, events: Events
 ) -> None:
     host = await _serving(host_of(), artifact(token_s=0.01))
-    asked = [asyncio.create_task(answer(host, ask("w", f"r{number}", max_tokens=20))) for number in range(5)]
-    await until(lambda: host.stats().active == 2 and host.stats().queued == 3)
+    begun: set[str] = set()
+
+    async def ask_and_tell(name: str) -> None:
+        async for event in host.generate(ask("w", name, max_tokens=200 if name in ("r0", "r1") else 20)):
+            begun.add(event.id)
+
+    asked = [asyncio.create_task(ask_and_tell(f"r{number}")) for number in range(5)]
+    await until(lambda: begun == {"r0", "r1"} and host.stats().queued == 3)
     os.kill(_pid(host), signal.SIGKILL)
     results = await asyncio.gather(*asked, return_exceptions=True)
     kinds = [result.kind if isinstance(result, InferenceError) else "served" for result in results]
@@ -109,6 +115,33 @@ async def test_requests_in_flight_end_at_a_crash_and_those_that_wait_are_served(
     assert "SIGKILL" in str(results[0])
     assert events.kinds() == ["activated", "crashed", "restarted"]
     assert host.stats().restarts == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+async def test_a_request_of_which_nothing_was_told_is_begun_once_more(
+    how: signal.Signals, host_of: HostFactory, artifact: Make, events: Events
+) -> None:
+    host = await _serving(host_of(hang_s=1.0), artifact(token_s=0.5))
+    asked = [asyncio.create_task(answer(host, ask("w", f"r{number}", max_tokens=2))) for number in range(2)]
+    gone = asyncio.create_task(answer(host, ask("w", "gone", max_tokens=2)))
+    await until(lambda: host.stats().active == 2)
+    os.kill(_pid(host), how)
+    gone.cancel()
+    results = await asyncio.gather(*asked)
+    assert [done.completion_tokens for _, done in results] == [2, 2]
+    assert events.kinds() == ["activated", "crashed", "restarted"]
+    await until(lambda: host.stats().active == host.stats().queued == 0, "nothing is computed for one who is gone")
+
+
+async def test_a_request_that_kills_each_worker_is_begun_twice_and_no_more(
+    host_of: HostFactory, artifact: Make, events: Events
+) -> None:
+    host = await _serving(host_of(), artifact())
+    with pytest.raises(InferenceError, match="SIGSEGV"):
+        await answer(host, ask("[crash@0]"))
+    await until(lambda: events.kinds().count("restarted") == 2)
+    assert events.kinds().count("crashed") == 2
+    assert (await answer(host, ask("again")))[0].startswith("again")
 
 
 async def test_a_crash_in_native_code_is_reported_by_its_signal(
@@ -125,9 +158,15 @@ async def test_a_crash_in_native_code_is_reported_by_its_signal(
 @pytest.mark.parametrize("how", ["stopped", "stuck"])
 async def test_a_hang_is_noticed_and_ended(how: str, host_of: HostFactory, artifact: Make, events: Events) -> None:
     host = await _serving(host_of(hang_s=1.0), artifact(token_s=0.02))
-    asked = asyncio.create_task(answer(host, ask("[hang@3]" if how == "stuck" else "w", max_tokens=500)))
+    told: list[str] = []
+
+    async def ask_and_tell() -> None:
+        async for event in host.generate(ask("[hang@3]" if how == "stuck" else "w", max_tokens=500)):
+            told.append(event.id)
+
+    asked = asyncio.create_task(ask_and_tell())
     if how == "stopped":
-        await until(lambda: host.stats().active == 1)
+        await until(lambda: told)
         os.kill(_pid(host), signal.SIGSTOP)
     with pytest.raises(InferenceError) as caught:
         await asked
