@@ -158,11 +158,11 @@ async def test_a_crash_in_native_code_is_reported_by_its_signal(
 @pytest.mark.parametrize("how", ["stopped", "stuck"])
 async def test_a_hang_is_noticed_and_ended(how: str, host_of: HostFactory, artifact: Make, events: Events) -> None:
     host = await _serving(host_of(hang_s=1.0), artifact(token_s=0.02))
-    told: list[str] = []
+    told: set[str] = set()
 
     async def ask_and_tell() -> None:
         async for event in host.generate(ask("[hang@3]" if how == "stuck" else "w", max_tokens=500)):
-            told.append(event.id)
+            told.add(event.id)
 
     asked = asyncio.create_task(ask_and_tell())
     if how == "stopped":
