@@ -387,7 +387,8 @@ def _wait(deployment: Deployment, event: Event, state: State, now: datetime) -> 
     """Wait for what is missing. Whatever else the endpoint may serve meanwhile, it is what is committed."""
     assert isinstance(event, Failed)  # noqa: S101 - as CASES says
     waiting = Waiting(why=event.failure, needs_bytes=event.needs_bytes)
-    changes = {"waiting": waiting, "waits": deployment.waits + 1, "touched": False}
+    names = deployment.once_back(now) if deployment.touched else {}
+    changes = {**names, "waiting": waiting, "waits": deployment.waits + 1, "touched": False}
     entered, effects = _enter(deployment, state, now, **changes)
     return entered, (*((Serve(),) if deployment.touched else ()), *effects)
 

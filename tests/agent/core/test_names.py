@@ -89,6 +89,15 @@ def test_after_a_rollback_the_name_of_what_failed_is_answered_too():
     assert "phi-2" in lost.names(NOW)
 
 
+def test_a_wait_that_brings_the_committed_model_back_remembers_the_other():
+    first = committed(core.Deployment(), 1, "phi-1", None, names=CHAT)
+    superseded = step(activated(first, 2, "phi-2", "phi-1", names=CHAT), core.Ordered(order(3, "phi-3", names=CHAT)))
+    away = Failure(code=FailureCode.TRANSFER_STALLED, message="the broker is not connected")
+    waiting = step(superseded, core.Failed(away))
+    assert waiting.state is State.WAITING_LINK
+    assert "phi-2" in waiting.names(NOW)
+
+
 def test_an_order_for_what_serves_already_changes_the_aliases_alone():
     first = committed(core.Deployment(), 1, "phi-1", None, names=CHAT)
     again = step(first, core.Ordered(order(2, "phi-1", names=ServedNames(aliases=("helper",)))))
