@@ -43,6 +43,15 @@ class Moment(click.ParamType[datetime]):
 
 
 MOMENT = Moment()
+alias_option = click.option(
+    "--alias",
+    "aliases",
+    metavar="NAME",
+    multiple=True,
+    default=DEFAULT_ALIASES,
+    show_default=True,
+    help="What applications may call the model by; more than once.",
+)
 REMOTE_POLL_S = 1.0
 #: A running controller publishes within half a second.
 UNPUBLISHED_HINT_S = 5.0
@@ -56,15 +65,7 @@ UNPUBLISHED_HINT_S = 5.0
 @click.option("--profile", shell_complete=completion.profiles, help="All devices of this profile.")
 @click.option("--probation", "probation_s", type=click.FloatRange(0), help="Seconds of health before commit.")
 @click.option("--deadline", "deadline_s", type=click.FloatRange(1), help="Seconds for the whole deployment.")
-@click.option(
-    "--alias",
-    "aliases",
-    metavar="NAME",
-    multiple=True,
-    default=DEFAULT_ALIASES,
-    show_default=True,
-    help="What applications may call the model by; more than once.",
-)
+@alias_option
 @click.option("--not-before", type=MOMENT, help="When devices may change their model, from; fetching begins at once.")
 @click.option("--not-after", type=MOMENT, help="When devices may change their model, until.")
 @click.option("--force", metavar="REASON", help="Deploy although it does not fit; the reason is recorded.")

@@ -21,8 +21,9 @@ from fleet.api.client import Client, pages
 from fleet.cli import completion
 from fleet.cli.artifacts import wide_console
 from fleet.cli.context import Context, actor
+from fleet.cli.deploy import alias_option
 from fleet.core.evidence import Gate
-from fleet.core.rollout_spec import DEFAULT_ALIASES, RolloutSpec, Wave
+from fleet.core.rollout_spec import RolloutSpec, Wave
 from fleet.core.rollouts import State
 from fleet.errors import UsageError
 from fleet.operations.names import check_name
@@ -58,15 +59,7 @@ _options = [
         metavar="DAYS HH:MM-HH:MM ZONE",
         help="Order devices only then, such as 'mon-fri 22:00-05:00 Europe/Paris'; more than once.",
     ),
-    click.option(
-        "--alias",
-        "aliases",
-        metavar="NAME",
-        multiple=True,
-        default=DEFAULT_ALIASES,
-        show_default=True,
-        help="What applications may call the model by; more than once.",
-    ),
+    alias_option,
     click.option(
         "--retries", type=click.IntRange(0, 10), default=0, show_default=True, help="For a device that failed."
     ),

@@ -44,7 +44,9 @@ from agent.contract.messages import (
     Proof,
     Reported,
     RuntimeFact,
+    ServedNames,
     State,
+    TransferLimits,
     Want,
     WantV1,
 )
@@ -93,6 +95,14 @@ EXAMPLES: dict[str, WireModel] = {
     "presence_boot": Presence(device="pi-1", online=True, at=AT, agent_version="0.2.0", boot=BOOT),
     "health_boot": HealthReport(device="pi-1", at=AT, window_s=60, boot=BOOT),
     "health": HealthReport(device="pi-1", at=AT, window_s=300, requests=3, ttft_ms_p50=26.5),
+    "desired_names": Desired(
+        device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
+        names=ServedNames(aliases=("chat", "small"), former_s=3600), transfer=TransferLimits(max_bytes_per_s=250_000),
+    ),
+    "reported_waiting": Reported(
+        device="pi-1", sequence=7, deployment="d7", state=State.WAITING_SPACE, desired=REF, at=AT,
+        waiting=Failure(code=FailureCode.STORE_DISK_FULL, message="needs 9 bytes, 3 are free"),
+    ),
     "want": WantV1(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
     "metadata_want": MetadataWantV1(device="pi-1", name="3.targets.json", offset=131072),
     "want.v2": Want(artifact="5" * 64, ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
@@ -100,6 +110,9 @@ EXAMPLES: dict[str, WireModel] = {
     "manifest": MANIFEST,
     "manifest_sampling": MANIFEST.model_copy(
         update={"sampling": SamplingDefaults(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.1)}
+    ),
+    "manifest_special": MANIFEST.model_copy(
+        update={"chat": Chat(template="{{ messages }}", stop=("<|end|>",), special=("<|end|>", "<|user|>"))}
     ),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ A word is a token. The answer is the prompt's last line, said again and again, u
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -68,6 +69,8 @@ class SimulatedRuntime:
             raise RuntimeLoadError(f"{source.folder} is no simulated model", FailureCode.RUNTIME_LOAD)
         if behaviour.load == "raise":
             raise ValueError("native libraries raise anything")
+        if behaviour.load == "no space":  # without a number, as C++ hands it on
+            raise RuntimeError(f"cannot map the cache: {os.strerror(errno.ENOSPC)}")
         if behaviour.load == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         if behaviour.load == "hang":

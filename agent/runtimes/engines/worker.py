@@ -19,8 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from agent.contract.failures import FailureCode
 from agent.core.inference import InferenceError
 from agent.errors import RuntimeLoadError
+from agent.platform.files import is_disk_full
 from agent.runtimes.protocol import wire
 from agent.runtimes.protocol.engine import Engine, Runtime
 from agent.runtimes.protocol.registry import resolve
@@ -67,7 +69,9 @@ class Worker:
             self._send(wire.LoadFailed(error.code, str(error)))
             return None
         except Exception as error:  # native runtimes raise anything; all of it means: no model
-            self._send(wire.LoadFailed("runtime.load", f"{self._runtime.name} cannot load {load.source.path}: {error}"))
+            # A disk that is full (caches, a mapped file) says nothing about the artifact, and passes.
+            code = FailureCode.STORE_DISK_FULL if is_disk_full(error) else FailureCode.RUNTIME_LOAD
+            self._send(wire.LoadFailed(code.value, f"{self._runtime.name} cannot load {load.source.path}: {error}"))
             return None
         seconds = time.perf_counter() - begun
         self._send(wire.Loaded(engine.context, engine.device, seconds, resident_bytes(), engine.capabilities))

@@ -263,6 +263,7 @@ async def test_a_model_that_fails_its_probes_changes_nothing(host_of: HostFactor
     [
         ({"load": "error"}, FailureCode.RUNTIME_LOAD, "no simulated model"),
         ({"load": "raise"}, FailureCode.RUNTIME_LOAD, "raise anything"),
+        ({"load": "no space"}, FailureCode.STORE_DISK_FULL, "No space left"),
         ({"load": "crash"}, FailureCode.RUNTIME_CRASHED, "SIGSEGV"),
         ({"load": "hang"}, FailureCode.RUNTIME_LOAD, "did not load"),
         ({"crash_at": 1}, FailureCode.RUNTIME_CRASHED, "SIGSEGV"),
