@@ -5,9 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 PROTOCOL_VERSION = 1
 #: The largest integer on the wire: every JSON reader has it exactly (RFC 8259, section 6), and every database.
@@ -85,6 +94,20 @@ class WireModel(BaseModel):
             return cls.model_validate_json(payload)
         except ValidationError as error:
             raise MalformedMessageError(f"{cls.__name__}: {explain(error)}") from None
+
+
+class GrownModel(WireModel):
+    """A message with fields that came after the first release: without a value they are not written.
+
+    So what was signed or sent before stays the same bytes.
+    """
+
+    _later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = {name for name in self._later if getattr(self, name) in (None, ())}
+        return {name: value for name, value in dump(self).items() if name not in absent}
 
 
 def explain(error: ValidationError, *, quote: bool = True) -> str:

@@ -7,11 +7,11 @@ when the artifact was built: size, loss, speed and memory.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from agent.contract.base import ArtifactId, Bytes, Digest, WireModel, canonical_json, sha256_hex
+from agent.contract.base import ArtifactId, Bytes, Digest, GrownModel, WireModel, canonical_json, sha256_hex
 
 #: AWS IoT Core's payload limit; no chunk and no metadata segment is larger.
 MAX_CHUNK_BYTES = 128 * 1024
@@ -130,7 +130,7 @@ class MemoryNeed(WireModel):
         return self.weights_bytes + self.kv_bytes_per_token * tokens + self.overhead_bytes
 
 
-class Chat(WireModel):
+class Chat(GrownModel):
     """How messages become a prompt: a Jinja2 chat template, as the checkpoint's tokenizer has it."""
 
     template: Annotated[str, Field(max_length=65536)]
@@ -142,10 +142,7 @@ class Chat(WireModel):
         Field(max_length=4096, description="what the tokenizer reads as a control token, wherever it stands in a text"),
     ] = ()
 
-    @model_serializer(mode="wrap")
-    def _as_it_was_signed(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A manifest from before ``special`` stays the bytes that were signed."""
-        return {name: value for name, value in dump(self).items() if name != "special" or self.special}
+    _later: ClassVar[frozenset[str]] = frozenset({"special"})
 
 
 class SamplingDefaults(WireModel):
@@ -169,7 +166,7 @@ class Probe(WireModel):
     expect: Annotated[tuple[str, ...], Field(description="the answer must hold one of these; empty: any text")] = ()
 
 
-class Manifest(WireModel):
+class Manifest(GrownModel):
     """Everything about one artifact. ``digest`` is over id and files, so measuring again does not change it."""
 
     version: int = 1
@@ -195,6 +192,8 @@ class Manifest(WireModel):
     speed: BuildSpeed | None = None
     files: Annotated[tuple[ArtifactFile, ...], Field(min_length=1)]
 
+    _later: ClassVar[frozenset[str]] = frozenset({"sampling"})
+
     @property
     def sampling_defaults(self) -> dict[str, float | int]:
         """What holds for a sampling parameter that a request leaves out; one that is not in it is off."""
@@ -210,14 +209,6 @@ class Manifest(WireModel):
         if self.size != sum(file.size for file in self.files):
             raise ValueError("size is not the sum of the files' sizes")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_it_was_signed(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A manifest of 0.1.0 stays the bytes that were signed: what it did not have is not written as null."""
-        fields: dict[str, Any] = dump(self)
-        if self.sampling is None:
-            fields.pop("sampling", None)
-        return fields
 
 
 def artifact_digest(name: str, files: tuple[ArtifactFile, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from agent.contract.base import (
     MAX_INTEGER,
@@ -17,6 +17,7 @@ from agent.contract.base import (
     Count,
     DeviceId,
     Digest,
+    GrownModel,
     Name,
     Sentence,
     Timestamp,
@@ -118,16 +119,14 @@ class ArtifactRef(WireModel):
     digest: Digest
 
 
-class TransferLimits(WireModel):
+class TransferLimits(GrownModel):
     """How the bytes may come."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"max_bytes_per_s"})
 
     window_bytes: Annotated[int, Field(gt=0, description="bytes wanted and not yet received")] = 4 * 1024 * 1024
     stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the device waits")] = 900.0
     max_bytes_per_s: Annotated[int | None, Field(ge=1024, description="on average; none: not limited")] = None
-
-    @model_serializer(mode="wrap")
-    def _as_the_first_release(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if name != "max_bytes_per_s" or value is not None}
 
 
 class Window(WireModel):
@@ -146,7 +145,7 @@ class ServedNames(WireModel):
     ] = 30 * 86400.0
 
 
-class Desired(WireModel):
+class Desired(GrownModel):
     """What one device should run: a director document in Uptane's sense. Travels signed (see ``SignedDesired``)."""
 
     version: int = 1
@@ -163,9 +162,7 @@ class Desired(WireModel):
     deadline_s: Annotated[float, Field(gt=0, description="seconds for the whole deployment")] = 6 * 3600.0
     names: ServedNames | None = None
 
-    @model_serializer(mode="wrap")
-    def _as_the_first_release(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if name != "names" or value is not None}
+    _later: ClassVar[frozenset[str]] = frozenset({"names"})
 
     @model_validator(mode="after")
     def _expires_later(self) -> Self:

@@ -108,14 +108,9 @@ TABLE: Mapping[Stage, Row] = MappingProxyType(
 WAITING = frozenset({Stage.WAITING_LINK, Stage.WAITING_SPACE})
 
 
-def transfer_s(size_bytes: int, bandwidth_bytes_per_s: float) -> float:
-    """Return the seconds that so many bytes need at the profile's bandwidth."""
-    return size_bytes / bandwidth_bytes_per_s
-
-
 def usual_deadline_s(size_bytes: int, bandwidth_bytes_per_s: float, opens_in_s: float = 0.0) -> float:
     """Return the seconds of a deployment whose operator named none, whose window opens in ``opens_in_s``."""
-    needed = SLOWER_LINE * transfer_s(size_bytes, bandwidth_bytes_per_s) + BESIDE_THE_TRANSFER_S
+    needed = SLOWER_LINE * size_bytes / bandwidth_bytes_per_s + BESIDE_THE_TRANSFER_S
     return max(LEAST_DEADLINE_S, needed) + max(0.0, opens_in_s)
 
 

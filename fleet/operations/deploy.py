@@ -225,8 +225,8 @@ def _order_back(fleet: Fleet, digests: Mapping[str, str | None], without: str, a
 def _aliases(registry: Registry, devices: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return the aliases that each device was last ordered, where it was ordered any."""
     found: dict[str, tuple[str, ...]] = {}
-    for device, row in registry.deployments.newest(devices).items():
-        order = ordered(registry.deployments.get(row.id).envelope)
+    for device, row in registry.deployments.newest(devices, with_envelopes=True).items():
+        order = ordered(row.envelope)
         if order.names is not None:
             found[device] = order.names.aliases
     return found

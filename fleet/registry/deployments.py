@@ -113,11 +113,13 @@ class Deployments:
             raise MissingError(f"no deployment has the id {deployment}")
         return row
 
-    def newest(self, devices: Sequence[str] | None = None) -> dict[str, DeploymentRow]:
+    def newest(self, devices: Sequence[str] | None = None, *, with_envelopes: bool = False) -> dict[str, DeploymentRow]:
         """Return each device's newest deployment, by device id; of these devices, or of all."""
         with self._database.read() as session:
             query = select(DeploymentRow).join(DeviceRow, DeviceRow.id == DeploymentRow.device)
             newest = query.where(DeploymentRow.sequence == DeviceRow.sequence)
+            if with_envelopes:
+                newest = newest.options(undefer(DeploymentRow.envelope))
             if devices is None:
                 return {row.device: row for row in session.scalars(newest)}
             found: dict[str, DeploymentRow] = {}

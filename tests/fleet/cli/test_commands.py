@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import importlib.util
 import io
 import json
@@ -15,10 +14,11 @@ import pytest
 from agent.contract.bundle import Bundle
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Desired, Failure, HealthReport, Progress, Reported, SignedDesired, State
+from agent.contract.messages import Failure, HealthReport, Progress, Reported, State
 from fleet.cli import main as entry
 from fleet.core.deployments import Stage
 from fleet.core.fit import incompatibilities
+from fleet.operations.deploy import ordered
 from fleet.registry import Received, Recorder
 from fleet.registry.models import DeploymentRow
 from fleet.trust.ca import DeviceCA
@@ -41,10 +41,6 @@ def queued(world: World) -> DeploymentRow:
     claim = world.registry.outbox.claim("test", datetime.now(UTC), 10)[0]
     assert claim.deployment is not None
     return world.registry.deployments.get(claim.deployment)
-
-
-def payload_of(envelope: bytes) -> Desired:
-    return Desired.from_json(base64.b64decode(SignedDesired.from_json(envelope).payload))
 
 
 # The command as a whole
@@ -314,7 +310,7 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
         ("pi-2", 1, "queued"),
     ]
     assert world.repository.published() == (world.manifest.digest,)
-    desired = payload_of(queued(world).envelope)
+    desired = ordered(queued(world).envelope)
     assert (desired.device, desired.sequence, desired.probation_s) == ("pi-1", 1, 5)
     assert desired.artifacts[0].digest == world.manifest.digest
     assert desired.transfer.window_bytes == world.profile.delivery.window_bytes
@@ -327,10 +323,10 @@ def test_deploy_publishes_signs_and_records(phifleet: Phifleet, world: World) ->
 def test_aliases_are_part_of_the_order(phifleet: Phifleet, world: World) -> None:
     world.add("pi-1", "pi-2")
     assert phifleet("deploy", world.manifest.id, "--device", "pi-1", "--alias", "helper", "--alias", "chat").code == 0
-    order = payload_of(queued(world).envelope)
+    order = ordered(queued(world).envelope)
     assert order.names is not None and order.names.aliases == ("helper", "chat")
     assert phifleet("deploy", world.manifest.id, "--device", "pi-2").code == 0
-    usual = payload_of(world.registry.deployments.get(world.registry.deployments.newest()["pi-2"].id).envelope)
+    usual = ordered(world.registry.deployments.get(world.registry.deployments.newest()["pi-2"].id).envelope)
     assert usual.names is not None and usual.names.aliases == ("chat",)
     refused = phifleet("deploy", world.manifest.id, "--device", "pi-1", "--alias", "Not good")
     assert (refused.code, "these aliases cannot be" in refused.err) == (2, True)
@@ -344,7 +340,7 @@ def test_a_window_is_part_of_the_order_and_the_deadline_counts_from_its_opening(
     window = ("--not-before", opens.isoformat(), "--not-after", (opens + timedelta(hours=1)).isoformat())
     result = phifleet("deploy", world.manifest.id, "--device", "pi-1", *window)
     assert result.code == 0, result.err
-    desired = payload_of(queued(world).envelope)
+    desired = ordered(queued(world).envelope)
     assert desired.window.not_before == opens
     assert 33.9 * 3600 < desired.deadline_s <= 34 * 3600
 
@@ -427,7 +423,7 @@ def test_of_several_variants_each_device_is_ordered_those_that_fit_it(phifleet: 
     assert result.code == 0, result.err
     row = queued(world)
     expected = [one.digest for one in (other, world.manifest) if fits(world, one)]
-    assert [ref.digest for ref in payload_of(row.envelope).artifacts] == expected
+    assert [ref.digest for ref in ordered(row.envelope).artifacts] == expected
     assert world.manifest.digest in expected and wrong.digest not in expected
     assert wrong.digest not in world.repository.published(), "nothing that no device may have is signed"
 
