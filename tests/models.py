@@ -116,6 +116,13 @@ def built(
     return Built(manifest, FolderStore(home.artifacts).files(manifest.id), home)
 
 
+def tiny_npu_artifact(precision: Precision = Precision.INT8, **options: object) -> Built:
+    """The tiny checkpoint for Qualcomm's NPU, so that their simulator loads it, for a context of 512 tokens."""
+    profile = load_profile("copilot-pc-qnn").model_copy(update={"context": 512})
+    chosen: dict[str, object] = {"share_weights": False, "recover": False, **options}
+    return built(tiny_checkpoint(), Toolchain.ONNX_QNN, precision, Target.QNN, profile, **chosen)
+
+
 @pytest.fixture(scope="session")
 def sample_dir() -> Path:
     return sample_checkpoint()

@@ -24,6 +24,7 @@ class Toolchain(StrEnum):
     OPENVINO = "openvino"
     LLAMACPP = "llamacpp"
     MLX = "mlx"
+    ONNX_QNN = "onnx_qnn"
 
 
 #: The runtime on the device that loads what a toolchain makes, by its name in ``Facts.runtimes``.
@@ -32,6 +33,7 @@ RUNTIME_OF = {
     Toolchain.OPENVINO: "openvino_genai",
     Toolchain.LLAMACPP: "llamacpp",
     Toolchain.MLX: "mlx",
+    Toolchain.ONNX_QNN: "onnx_qnn",
 }
 
 

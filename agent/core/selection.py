@@ -27,6 +27,7 @@ DEVICE_OF: Mapping[Target, str] = {
     Target.GPU: "GPU",
     Target.NPU: "NPU",
     Target.METAL: "METAL",
+    Target.QNN: "QNN",
 }
 
 

@@ -41,6 +41,8 @@ RUNTIMES = {
     Toolchain.OPENVINO: RuntimeMemory(160 * MIB, copies=2.0),
     # Python, mlx-lm and its tokenizer.
     Toolchain.MLX: RuntimeMemory(192 * MIB),
+    # Not measured on a device: ONNX Runtime, its plug-in and the tokenizer, in Qualcomm's simulator.
+    Toolchain.ONNX_QNN: RuntimeMemory(192 * MIB),
 }
 
 
@@ -55,6 +57,8 @@ def kv_element_bytes(recipe: Recipe) -> int:
 
     ONNX computes in float32 on a CPU, MLX there too if weights are quantized, and else in the model's dtype.
     """
+    if recipe.toolchain is Toolchain.ONNX_QNN:
+        return 1
     if recipe.toolchain is Toolchain.ONNX_GENAI:
         return 4 if recipe.target is Target.CPU else 2
     wide = recipe.precision is Precision.FP32 or _in_float32(recipe)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
@@ -27,6 +28,7 @@ def predicted_bytes(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any
         Toolchain.ONNX_GENAI: _onnx,
         Toolchain.OPENVINO: _openvino,
         Toolchain.MLX: _mlx,
+        Toolchain.ONNX_QNN: _qnn,
     }[recipe.toolchain](shape, recipe, given)
 
 
@@ -282,3 +284,44 @@ def _mlx_bits(matrix: Matrix, shape: ModelShape, mixed: str | None) -> int:
     more = matrix.layer < early or matrix.layer >= 7 * shape.layers // 8 or (matrix.layer - early) % 3 == 2
     sensitive = matrix.name in ("attn_v", "attn_qkv") or matrix.name.startswith("ffn_down")
     return high if more and sensitive else low
+
+
+# --- QNN -------------------------------------------------------------------------------------------------------------
+
+#: Of the weights of one compiled part: well below what an HTP maps at once.
+QNN_PART_BYTES = 512 * 1024 * 1024
+
+
+def parts_of(layers: int, layer_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Return the first layer of each part, and the one after its last: as few parts as may be, of one size."""
+    parts = max(1, min(layers, ceil(layers * layer_bytes / QNN_PART_BYTES)))
+    ends = [round(layers * number / parts) for number in range(parts + 1)]
+    return tuple(pairwise(ends))
+
+
+def qnn_parts(shape: ModelShape, bits: int) -> tuple[tuple[int, int], ...]:
+    """Return the parts that a network is compiled in."""
+    weights = sum(one.weights for one in shape.linears()) // shape.layers
+    return parts_of(shape.layers, weights * bits // 8)
+
+
+def qnn_bits(precision: Precision, options: Mapping[str, Any], name: str) -> int:
+    """Of a weight of the matrix with this name, as GGUF has it: ``attn_qkv`` and ``output`` may have 8 beside INT4."""
+    if precision is not Precision.INT4:
+        return 8
+    own = {"attn_qkv": ("attention_bits", 8), "output": ("head_bits", 4)}
+    option, default = own.get(name, ("", 4))
+    return int(options.get(option, default))
+
+
+def _qnn(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
+    matrices = sum(_qnn_bytes(one, qnn_bits(recipe.precision, options, one.name)) for one in shape.linears())
+    head_bytes = _qnn_bytes(shape.output or shape.embedding, qnn_bits(recipe.precision, options, "output"))
+    embedding = shape.embedding.weights * (qnn_bits(recipe.precision, options, "token_embd") / 8 + 2 / 32)
+    return int(matrices + head_bytes + embedding) + shape.vocabulary.file_bytes + _SMALL_FILES
+
+
+def _qnn_bytes(matrix: Matrix, bits: int) -> float:
+    """Return int8 with a number for each row, or int4 with one more for each block."""
+    blocks = matrix.columns / 64 if bits == 4 else 0
+    return matrix.rows * (matrix.columns * bits / 8 + blocks + 8)

@@ -21,6 +21,10 @@ MLX_GROUPS: tuple[int, ...] = (32, 64, 128)
 #: Weights of a row that share a scale; -1 is all of them.
 OPENVINO_GROUPS: tuple[int, ...] = (-1, 32, 64, 96, 128, 192, 256)
 NPU_GROUPS: tuple[int, ...] = (-1, 128)
+#: Of int4 weights in Qualcomm's kernels.
+QNN_BLOCK = 64
+#: Tokens. A static graph computes its whole context for every token, whether or not it is there.
+QNN_CONTEXT = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ BUILDS: Mapping[Toolchain, Mapping[Target, tuple[Precision, ...]]] = {
     },
     Toolchain.LLAMACPP: dict.fromkeys((Target.CPU, Target.CUDA, Target.METAL), tuple(Precision)),
     Toolchain.MLX: dict.fromkeys((Target.CPU, Target.METAL), tuple(Precision)),
+    Toolchain.ONNX_QNN: {Target.QNN: (Precision.INT4, Precision.INT8)},
 }
 
 
@@ -165,8 +170,7 @@ def _toolchain_target(case: Case) -> str | None:
     targets = BUILDS[recipe.toolchain]
     if recipe.target not in targets:
         if recipe.target is Target.QNN:
-            return ("a Phi for QNN wants static shapes, QDQ, and graphs of a prompt and of a token, which none of the "
-                    "toolchains here makes; take the CPU")  # fmt: skip
+            return "the toolchain for QNN is onnx_qnn"
         return f"{recipe.toolchain} does not build for {recipe.target}; it builds for {', '.join(targets)}"
     if recipe.precision not in targets[recipe.target]:
         there = ", ".join(targets[recipe.target])
@@ -214,11 +218,26 @@ def _group_fits(case: Case) -> str | None:
     elif case.is_(Toolchain.OPENVINO) and case.recipe.precision is Precision.INT4:
         offered = NPU_GROUPS if case.recipe.target is Target.NPU else OPENVINO_GROUPS
         group = case.option("group_size", -1)  # without one, it takes what fits
+    elif case.is_(Toolchain.ONNX_QNN) and case.recipe.precision is Precision.INT4:
+        group, offered = QNN_BLOCK, (QNN_BLOCK,)
     else:
         return None
     if group not in offered:
         return None  # the toolchain says what it can be
     return case.shape.misfit(group, offered)
+
+
+def _qnn_network(case: Case) -> str | None:
+    if case.is_(Toolchain.ONNX_QNN) and case.shape.block is not Block.PHI3:
+        return f"onnx_qnn writes the graphs of Phi-3's network, not of {case.shape.architecture}; take the CPU"
+    return None
+
+
+def _qnn_context(case: Case) -> str | None:
+    if case.is_(Toolchain.ONNX_QNN) and case.context > QNN_CONTEXT:
+        return (f"a static graph computes all of its context for every token, and {case.context} are too many; lower "
+                f"the profile's context to {QNN_CONTEXT}, or to what people need")  # fmt: skip
+    return None
 
 
 def _multimodal(case: Case) -> str | None:
@@ -309,8 +328,20 @@ RULES: tuple[Rule, ...] = (
         _sliding_window,
     ),
     Rule(
+        "qnn-network",
+        "networks other than Phi-3's as static graphs",
+        "fleet/toolchains/qnn/network.py",
+        _qnn_network,
+    ),
+    Rule(
+        "qnn-context",
+        "static graphs that attend to more than 16384 tokens",
+        "the cost of a token, which grows with the context and not with what is there",
+        _qnn_context,
+    ),
+    Rule(
         "group-size",
-        "groups that do not divide a row: MLX refuses them, NNCF takes another size and does not say which",
+        "groups that do not divide a row: MLX and QNN refuse them, NNCF takes another size and does not say which",
         "mlx.core.quantize; nncf 3.4, weight_compression/algorithm.py: _handle_adjust_group_size_fallback",
         _group_fits,
     ),

@@ -24,8 +24,6 @@ SAME_FILES = {
     Toolchain.LLAMACPP: (Target.CUDA, Target.METAL),
     Toolchain.MLX: (Target.METAL,),
 }
-#: Beside what the toolchains build: what people ask for.
-_ASKED = {Toolchain.ONNX_GENAI: (Target.QNN,)}
 
 
 class Status(StrEnum):
@@ -59,7 +57,7 @@ def cells() -> Iterator[Cell]:
     """Yield every cell, variant by variant."""
     for variant in VARIANTS:
         for toolchain in Toolchain:
-            for target in (*BUILDS[toolchain], *_ASKED.get(toolchain, ())):
+            for target in BUILDS[toolchain]:
                 for precision in Precision:
                     yield cell(variant, toolchain, precision, target)
 
@@ -94,7 +92,8 @@ _INTRODUCTION = """\
 - builds: tests build it from the same checkpoint; it was not run on the device, for want of one. Of `onnx_genai` they
   look at the bits of the weights and the provider named, and compare what ONNX Runtime computes of it on a CPU with
   transformers, at FP16 for long prompts too; BF16 has no kernels there, so that its graph and types alone are checked.
-  Of `openvino` npu they compare what OpenVINO computes on a CPU. The files of
+  Of `openvino` npu they compare what OpenVINO computes on a CPU, and of `onnx_qnn` what ONNX Runtime computes there of
+  the graphs before their compilation; one artifact of `onnx_qnn` answers in Qualcomm's simulator. The files of
   {same}
   are those of the cpu row byte for byte. This is tested on one recipe for each of these targets; for the others, what
   is tested is the cpu row.
@@ -129,7 +128,7 @@ def _matrix() -> Iterator[str]:
         yield "| toolchain | target | " + " | ".join(Precision) + " |"
         yield "|---|---|" + "---|" * len(Precision)
         for toolchain in Toolchain:
-            for target in (*BUILDS[toolchain], *_ASKED.get(toolchain, ())):
+            for target in BUILDS[toolchain]:
                 row = [cell(variant, toolchain, precision, target) for precision in Precision]
                 yield f"| {toolchain} | {target} | " + " | ".join(_shown(one) for one in row) + " |"
         yield ""

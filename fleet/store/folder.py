@@ -15,6 +15,8 @@ from fleet.store.protocol import Listing
 
 #: Prefix of folders that are being made; nobody looks into them.
 HALF_MADE = ".building-"
+#: Folder beside an artifact's files: what is measured in their place where a device's files do not run here.
+BESIDE = "measured"
 
 
 class _UnreadableError(StoreError):

@@ -53,13 +53,22 @@ REGISTRY: Mapping[str, RuntimeSpec] = {
         ),
         RuntimeSpec("llamacpp", "agent.runtimes.engines.llamacpp", "llamacpp", ("llama-cpp-python",), "llamacpp", 8),
         RuntimeSpec("mlx", "agent.runtimes.engines.mlx", "mlx", ("mlx-lm", "mlx"), "mlx", 8),
+        # One sequence at a time goes through a static graph.
+        RuntimeSpec(
+            "onnx_qnn",
+            "agent.runtimes.engines.onnx_qnn",
+            "onnx_qnn",
+            ("onnxruntime-qnn", "onnxruntime", "tokenizers"),
+            "qnn",
+            2,
+        ),
     )
 }
 
 #: Flavours of a package that provide the same module: any of them will do.
 FLAVOURS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml", "onnxruntime-genai-qnn"),
-    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-qnn", "onnxruntime-openvino"),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
 }
 
 

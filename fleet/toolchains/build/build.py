@@ -21,7 +21,7 @@ from fleet.core.plan_size import predicted_bytes, recorded
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError
 from fleet.home import Home
-from fleet.store.folder import HALF_MADE, FolderStore
+from fleet.store.folder import BESIDE, HALF_MADE, FolderStore
 from fleet.toolchains.checkpoint.chat import render
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.drivers import process
@@ -50,7 +50,7 @@ class BuildPlan:
     @property
     def runs_here(self) -> bool:
         """Whether its runtime can be asked on a build machine, which has a CPU for certain."""
-        return self.recipe.target in (Target.CPU, Target.METAL, Target.GPU, Target.NPU)
+        return self.recipe.target in (Target.CPU, Target.METAL, Target.GPU, Target.NPU, Target.QNN)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -142,12 +142,14 @@ def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallb
     log = home.logs / f"{plan.id}.log"
     job = ConvertJob(
         toolchain=plan.recipe.toolchain, source=plan.model.path.resolve(), out=files.resolve(),
-        scratch=scratch.resolve(), name=plan.model.name, precision=plan.recipe.precision, target=plan.recipe.target,
+        scratch=scratch.resolve(), beside=(made / BESIDE).resolve(), name=plan.model.name,
+        precision=plan.recipe.precision, target=plan.recipe.target,
         options=plan.options, context=plan.context, threads=threads, calibration=plan.calibration,
     )  # fmt: skip
     converted = process.convert(job, log, progress)
     shutil.rmtree(scratch, ignore_errors=True)
-    probes = _probe(plan, files, converted, log, progress, threads)
+    asked = made / BESIDE if (made / BESIDE).is_dir() else files
+    probes = _probe(plan, asked, converted, log, progress, threads)
     manifest = _manifest(plan, _chunked(files, progress), converted, probes)
     write_atomic(made / "manifest.json", manifest.to_json())
     sync_tree(made)

@@ -26,12 +26,16 @@ class _Job(BaseModel):
 class ConvertJob(_Job):
     """One conversion. ``out`` and ``scratch`` exist and are empty; ``options`` are complete, see ``resolve``.
 
+    ``beside`` does not exist: a toolchain whose artifacts do not run on a build machine makes that folder, and what it
+    writes there is asked and measured in their place. It is never delivered.
+
     ``calibration`` holds texts where the options ask for a calibration."""
 
     toolchain: Toolchain
     source: Path
     out: Path
     scratch: Path
+    beside: Path
     name: str
     precision: Precision
     target: Target

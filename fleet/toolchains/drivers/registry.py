@@ -8,10 +8,11 @@ from fleet.toolchains.drivers.base import ToolchainDriver
 from fleet.toolchains.drivers.llamacpp import LlamaCpp
 from fleet.toolchains.drivers.mlx import Mlx
 from fleet.toolchains.drivers.onnx_genai import OnnxGenai
+from fleet.toolchains.drivers.onnx_qnn import OnnxQnn
 from fleet.toolchains.drivers.openvino import OpenVino
 
 DRIVERS: dict[Toolchain, ToolchainDriver] = {
-    driver.name: driver for driver in (OnnxGenai(), OpenVino(), LlamaCpp(), Mlx())
+    driver.name: driver for driver in (OnnxGenai(), OpenVino(), LlamaCpp(), Mlx(), OnnxQnn())
 }
 
 

@@ -14,6 +14,7 @@ from agent.contract.base import canonical_json, sha256_hex
 from agent.contract.manifest import BuildSpeed, Chat, Manifest, Quality
 from agent.platform.resources import available_bytes
 from fleet.errors import BuildError
+from fleet.store.folder import BESIDE
 from fleet.toolchains.checkpoint.chat import render
 from fleet.toolchains.drivers import process
 from fleet.toolchains.progress import ProgressCallback, silent
@@ -43,7 +44,8 @@ def measure(
     against = prepare(
         checkpoint_dir, manifest.model.source_digest, manifest.chat, chosen, cache, progress=progress, threads=threads
     )
-    files = artifact_dir / "files" if (artifact_dir / "files").is_dir() else artifact_dir
+    folders = (artifact_dir / name for name in (BESIDE, "files"))
+    files = next((folder for folder in folders if folder.is_dir()), artifact_dir)
     job = MeasureJob(
         toolchain=manifest.toolchain, target=manifest.target, folder=files.resolve(), entry=manifest.entry,
         context=manifest.context, threads=threads, source=checkpoint_dir.resolve(), against=against,

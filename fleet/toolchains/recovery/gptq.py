@@ -21,18 +21,23 @@ LEAST_SQUARES_BYTES = 2**30
 _ROWS = 4096
 #: Smallest shrink of a group's range that the search for scales tries.
 _SMALLEST = 0.55
+#: Numbers of a row that the search of an ``expanded`` grid tries.
+_UNITS = 6
+#: Multiples of a row's number that the scale of a group can be in an ``expanded`` grid (QNN's blockwise expansion).
+STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Values that a weight can take: ``scale * (q - zero)``, ``q`` from 0 to ``2**bits - 1``.
 
-    ``zero`` is the middle for ``symmetric``, an integer for ``asymmetric``, and any number for ``affine``.
+    ``zero`` is the middle for ``symmetric`` and ``expanded``, an integer for ``asymmetric``, and any number for
+    ``affine``. In an ``expanded`` grid the scales of a row's groups are 1 to ``STEPS`` times one number of the row.
     """
 
     bits: int
     group: int
-    kind: str  # "symmetric", "asymmetric" or "affine"
+    kind: str  # "symmetric", "asymmetric", "affine" or "expanded"
 
     @property
     def top(self) -> int:
@@ -102,6 +107,8 @@ def fit_scales(weights: Tensor, importance: Tensor, grid: Grid) -> Quantized:
     groups = columns // grid.group
     parts = weights.reshape(rows, groups, grid.group)
     weight = importance.reshape(1, groups, grid.group)
+    if grid.kind == "expanded":
+        return _fit_expanded(weights, parts, weight, grid)
     best = torch.full((rows, groups), float("inf"))
     scale, zero = torch.ones(rows, groups), torch.zeros(rows, groups)
     for trial_scale, trial_zero in _candidates(parts, grid):
@@ -112,6 +119,34 @@ def fit_scales(weights: Tensor, importance: Tensor, grid: Grid) -> Quantized:
         scale = torch.where(better, trial_scale, scale)
         zero = torch.where(better, trial_zero, zero)
     found = Quantized(torch.empty(0), scale, zero)
+    round_to(weights, grid, found)
+    return found
+
+
+def _fit_expanded(weights: Tensor, parts: Tensor, importance: Tensor, grid: Grid) -> Quantized:
+    """Of each row the number, and of each group the multiple of it, with the least squared error."""
+    import torch
+
+    middle = 2 ** (grid.bits - 1)
+    ends = torch.maximum(-parts.amin(-1) / middle, parts.amax(-1) / (middle - 1)).clamp_min(1e-10)
+    largest = ends.amax(-1, keepdim=True)
+    steps = range(1, STEPS + 1) if parts.shape[1] > 1 else (STEPS,)
+    best = torch.full((len(weights), 1), float("inf"))
+    scale = largest.expand_as(ends).clone()
+    for shrink in range(_UNITS):
+        unit = largest * (1 - (1 - _SMALLEST) * shrink / (_UNITS - 1)) / STEPS
+        least = torch.full_like(ends, float("inf"))
+        chosen = torch.ones_like(ends)
+        for step in steps:
+            trial = (unit * step)[..., None]
+            q = torch.clamp(torch.round(parts / trial + middle), 0, grid.top)
+            error = ((trial * (q - middle) - parts).square() * importance).sum(-1)
+            better = error < least
+            least, chosen = torch.where(better, error, least), torch.where(better, float(step), chosen)
+        total = least.sum(-1, keepdim=True)
+        better = total < best
+        best, scale = torch.where(better, total, best), torch.where(better, unit * chosen, scale)
+    found = Quantized(torch.empty(0), scale, torch.full_like(scale, middle))
     round_to(weights, grid, found)
     return found
 
@@ -183,6 +218,9 @@ def _fit_to_inputs(weights: Tensor, hessian: Tensor, grid: Grid, found: Quantize
     """The scales (and, for an affine grid, the zeros) that are best for the rounded weights as they are."""
     import torch
 
+    if grid.kind == "expanded":
+        _fit_rows(weights, hessian, found)
+        return
     rows, columns = weights.shape
     groups = columns // grid.group
     parts = [found.q.float() - found.zero.repeat_interleave(grid.group, dim=1)]
@@ -213,3 +251,14 @@ def _fit_to_inputs(weights: Tensor, hessian: Tensor, grid: Grid, found: Quantize
         found.scale = scale
         return
     found.scale = torch.where(good, scale, found.scale)
+
+
+def _fit_rows(weights: Tensor, hessian: Tensor, found: Quantized) -> None:
+    """The one number of each row that is best for the rounded weights as they are."""
+    import torch
+
+    made = found.dequantized()
+    through = made @ hessian
+    factor = (weights * through).sum(1) / (made * through).sum(1).clamp_min(1e-20)
+    good = torch.isfinite(factor) & (factor > 0.5) & (factor < 2)
+    found.scale = found.scale * torch.where(good, factor, torch.ones_like(factor))[:, None]

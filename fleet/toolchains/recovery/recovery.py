@@ -81,16 +81,25 @@ def recover(
     Raises:
         BuildError: the calibration text is too short.
     """
+    use_threads(threads)
+    model, ids = load(source, texts)
+    return recover_model(model, ids, wanted, progress)
+
+
+def recover_model(model: Any, ids: Tensor, wanted: Wanted, progress: ProgressCallback) -> dict[str, Quantized]:
+    """The same of a model that is loaded, whose matrices then have the values that they were quantized to."""
     import torch
 
-    use_threads(threads)
     with torch.inference_mode():
-        model, ids = _load(source, texts)
         return _Walk(model, ids, wanted, progress).run()
 
 
-def _load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
-    """Return the model in float32, and the texts end to end, as sequences: shape (sequences, tokens)."""
+def load(source: Path, texts: Sequence[str]) -> tuple[Any, Tensor]:
+    """Return the model in float32, and the texts end to end, as sequences: shape (sequences, tokens).
+
+    Raises:
+        BuildError: the texts are too short.
+    """
     import torch
     from transformers import AutoTokenizer
 

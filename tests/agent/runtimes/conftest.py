@@ -26,6 +26,7 @@ from agent.core.inference import DoneEvent, GenerationRequest, Sampling, TokenEv
 from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.runtimes.protocol.registry import REGISTRY, versions
+from tests.models import Built, built, tiny_checkpoint, tiny_npu_artifact
 from tests.simulators.engine import SPEC
 
 ROOT = Path(__file__).parents[3]
@@ -35,6 +36,17 @@ MIB = 1 << 20
 def installed() -> list[str]:
     """Runtimes whose packages are there."""
     return [name for name, spec in REGISTRY.items() if versions(spec) is not None]
+
+
+#: Qualcomm's simulator computes the NPU's own files, where both graphs of a part have a binary of their own.
+SIMULATED = {"onnx_qnn": {"simulator": True}}
+
+
+def tiny_artifact_of(runtime: str) -> Built:
+    """What its toolchain makes of the tiny checkpoint."""
+    if runtime == "onnx_qnn":
+        return tiny_npu_artifact()
+    return built(tiny_checkpoint(), Toolchain(REGISTRY[runtime].toolchain))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent.contract.manifest import Toolchain
 from agent.core.inference import (
     DoneEvent,
     FinishReason,
@@ -28,9 +27,8 @@ from agent.core.inference import (
 from agent.endpoint.openai.chat import render
 from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostSettings
-from agent.runtimes.protocol.registry import REGISTRY
-from tests.agent.runtimes.conftest import installed
-from tests.models import Built, built, tiny_checkpoint
+from tests.agent.runtimes.conftest import SIMULATED, installed, tiny_artifact_of
+from tests.models import Built
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -83,8 +81,8 @@ class Run:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed())
 async def run(request: pytest.FixtureRequest) -> AsyncIterator[Run]:
-    artifact = built(tiny_checkpoint(), Toolchain(REGISTRY[request.param].toolchain))
-    host = WorkerHost(render, HostSettings(max_sequences=3, watch_s=0.2))
+    artifact = tiny_artifact_of(request.param)
+    host = WorkerHost(render, HostSettings(max_sequences=3, watch_s=0.2, runtime_options=SIMULATED))
     proof = await host.prove(artifact.manifest, artifact.files)
     assert proof.runtime == request.param
     assert proof.ttft_ms > 0

@@ -26,8 +26,8 @@ from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostSettings
 from agent.runtimes.protocol.registry import REGISTRY, features
 from tests.agent.endpoint.conftest import PLAIN
-from tests.agent.runtimes.conftest import installed
-from tests.models import built, sample_checkpoint, tiny_checkpoint
+from tests.agent.runtimes.conftest import SIMULATED, installed, tiny_artifact_of
+from tests.models import built, sample_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -76,12 +76,14 @@ class Device:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed())
 async def device(request: pytest.FixtureRequest) -> AsyncIterator[Device]:
-    toolchain = Toolchain(REGISTRY[request.param].toolchain)
-    # MLX has no fast kernels for this processor. The others get a model that knows how to end: OpenVINO's grammars
-    # leave room for any amount of white space, and random weights fill it.
-    artifact = built(tiny_checkpoint() if toolchain is Toolchain.MLX else sample_checkpoint(), toolchain)
+    # MLX has no fast kernels for this processor, and the NPU is simulated. The others get a model that knows how to
+    # end: OpenVINO's grammars leave room for any amount of white space, and random weights fill it.
+    if request.param in ("mlx", "onnx_qnn"):
+        artifact = tiny_artifact_of(request.param)
+    else:
+        artifact = built(sample_checkpoint(), Toolchain(REGISTRY[request.param].toolchain))
     async with AsyncExitStack() as stack:
-        host = WorkerHost(render, HostSettings())
+        host = WorkerHost(render, HostSettings(runtime_options=SIMULATED))
         stack.push_async_callback(host.close)
         await host.prove(artifact.manifest, artifact.files)
         info = await host.activate(artifact.manifest, artifact.files)

@@ -87,8 +87,9 @@ def measured(toolchain: Toolchain) -> dict[str, Any]:
 def _key(toolchain: Toolchain, own: list[Cell]) -> str:
     """What the results depend on: our code between checkpoint and logits, and the toolchain's packages."""
     folder = Path(str(driver_of.__code__.co_filename)).parent
+    qnn = folder.parent / "qnn"
     modules = (variants, variant_files, variant_job)
-    code = sorted([*folder.glob("*.py"), *Path(str(scorers.__file__)).parent.glob("*.py")])
+    code = sorted([*folder.glob("*.py"), *qnn.glob("*.py"), *Path(str(scorers.__file__)).parent.glob("*.py")])
     code += [Path(str(module.__file__)) for module in modules]
     packages = [f"{name} {version(name)}" for name in driver_of(toolchain).packages]
     asked = [(name_of(one), one.context) for one in own]

@@ -77,7 +77,7 @@ def measure(one: Cell, folder: Path) -> dict[str, Any]:
     context = min(one.context, 8192, model.facts.max_context)
     converted, size = _convert(one, model, context, folder)
     found: dict[str, Any] = {"bytes": size[0], "predicted": size[1], "notes": converted.notes}
-    path = folder / "out" / converted.entry
+    path = (folder / "beside" if (folder / "beside").exists() else folder / "out") / converted.entry
     if one.toolchain is Toolchain.ONNX_GENAI:
         found |= variant_files.look(path)
         if not variant_files.has_kernels(path):
@@ -111,7 +111,8 @@ def _convert(one: Cell, model: Checkpoint, context: int, folder: Path) -> tuple[
     out.mkdir()
     scratch.mkdir()
     job = ConvertJob(
-        toolchain=one.toolchain, source=model.path, out=out, scratch=scratch, name=model.name, precision=one.precision,
+        toolchain=one.toolchain, source=model.path, out=out, scratch=scratch, beside=folder / "beside",
+        name=model.name, precision=one.precision,
         target=one.target, options=options, context=context, threads=2,
     )  # fmt: skip
     converted = driver.convert(job, lambda _: None)

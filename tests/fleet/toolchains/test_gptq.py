@@ -14,11 +14,26 @@ from hypothesis import strategies as st
 from fleet.toolchains.drivers import process
 from fleet.toolchains.drivers.mlx_weights import packed, replace
 from fleet.toolchains.drivers.onnx_graph import _packed
-from fleet.toolchains.recovery.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, _rows_at_once, fit_scales, quantize
+from fleet.toolchains.recovery.gptq import (
+    LEAST_SQUARES_BYTES,
+    STEPS,
+    Grid,
+    Quantized,
+    _rows_at_once,
+    fit_scales,
+    quantize,
+)
 
 torch.set_num_threads(1)  # small steps: a second thread costs more than it does
 
-GRIDS = (Grid(4, 16, "symmetric"), Grid(4, 16, "asymmetric"), Grid(4, 32, "affine"), Grid(5, 32, "affine"))
+GRIDS = (
+    Grid(4, 16, "symmetric"),
+    Grid(4, 16, "asymmetric"),
+    Grid(4, 32, "affine"),
+    Grid(5, 32, "affine"),
+    Grid(4, 16, "expanded"),
+    Grid(8, 64, "expanded"),
+)
 
 
 def _loss(weights: torch.Tensor, gram: torch.Tensor, found: Quantized) -> float:
@@ -52,6 +67,12 @@ def test_whatever_the_weights_the_result_is_on_the_grid(seed: int, grid: Grid, s
     assert torch.isfinite(found.scale).all() and torch.isfinite(found.zero).all()
     if grid.kind == "symmetric":
         assert (found.zero == 8).all()
+    if grid.kind == "expanded":
+        assert (found.zero == 2 ** (grid.bits - 1)).all() and (found.scale > 0).all()
+        units = found.scale.amin(1, keepdim=True)
+        whole = [found.scale / (units / least) for least in range(1, STEPS + 1)]
+        off = torch.stack([(one - one.round()).abs().amax(1) for one in whole]).amin(0)
+        assert off.max() < 1e-3, "each is a whole multiple of one number of the row"
     if grid.kind == "asymmetric":
         assert (found.zero == found.zero.round()).all() and found.zero.min() >= 0 and found.zero.max() <= grid.top
     assert (weights - found.dequantized()).abs().max() <= weights.abs().max() + 1e-6

@@ -52,6 +52,7 @@ _MODULES = {
     Toolchain.OPENVINO: "openvino",
     Toolchain.LLAMACPP: "llamacpp",
     Toolchain.MLX: "mlx",
+    Toolchain.ONNX_QNN: "onnx_qnn",
 }
 
 
