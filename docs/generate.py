@@ -295,7 +295,8 @@ _RUNTIMES_INTRODUCTION = """
     Each row is tested with the official `openai` client against a real model in that runtime
     (`tests/agent/runtimes/test_openai_client.py`); where a row says no, the answer is a 400 that names the parameter.
 
-    It is what a model has on the CPU, on a Mac for `mlx`. OpenVINO's static pipeline, which is the one for NPUs, has
+    It is what a model has on the CPU, on a Mac for `mlx`, and on a Snapdragon's NPU for `onnx_qnn`, which is tested in
+    Qualcomm's simulator and was not run on a device. OpenVINO's static pipeline, which is the one for NPUs, has
     one answer at once and no `logprobs` and no `response_format`. But in `openvino_genai`, `response_format` needs the
     package llguidance, which comes with the extras.
     """

@@ -232,6 +232,7 @@ ENFORCED: Mapping[str, frozenset[str]] = {
     "openvino_genai": XGRAMMAR,
     "llamacpp": LLGUIDANCE,
     "mlx": LLGUIDANCE,
+    "onnx_qnn": LLGUIDANCE,
 }
 #: Every keyword that constrains.
 CONSTRAINING = _CONSTRAIN | XGRAMMAR

@@ -181,7 +181,7 @@ def test_a_toolchains_own_refusal_is_one_of_the_plan() -> None:
 
 
 def test_the_first_legal_recipe_is_taken_and_everything_is_json() -> None:
-    found = candidates(shape("phi-4-mini"), load_profile("copilot-pc-qnn"))
+    found = candidates(shape("phi-2"), load_profile("copilot-pc-qnn"))
     assert not found[0].legal
     assert first_legal(found).recipe.toolchain is Toolchain.LLAMACPP
     rows = json.loads(json.dumps([as_json(one) for one in found]))

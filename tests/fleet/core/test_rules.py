@@ -22,6 +22,14 @@ CASES: list[tuple[str, str, str, str, dict[str, Any], int, str | None, str | Non
     ("phi-4-mini", "onnx_genai", "fp32", "cuda", {}, 4096, None, "toolchain-target"),
     ("phi-4-mini", "onnx_genai", "int8", "dml", {}, 4096, None, "toolchain-target"),
     ("phi-4-mini", "onnx_genai", "int4", "qnn", {}, 4096, None, "toolchain-target"),
+    ("phi-4-mini", "onnx_qnn", "int4", "qnn", {}, 4096, None, None),
+    ("phi-4-mini", "onnx_qnn", "int8", "qnn", {}, 16384, "copilot-pc-qnn", None),
+    ("phi-4-mini", "onnx_qnn", "int4", "qnn", {}, 16385, None, "qnn-context"),
+    ("phi-4-mini", "onnx_qnn", "int4", "cpu", {}, 4096, None, "toolchain-target"),
+    ("phi-4-mini", "onnx_qnn", "fp16", "qnn", {}, 4096, None, "toolchain-target"),
+    ("phi-4-mini", "onnx_qnn", "int4", "qnn", {}, 4096, "ai-pc-npu", "accelerator"),
+    ("phi-2", "onnx_qnn", "int4", "qnn", {}, 2048, None, "qnn-network"),
+    ("phi-3.5-moe", "onnx_qnn", "int8", "qnn", {}, 4096, None, "qnn-network"),
     ("phi-4-mini", "openvino", "int4", "npu", {}, 4096, None, None),
     ("phi-4-mini", "openvino", "int4", "npu", {"symmetric": False}, 4096, None, "openvino-npu"),
     ("phi-4-mini", "openvino", "int4", "npu", {"ratio": 0.8}, 4096, None, "openvino-npu"),
@@ -94,7 +102,8 @@ def test_int4_is_refused_where_the_hardware_has_none() -> None:
 def test_multimodal_checkpoints_are_refused(architecture: str, toolchain: Toolchain) -> None:
     config = dict(find_variant("phi-4-mini").config) | {"architectures": [architecture]}  # type: ignore[union-attr]
     model = shape_of(config, name="phi-4-multimodal")
-    recipe = Recipe(toolchain=toolchain, precision=Precision.INT4, target=Target.CPU)
+    target = Target.QNN if toolchain is Toolchain.ONNX_QNN else Target.CPU
+    recipe = Recipe(toolchain=toolchain, precision=Precision.INT4, target=target)
     assert [one.rule for one in refusals(Case(model, recipe, 4096))] == ["multimodal"]
 
 
@@ -107,9 +116,17 @@ def test_groups_divide_rows(group: int, rules: list[str], toolchain: str, target
     assert [one.rule for one in refusals(Case(shape_of(config, name="mine"), recipe, 4096))] == rules
 
 
+@pytest.mark.parametrize(("precision", "rules"), [("int4", ["group-size"]), ("int8", [])])
+def test_rows_divide_into_the_blocks_that_an_npu_has(precision: str, rules: list[str]) -> None:
+    config = dict(find_variant("phi-4-mini").config) | {"intermediate_size": 8192 + 32}  # type: ignore[union-attr]
+    recipe = Recipe(toolchain="onnx_qnn", precision=precision, target="qnn")
+    assert [one.rule for one in refusals(Case(shape_of(config, name="mine"), recipe, 4096))] == rules
+
+
 LETTERS: dict[str, str] = {
     "W": Status.WORKS, "B": Status.BUILDS,
     "t": "toolchain-target", "h": "fp16-onnx-cpu", "o": "phimoe-onnx", "m": "phimoe-mixer",
+    "q": "qnn-network",
 }  # fmt: skip
 
 

@@ -183,8 +183,8 @@ def test_a_plan_is_a_table_and_is_json() -> None:
     assert [row["target"] for row in rows] == ["npu", "npu", "cpu"]
     assert [row["recipe"] for row in rows] == [1, 2, 3]
     assert rows[0]["options"]["group_size"] == -1
-    shown = runner.invoke(plan, ["--model", "phi-4-mini", "--profile", "copilot-pc-qnn"]).stdout
-    assert "refused: toolchain-target" in shown
+    shown = runner.invoke(plan, ["--model", "phi-2", "--profile", "copilot-pc-qnn"]).stdout
+    assert "refused: qnn-network" in shown
     assert "first choice" in shown
 
 
