@@ -63,7 +63,7 @@ class OnnxQnnRuntime:
                 "onnxruntime-qnn finds no Qualcomm NPU here; take an artifact for the CPU"
                 " (for a test, runtime_options.onnx_qnn.simulator = true simulates one, very slowly)"
             )
-        return OnnxQnnEngine(_Folder(folder, source, device, options), options)
+        return OnnxQnnEngine(_Folder(folder, source, device), options)
 
 
 def _npu(*, simulated: bool = False) -> Any:
@@ -82,7 +82,7 @@ def _npu(*, simulated: bool = False) -> Any:
 class _Folder:
     """An artifact's folder, loaded."""
 
-    def __init__(self, folder: Path, source: ModelSource, device: Any, options: LoadOptions) -> None:
+    def __init__(self, folder: Path, source: ModelSource, device: Any) -> None:
         import numpy as np
         from tokenizers import Tokenizer
 
@@ -100,8 +100,10 @@ class _Folder:
             self._scales = np.memmap(folder / table.scales, np.float16, "r").reshape(rows, -1)
         except (OSError, ValueError) as error:
             raise RuntimeLoadError(f"{folder / table.values} is not the embedding described: {error}") from error
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._threads = options.threads
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises Exception itself
+            raise RuntimeLoadError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
         names = [name for part in model.parts for name in (part.window, part.token)] + [model.head]
         self._sessions = {name: self._open(name, device, last=name == names[-1]) for name in names}
         self.ends = frozenset(model.ends) | {
@@ -119,7 +121,10 @@ class _Folder:
             options.add_session_config_entry("ep.share_ep_contexts", "1")
             options.add_session_config_entry("ep.stop_share_ep_contexts", "1" if last else "0")
         options.add_provider_for_devices([device], {"backend_path": qnn.get_qnn_htp_path()})
-        session = ort.InferenceSession(str(self.folder / name), options)
+        try:
+            session = ort.InferenceSession(str(self.folder / name), options)
+        except Exception as error:  # the library raises classes of its own, and RuntimeError
+            raise RuntimeLoadError(f"{self.folder / name} does not load on the NPU: {error}") from error
         return session, [one.name for one in session.get_outputs()]
 
     def run(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Any]:

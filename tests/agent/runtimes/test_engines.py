@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +80,22 @@ class Run:
         return GuidanceKind.JSON_SCHEMA in info.capabilities.guidance
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed())
-async def run(request: pytest.FixtureRequest) -> AsyncIterator[Run]:
-    artifact = tiny_artifact_of(request.param)
+@asynccontextmanager
+async def running(runtime: str) -> AsyncIterator[Run]:
+    artifact = tiny_artifact_of(runtime)
     host = WorkerHost(render, HostSettings(max_sequences=3, watch_s=0.2, runtime_options=SIMULATED))
     proof = await host.prove(artifact.manifest, artifact.files)
-    assert proof.runtime == request.param
+    assert proof.runtime == runtime
     assert proof.ttft_ms > 0
     await host.activate(artifact.manifest, artifact.files)
     yield Run(host, artifact)
     await host.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed())
+async def run(request: pytest.FixtureRequest) -> AsyncIterator[Run]:
+    async with running(request.param) as found:
+        yield found
 
 
 async def test_greedy_answers_repeat(run: Run) -> None:
