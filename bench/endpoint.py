@@ -13,7 +13,7 @@ from agent.contract.manifest import Toolchain
 from agent.endpoint.openai.chat import render
 from bench.bare import bare
 from bench.figures import Figure
-from bench.serving import Served, serving
+from bench.serving import PRECISIONS, Served, serving
 
 #: Pairs, tokens of an answer, and turns of the shared beginning.
 SIZES = dict.fromkeys(Toolchain, (13, 128, 3)) | {Toolchain.MLX: (3, 24, 1)}
@@ -25,7 +25,7 @@ PROMPT = "Number {n}. Write a long story about a lighthouse keeper, the sea, and
 
 def figures() -> list[Figure]:
     """Medians over the pairs, for each runtime."""
-    return [figure for toolchain in Toolchain for figure in _of(toolchain)]
+    return [figure for toolchain in PRECISIONS for figure in _of(toolchain)]
 
 
 def _of(toolchain: Toolchain) -> list[Figure]:

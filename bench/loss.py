@@ -11,6 +11,8 @@ from typing import Any
 
 from agent.contract.manifest import Precision, Quality, Target, Toolchain
 from bench.figures import Figure
+from fleet.core.rules import toolchains_for
+from fleet.profiles_loader import load_profile
 from fleet.toolchains.quality import quality
 from tests.models import CACHE, built, sample_checkpoint
 
@@ -43,7 +45,10 @@ CASES = (
     Case(T.OPENVINO, P.INT4, "recovered in whole rows", RECOVERED | {"group_size": -1}, 0.75, 88),
     Case(T.MLX, P.INT4, "the default"),
     Case(T.MLX, P.INT4, "recovered", RECOVERED, 0.9, 88),
-    *(Case(toolchain, P.INT8, "", {}, 0.03) for toolchain in Toolchain),
+    *(Case(toolchain, P.INT8, "", {}, 0.03) for toolchain in toolchains_for(Target.CPU)),
+    Case(T.ONNX_QNN, P.INT4, "recovered, the default", {}, 0.3, 112),
+    Case(T.ONNX_QNN, P.INT4, "recovered, with the last matrix at INT8", {"head_bits": 8}, 0.22, 126),
+    Case(T.ONNX_QNN, P.INT8, "recovered, the default", {}, 0.02),
 )
 
 
@@ -72,9 +77,12 @@ def figures() -> list[Figure]:
 
 def _measure(case: Case) -> tuple[Quality, float, float]:
     sample, cache = sample_checkpoint(), CACHE / "references"
-    artifact = built(sample, case.toolchain, case.precision, Target.CPU, **case.options)
+    target, profile = Target.CPU, None
+    if case.toolchain is T.ONNX_QNN:  # a static graph computes its whole context for every token
+        target, profile = Target.QNN, load_profile("copilot-pc-qnn").model_copy(update={"context": 512})
+    artifact = built(sample, case.toolchain, case.precision, target, profile, **case.options)
     manifest = artifact.manifest
     quality.prepare(sample, manifest.model.source_digest, manifest.chat, quality.evaluation.bundled(), cache)
     began = time.monotonic()
-    measured, _ = quality.measure(sample, artifact.files, manifest, cache=cache)
+    measured, _ = quality.measure(sample, artifact.files.parent, manifest, cache=cache)
     return measured, manifest.size / 1e6, time.monotonic() - began

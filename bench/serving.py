@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from agent.contract.manifest import Precision, Toolchain
+from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.messages import State
+from fleet.core.rules import toolchains_for
 from tests.models import Built, built, sample_checkpoint
 from tests.rig import Rig
 
@@ -28,7 +29,10 @@ class Served:
 
 
 #: INT4, but for MLX, whose bare loop takes minutes for one INT4 answer on this processor.
-PRECISIONS = {toolchain: Precision.FP32 if toolchain is Toolchain.MLX else Precision.INT4 for toolchain in Toolchain}
+PRECISIONS = {
+    toolchain: Precision.FP32 if toolchain is Toolchain.MLX else Precision.INT4
+    for toolchain in toolchains_for(Target.CPU)
+}
 
 
 @contextmanager

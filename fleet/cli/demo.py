@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from agent.contract.manifest import Precision, Toolchain
+from agent.contract.manifest import Precision, Target, Toolchain
 from fleet.cli.demo_progress import DrawnProgress
+from fleet.core.rules import toolchains_for
 from fleet.demo.outcome import DemoOptions
 from fleet.demo.run import STEPS, run_demo
 
@@ -13,7 +14,7 @@ from fleet.demo.run import STEPS, run_demo
 @click.command()
 @click.option(
     "--toolchain",
-    type=click.Choice([one.value for one in Toolchain]),
+    type=click.Choice([one.value for one in toolchains_for(Target.CPU)]),
     help="By default onnx_genai where it is installed, else mlx.",
 )
 @click.option("--precision", type=click.Choice([one.value for one in Precision]), default="int4", show_default=True)

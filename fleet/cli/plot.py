@@ -12,8 +12,8 @@ from agent.platform import files
 from fleet.core.frontier import frontier
 from fleet.errors import UsageError
 
-_MARKERS = {Toolchain.ONNX_GENAI: "o", Toolchain.OPENVINO: "s", Toolchain.LLAMACPP: "^", Toolchain.MLX: "D"}
-_COLOURS = dict(zip(_MARKERS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+_MARKERS = dict(zip(Toolchain, ("o", "s", "^", "D", "v"), strict=True))
+_COLOURS = dict(zip(Toolchain, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"), strict=True))
 _LEAST_LOSS = 1e-6  # of FP32: a logarithmic axis has no zero
 #: Where a label may stand beside its point, in points: the nearest first.
 _NEAR = 8

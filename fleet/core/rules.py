@@ -92,6 +92,11 @@ BUILDS: Mapping[Toolchain, Mapping[Target, tuple[Precision, ...]]] = {
 }
 
 
+def toolchains_for(target: Target) -> tuple[Toolchain, ...]:
+    """Return those that build for a target."""
+    return tuple(toolchain for toolchain, targets in BUILDS.items() if target in targets)
+
+
 def _fp16_onnx_on_cpu(case: Case) -> str | None:
     if case.is_(Toolchain.ONNX_GENAI, Target.CPU) and case.recipe.precision in _HALVES:
         return (
