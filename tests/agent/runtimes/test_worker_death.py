@@ -67,8 +67,14 @@ async def test_a_model_whose_worker_ends_by_a_real_time_signal_is_restarted(
 ):
     host = host_of()
     await host.activate(*artifact(token_s=0.01))
-    asked = asyncio.create_task(answer(host, ask("w", max_tokens=500)))
-    await until(lambda: host.stats().active == 1)
+    told: list[str] = []
+
+    async def ask_and_tell() -> None:
+        async for event in host.generate(ask("w", max_tokens=500)):
+            told.append(event.id)
+
+    asked = asyncio.create_task(ask_and_tell())
+    await until(lambda: told, "the answer to begin: one that has not is begun once more")
     assert host._active is not None
     os.kill(host._active.worker.pid, signal.SIGRTMIN + 1)
     with pytest.raises(InferenceError, match=r"SIGRTMIN\+1"):

@@ -22,6 +22,7 @@ import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core import plan_size
 from fleet.core.rules import BUILDS
 from fleet.core.support import RUN_HERE, SAME_FILES, Cell, Status, cells
 from fleet.toolchains.drivers.registry import driver_of
@@ -90,7 +91,7 @@ def _key(toolchain: Toolchain, own: list[Cell]) -> str:
     qnn = folder.parent / "qnn"
     modules = (variants, variant_files, variant_job)
     code = sorted([*folder.glob("*.py"), *qnn.glob("*.py"), *Path(str(scorers.__file__)).parent.glob("*.py")])
-    code += [Path(str(module.__file__)) for module in modules]
+    code += [Path(str(module.__file__)) for module in (*modules, plan_size)]
     packages = [f"{name} {version(name)}" for name in driver_of(toolchain).packages]
     asked = [(name_of(one), one.context) for one in own]
     text = b"".join(path.read_bytes() for path in code) + json.dumps([asked, packages]).encode()

@@ -23,6 +23,8 @@ from fleet.toolchains.checkpoint.checkpoint import Checkpoint, inspect
 from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 from fleet.toolchains.drivers.base import Converted, ConvertJob
 from fleet.toolchains.drivers.registry import driver_of
+from fleet.toolchains.quality import calibration
+from fleet.toolchains.quality.calibration import BUNDLED
 from fleet.toolchains.quality.divergence import compare
 from fleet.toolchains.quality.scorers import Opened, open_scorer
 from tests.fleet.quality import variant_files, variants
@@ -114,6 +116,7 @@ def _convert(one: Cell, model: Checkpoint, context: int, folder: Path) -> tuple[
         toolchain=one.toolchain, source=model.path, out=out, scratch=scratch, beside=folder / "beside",
         name=model.name, precision=one.precision,
         target=one.target, options=options, context=context, threads=2,
+        calibration=calibration.load(BUNDLED, model.chat).texts if options.get("calibration") else (),
     )  # fmt: skip
     converted = driver.convert(job, lambda _: None)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -20,12 +20,13 @@ from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
 from agent.contract.static_graph import DESCRIPTION, StaticModel, StaticSequence
 from fleet.core.phi_variants import VARIANTS, Variant
-from fleet.core.plan_size import QNN_PART_BYTES, parts_of
+from fleet.core.plan_size import QNN_PART_BYTES, parts_of, predicted_bytes
 from fleet.errors import BuildError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.store.folder import BESIDE, FolderStore
 from fleet.toolchains.build.build import build
+from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.drivers import static_cpu
 from fleet.toolchains.drivers.static_cpu import StaticCpu
@@ -36,7 +37,7 @@ from fleet.toolchains.quality.divergence import compare
 from fleet.toolchains.quality.scorers import Opened
 from fleet.toolchains.quality.scorers import onnx_qnn as scorer
 from tests.fleet.quality import variants
-from tests.models import Built, checkpoint, tiny_checkpoint, tiny_npu_artifact
+from tests.models import Built, checkpoint, sample_checkpoint, tiny_checkpoint, tiny_npu_artifact
 
 pytestmark = pytest.mark.toolchain
 
@@ -281,6 +282,19 @@ def test_the_scales_of_blocks_are_found_as_the_multiples_that_they_are(seed: int
     steps, found = _steps(scales)
     assert int(steps.max()) <= 16 and int(steps.min()) >= 1
     assert torch.allclose(steps.float() * found[:, None], scales, rtol=1e-4)
+
+
+def test_sizes_are_predicted_as_they_were_measured_on_the_sample() -> None:
+    """In megabytes, of builds by phifleet with onnxruntime-qnn 2.7; those of small networks are in test_variants.py."""
+    shape = read_shape(sample_checkpoint())
+    for precision, options, size in (
+        (Precision.INT4, {}, 110.6),
+        (Precision.INT4, {"head_bits": 8}, 124.2),
+        (Precision.INT4, {"attention_bits": 4}, 103.3),
+        (Precision.INT8, {}, 174.8),
+    ):
+        recipe = Recipe(toolchain=Toolchain.ONNX_QNN, precision=precision, target=Target.QNN, options=options)
+        assert predicted_bytes(shape, recipe) / 1e6 == pytest.approx(size, rel=0.02)
 
 
 @given(st.integers(1, 200), st.integers(1, 2**31))
