@@ -64,7 +64,8 @@ class StaticModel(WireModel):
     """The whole artifact. Sizes are in elements, lengths in tokens.
 
     ``context`` is what the graphs attend to, ``window`` the tokens of a prompt that go through at once. ``hidden_by``
-    is added to the scores of what a token must not see.
+    is added to the scores of what a token must not see. The file ``sizes`` has for each layer what each channel of the
+    attention's output, and of the MLP's, is multiplied by: an input of the graphs.
     """
 
     context: _Size
@@ -79,6 +80,7 @@ class StaticModel(WireModel):
     ends: tuple[int, ...]
     rope: StaticRope
     embedding: StaticEmbedding
+    sizes: Annotated[str, Field(description="float32 of shape (layers, 2, hidden)")]
     parts: Annotated[tuple[StaticPart, ...], Field(min_length=1)]
     head: Annotated[str, Field(description="graph of the last matrix, for one token")]
     head_window: Annotated[str | None, Field(description="the same for a window; for measurements alone")] = None
@@ -109,9 +111,10 @@ Embed = Callable[[Sequence[int]], Any]
 class StaticSequence:
     """The keys and values of one sequence, and how it grows. ``tokens`` are those whose keys and values it holds."""
 
-    def __init__(self, model: StaticModel, embed: Embed, run: Run) -> None:
+    def __init__(self, model: StaticModel, embed: Embed, run: Run, sizes: NDArray[np.float32]) -> None:
         import numpy as np
 
+        self._sizes = sizes.reshape(model.layers, 2, 1, 1, model.hidden)
         self._model, self._embed, self._run = model, embed, run
         held = model.context - 1
         keys = (model.kv_heads, 1, model.head_size, held)
@@ -162,6 +165,7 @@ class StaticSequence:
             feeds: dict[str, Any] = {"hidden": hidden, **shared}
             for layer in range(part.first, part.last):
                 feeds[f"past_keys_{layer}"] = np.ascontiguousarray(self._keys[layer][..., :held])
+                feeds[f"out_sizes_{layer}"], feeds[f"down_sizes_{layer}"] = self._sizes[layer]
                 feeds[f"past_values_{layer}"] = np.ascontiguousarray(self._values[layer][:, :, :held])
             found = self._run(part.window if size > 1 else part.token, feeds)
             for layer in range(part.first, part.last):

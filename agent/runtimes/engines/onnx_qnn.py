@@ -98,8 +98,9 @@ class _Folder:
         try:
             self._values = np.memmap(folder / table.values, np.uint8, "r").reshape(rows, -1)
             self._scales = np.memmap(folder / table.scales, np.float16, "r").reshape(rows, -1)
+            self._sizes = np.fromfile(folder / model.sizes, np.float32).reshape(model.layers, 2, model.hidden)
         except (OSError, ValueError) as error:
-            raise RuntimeLoadError(f"{folder / table.values} is not the embedding described: {error}") from error
+            raise RuntimeLoadError(f"{folder}: its tables are not those described: {error}") from error
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises Exception itself
@@ -130,6 +131,9 @@ class _Folder:
     def run(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
         session, names = self._sessions[graph]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    def sequence(self) -> StaticSequence:
+        return StaticSequence(self.model, self.embed, self.run, self._sizes)
 
     def embed(self, tokens: Sequence[int]) -> Any:
         return embedded(self.model.embedding, self.model.hidden, self._values, self._scales, tokens)
@@ -174,9 +178,7 @@ class OnnxQnnEngine:
         self.device = _DEVICE
         self.context = min(options.context, files.model.context)
         self._sequences = max(1, options.max_sequences)
-        self._slots = [
-            _Slot(number, StaticSequence(files.model, files.embed, files.run)) for number in range(self._sequences)
-        ]
+        self._slots = [_Slot(number, files.sequence()) for number in range(self._sequences)]
         self._waiting: deque[_Current] = deque()
         self._ended: list[GenerationEvent] = []
         self._turn = 0

@@ -23,6 +23,7 @@ from agent.contract.failures import FailureCode
 from agent.core.inference import InferenceError
 from agent.errors import RuntimeLoadError
 from agent.platform.files import is_disk_full
+from agent.platform.parents import die_with_parent
 from agent.runtimes.protocol import wire
 from agent.runtimes.protocol.engine import Engine, Runtime
 from agent.runtimes.protocol.registry import resolve
@@ -123,19 +124,8 @@ def _inherit(fd: int, parent: int) -> socket.socket:
     if sys.platform == "win32":
         # Not run here: Windows hands sockets over by a shared description on standard input.
         return socket.fromshare(base64.b64decode(sys.stdin.buffer.readline()))
-    _die_with_parent(parent)
+    die_with_parent(parent)
     return socket.socket(fileno=fd)
-
-
-def _die_with_parent(parent: int) -> None:
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
-    if os.getppid() != parent:
-        os._exit(0)
 
 
 def _limit_memory(limit: int) -> None:

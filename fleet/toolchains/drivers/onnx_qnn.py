@@ -53,6 +53,7 @@ _OPTIONS: dict[Precision, dict[str, Option]] = {
 }
 _BITS = {Precision.INT4: 4, Precision.INT8: 8}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_SIZES = "sizes.bin"
 #: Numbers of a row of the embedding that share a scale.
 _EMBEDDING_GROUP = 32
 #: Beyond the largest distance of two scores: what a token must not see has no share that 16 bits could tell from 0.
@@ -137,7 +138,7 @@ class _Conversion:
             for name in _TOKENIZER:
                 if (self._source / name).is_file():
                     shutil.copyfile(self._source / name, folder / name)
-        for name in (described.embedding.values, described.embedding.scales):
+        for name in (described.embedding.values, described.embedding.scales, described.sizes):
             shutil.copyfile(self._graphs / name, job.out / name)
         return Converted(entry=".", kv_element_bytes=1, notes=notes)
 
@@ -155,18 +156,21 @@ class _Conversion:
         hidden_scale = 2.0 ** math.floor(math.log2(_LARGEST_HIDDEN / largest))
         epsilon = config.rms_norm_eps * hidden_scale**2
         sizes = Sizes(config.hidden_size, heads_of(model), epsilon, context, job.options["window"], hidden_by)
-        parts = []
+        parts, all_sizes = [], b""
         for number, (first, last) in enumerate(self._parts()):
             self._progress(Progress("writing graphs", number / len(ranges.layers)))
             weights = [
                 (at, matrices.layer(at, ranges.layers[at], hidden_scale), ranges.layers[at])
                 for at in range(first, last)
             ]
+            for _, layer, _ in weights:
+                all_sizes += layer.out_sizes.tobytes() + layer.down_sizes.tobytes()
             file = WeightFile(self._graphs / f"part{number}.data")
             names = {kind: f"part{number}_{kind}.onnx" for kind in ("window", "token")}
             for kind, tokens in (("window", sizes.tokens), ("token", 1)):
                 layers_graph(self._graphs / names[kind], replace(sizes, tokens=tokens), weights, file)
             parts.append(StaticPart(first=first, last=last, **names))
+        (self._graphs / _SIZES).write_bytes(all_sizes)
         head, file = matrices.head(), WeightFile(self._graphs / "head.data")
         for name, tokens in (("head.onnx", 1), ("head_window.onnx", sizes.tokens)):
             wanted = replace(sizes, tokens=tokens)
@@ -175,7 +179,7 @@ class _Conversion:
             context=context, window=sizes.tokens, layers=len(ranges.layers), hidden=sizes.hidden,
             kv_heads=sizes.heads.keys, head_size=sizes.heads.size, vocabulary=config.vocab_size,
             sliding_window=_window(config, context), hidden_by=hidden_by, ends=_ends(self._source),
-            rope=rope(model, context), embedding=self._embedding(model, hidden_scale), parts=tuple(parts),
+            rope=rope(model, context), embedding=self._embedding(model, hidden_scale), sizes=_SIZES, parts=tuple(parts),
             head="head.onnx", head_window="head_window.onnx",
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ class StaticCpu:
         rows = self.model.vocabulary
         self._values = np.memmap(folder / table.values, np.uint8, "r").reshape(rows, -1)
         self._scales = np.memmap(folder / table.scales, np.float16, "r").reshape(rows, -1)
+        self._sizes = np.fromfile(folder / self.model.sizes, np.float32)
         self._sessions: dict[str, Any] = {}
 
     @cached_property
@@ -39,9 +40,11 @@ class StaticCpu:
     def sequence(self) -> StaticSequence:
         """Begin one."""
         table, hidden = self.model.embedding, self.model.hidden
-        return StaticSequence(
-            self.model, lambda tokens: embedded(table, hidden, self._values, self._scales, tokens), self.run
-        )
+
+        def embed(tokens: Sequence[int]) -> Any:
+            return embedded(table, hidden, self._values, self._scales, tokens)
+
+        return StaticSequence(self.model, embed, self.run, self._sizes)
 
     def run(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run a graph by its name."""

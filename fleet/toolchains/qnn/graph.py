@@ -46,8 +46,8 @@ class Weight:
 class LayerWeights:
     """Of one layer, queries scaled, elements of queries and keys ordered as the graph rotates them.
 
-    What ``out`` and ``down`` give lies between -1 and 1; ``out_sizes`` and ``down_sizes`` are what each channel of it
-    is multiplied by when it is added to the hidden states.
+    What ``out`` and ``down`` give lies between -1 and 1; ``out_sizes`` and ``down_sizes``, float32 of shape (hidden,),
+    are what each channel of it is multiplied by when it is added to the hidden states.
     """
 
     queries: Weight
@@ -132,7 +132,7 @@ class _Layer:
         normed = graph.norm(hidden, self._sizes, ranges.first_norm)
         attended = self._attention(normed, cos, sin, mask)
         attention = graph.product(attended, f"{number}.out", weights.out, Range(-1, 1))
-        middle = self._added(hidden, attention, "out", weights.out_sizes)
+        middle = self._added(hidden, attention, "out")
         normed = graph.norm(middle, self._sizes, ranges.second_norm)
         gate = graph.product(normed, f"{number}.gate", weights.gate, ranges.gate)
         up = graph.product(normed, f"{number}.up", weights.up, ranges.up)
@@ -140,12 +140,13 @@ class _Layer:
         activated = graph.between(graph.node("Mul", [gate, share]), ranges.activated)
         product = graph.between(graph.node("Mul", [activated, up]), ranges.product)
         down = graph.product(product, f"{number}.down", weights.down, Range(-1, 1))
-        return self._added(middle, down, "down", weights.down_sizes)
+        return self._added(middle, down, "down")
 
-    def _added(self, hidden: str, change: str, name: str, sizes: NDArray[np.float32]) -> str:
+    def _added(self, hidden: str, change: str, name: str) -> str:
         """Return the hidden states after a change. They are floats, float16 on the NPU, and nothing between is not."""
         graph = self._graph
-        back = graph.constant(f"{self._number}.{name}.sizes", sizes)
+        # An input: of a float constant the compiler's threads now and then forget every second number (its 2.7).
+        back = graph.input(f"{name}_sizes_{self._number}", "FLOAT", [1, 1, self._sizes.hidden])
         return graph.node("Add", [hidden, graph.node("Mul", [change, back])])
 
     def _attention(self, normed: str, cos: str, sin: str, mask: str) -> str:

@@ -116,7 +116,7 @@ def logprobs(tokens: list[TokenEvent]) -> list[float]:
 async def test_the_same_request_is_answered_alike_whatever_the_cache_holds(run: Run, temperature: float) -> None:
     """To the last digit of its log probabilities, the first time and after; also after a turn more."""
     sampling = {"temperature": temperature, "seed": 11, "top_logprobs": 0, "max_tokens": 2 * LENGTH}
-    for number in range(4):
+    for number in range(1 if run.runtime in SIMULATED else 4):
         text = f"{number}{temperature}: tell me about the sea, and the ships that cross it in autumn."
         turns = [text, f"{text} And now about the {number} lighthouses, in as many words."]
         for turn in turns:

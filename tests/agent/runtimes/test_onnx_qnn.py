@@ -67,9 +67,10 @@ SPOILED: dict[str, tuple[Any, str]] = {
     "a garbled description": (lambda folder: (folder / DESCRIPTION).write_text("{"), "describes no graphs"),
     "a short embedding": (
         lambda folder: (folder / "embedding.bin").write_bytes(b"1"),
-        "is not the embedding described",
+        "its tables are not those described",
     ),
-    "no embedding": (lambda folder: (folder / "embedding_scales.bin").unlink(), "is not the embedding described"),
+    "no embedding": (lambda folder: (folder / "embedding_scales.bin").unlink(), "its tables are not those described"),
+    "short sizes": (lambda folder: (folder / "sizes.bin").write_bytes(b"1234"), "its tables are not those described"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
     "no binary": (lambda folder: (folder / "part0_token_qnn.bin").unlink(), "part0_token.onnx does not load"),
     "a cut binary": (lambda folder: _cut(folder / "head_qnn.bin"), "head.onnx does not load"),

@@ -67,11 +67,11 @@ async def test_a_model_whose_worker_ends_by_a_real_time_signal_is_restarted(
 ):
     host = host_of()
     await host.activate(*artifact(token_s=0.01))
-    told: list[str] = []
+    told: set[str] = set()
 
     async def ask_and_tell() -> None:
         async for event in host.generate(ask("w", max_tokens=500)):
-            told.append(event.id)
+            told.add(event.id)
 
     asked = asyncio.create_task(ask_and_tell())
     await until(lambda: told, "the answer to begin: one that has not is begun once more")

@@ -247,7 +247,8 @@ async def test_one_that_was_off_until_it_had_expired_comes_back_with_its_old_key
                 # the first one, which is not kept, or in a later one, which is.
                 await until(
                     lambda: any(
-                        "ends no later" in str(one.get("error")) or one["event"] == "certificate renewed" for one in logs
+                        "ends no later" in str(one.get("error")) or one["event"] == "certificate renewed"
+                        for one in logs
                     )
                 )
                 clock.set(before.not_valid_after_utc)

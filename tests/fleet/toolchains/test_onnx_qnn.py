@@ -30,6 +30,7 @@ from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.drivers import static_cpu
 from fleet.toolchains.drivers.static_cpu import StaticCpu
+from fleet.toolchains.qnn import compiling
 from fleet.toolchains.qnn.compiling import compile_graphs
 from fleet.toolchains.qnn.network import equalise, fold_gains
 from fleet.toolchains.qnn.weights import _steps
@@ -65,12 +66,13 @@ def test_an_artifact_has_binaries_and_no_graph_of_its_own(tiny: Built) -> None:
     assert tiny.manifest.target is Target.QNN and tiny.manifest.memory.kv_bytes_per_token > 0
 
 
-def test_the_same_inputs_give_the_same_bytes(tiny: Built, tmp_path: Path) -> None:
+def test_the_same_inputs_give_the_same_bytes_wherever_they_are_built(tmp_path: Path) -> None:
     profile = load_profile("copilot-pc-qnn").model_copy(update={"context": 512})
     options = {"share_weights": False, "recover": False}
     recipe = Recipe(toolchain=Toolchain.ONNX_QNN, precision=Precision.INT8, target=Target.QNN, options=options)
-    again = build(checkpoint(tiny_checkpoint()), profile, recipe, Home(tmp_path / "home"))
-    assert again.digest == tiny.manifest.digest
+    homes = [Home(tmp_path / name) for name in ("one", "another")]
+    first, second = (build(checkpoint(tiny_checkpoint()), profile, recipe, home) for home in homes)
+    assert first.files == second.files
 
 
 @pytest.mark.parametrize("precision", [Precision.INT4, Precision.INT8])
@@ -138,10 +140,8 @@ def small(name: str, **changes: Any) -> Variant:
 
 #: What is special about a network, where it shows within 200 tokens.
 SPECIAL = {
-    "LongRoPE, partial rotary, tied, more rows than tokens": small("phi-4-mini", original_max_position_embeddings=128),
-    "LongRoPE": small("phi-3.5-mini", original_max_position_embeddings=128),
+    "LongRoPE, partial rotary, grouped queries, tied": small("phi-4-mini", original_max_position_embeddings=128),
     "a sliding window": small("phi-3-mini-4k", sliding_window=40),
-    "grouped queries": small("phi-4"),
 }
 
 
@@ -176,7 +176,7 @@ def test_every_network_computes_what_transformers_computes(special: tuple[Path, 
 
 def test_a_long_sequence_with_the_short_positions_would_be_seen(tmp_path: Path) -> None:
     """The test above can fail: this is what it sees where a sequence is not taken for the long one that it is."""
-    source = variants.checkpoint(SPECIAL["LongRoPE"])
+    source = variants.checkpoint(small("phi-3.5-mini", original_max_position_embeddings=128))
     ids = variants.tokens()[:200]
     model = load_float32(source)
     with torch.inference_mode():
@@ -202,7 +202,9 @@ def test_a_sequence_that_grows_long_is_computed_anew() -> None:
             "values_0": np.zeros((1, 1, size, 4), np.uint8),
         }
 
-    sequence = StaticSequence(model, lambda tokens: np.zeros((len(tokens), 8), np.float32), run)
+    sequence = StaticSequence(
+        model, lambda tokens: np.zeros((len(tokens), 8), np.float32), run, np.ones(16, np.float32)
+    )
     for _ in range(6):
         assert not sequence.widens(16)
         sequence.advance([1] * 16)
@@ -220,7 +222,7 @@ def description(original: int = 128, **changes: Any) -> StaticModel:
             "context": 128, "window": 16, "layers": 1, "hidden": 8, "kv_heads": 1, "head_size": 4, "vocabulary": 32,
             "hidden_by": -64.0, "ends": [2],
             "rope": {"short": [1, 0.1], "long": [0.5, 0.05], "original_context": original},
-            "embedding": {"values": "e", "scales": "s", "bits": 8, "group": 8},
+            "sizes": "z", "embedding": {"values": "e", "scales": "s", "bits": 8, "group": 8},
             "parts": [{"first": 0, "last": 1, "window": "w", "token": "t"}], "head": "h", **changes,
         }
     )  # fmt: skip
@@ -254,7 +256,7 @@ def test_a_folder_without_graphs_is_said(tmp_path: Path) -> None:
 # --- the network made ready ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["LongRoPE, partial rotary, tied, more rows than tokens", "grouped queries"])
+@pytest.mark.parametrize("name", SPECIAL)
 def test_what_is_made_ready_computes_the_same(name: str) -> None:
     model = load_float32(variants.checkpoint(SPECIAL[name]))
     ids = torch.tensor([variants.tokens()[:64], variants.tokens()[64:128]])
@@ -323,3 +325,28 @@ def test_a_graph_that_the_npu_does_not_have_is_refused_by_name(tmp_path: Path) -
             [tmp_path / "odd.onnx"], tmp_path / "out", tmp_path / "scratch", arch=73, progress=lambda _: None, done=0
         )
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("made", "kept"), [("aa", "a"), ("abb", "b"), ("abcc", "c"), ("abcd", None), ("abab", None)])
+def test_what_is_not_compiled_alike_twice_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, kept: str | None
+) -> None:
+    """The compiler has left out numbers; here it gives one letter after the other."""
+    letters = iter(made)
+
+    def compiled(graphs: Any, scratch: Path, **_: Any) -> list[Path]:
+        scratch.mkdir()
+        (scratch / "g_qnn.bin").write_text(next(letters))
+        return [scratch / "g_qnn.bin"]
+
+    monkeypatch.setattr(compiling, "_compiled", compiled)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "scratch").mkdir()
+    folders = tmp_path / "out", tmp_path / "scratch"
+    if kept is None:
+        with pytest.raises(BuildError, match=r"another binary of g\.onnx each of 4 times"):
+            compile_graphs([tmp_path / "g.onnx"], *folders, arch=73, progress=lambda _: None, done=0)
+        assert not list(folders[0].iterdir())
+    else:
+        compile_graphs([tmp_path / "g.onnx"], *folders, arch=73, progress=lambda _: None, done=0)
+        assert (folders[0] / "g_qnn.bin").read_text() == kept
