@@ -77,8 +77,8 @@ ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(LIGHT_COVERAGE) tests $(addprefix --ignore=,$(HEAVY_TESTS))
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(HEAVY_COVERAGE) $(HEAVY_TESTS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(RERUNS) $(LIGHT_COVERAGE) tests $(addprefix --ignore=,$(HEAVY_TESTS))
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(RERUNS) $(HEAVY_COVERAGE) $(HEAVY_TESTS)
 	@$(BIN)/python -m tests.coverage_floor
 endif
 
@@ -103,7 +103,7 @@ test-bare: $(VENV)/.dev
 # Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each.
 test-variants: export PHIFLEET_VARIANTS ?= all
 test-variants: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m variants tests/fleet/quality/test_variants.py
+	@$(BIN)/python -m pytest -m variants tests/fleet/quality/test_variants.py tests/agent/runtimes/test_onnx_qnn.py
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
