@@ -46,8 +46,8 @@ CASES = (
     Case(T.MLX, P.INT4, "the default"),
     Case(T.MLX, P.INT4, "recovered", RECOVERED, 0.9, 88),
     *(Case(toolchain, P.INT8, "", {}, 0.03) for toolchain in toolchains_for(Target.CPU)),
-    Case(T.ONNX_QNN, P.INT4, "recovered, the default", {}, 0.3, 112),
-    Case(T.ONNX_QNN, P.INT4, "recovered, with the last matrix at INT8", {"head_bits": 8}, 0.22, 126),
+    Case(T.ONNX_QNN, P.INT4, "recovered, with the last matrix at INT4", {"head_bits": 4}, 0.3, 112),
+    Case(T.ONNX_QNN, P.INT4, "recovered, the default", {}, 0.22, 126),
     Case(T.ONNX_QNN, P.INT8, "recovered, the default", {}, 0.02),
 )
 

@@ -309,7 +309,7 @@ def qnn_bits(precision: Precision, options: Mapping[str, Any], name: str) -> int
     """Of a weight of the matrix with this name, as GGUF has it: ``attn_qkv`` and ``output`` may have 8 beside INT4."""
     if precision is not Precision.INT4:
         return 8
-    own = {"attn_qkv": ("attention_bits", 8), "output": ("head_bits", 4)}
+    own = {"attn_qkv": ("attention_bits", 8), "output": ("head_bits", 8)}
     option, default = own.get(name, ("", 4))
     return int(options.get(option, default))
 

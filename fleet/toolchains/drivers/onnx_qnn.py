@@ -48,8 +48,8 @@ _COMMON: dict[str, Option] = {
 }
 _OPTIONS: dict[Precision, dict[str, Option]] = {
     Precision.INT8: _COMMON,
-    # Queries, keys and values lose most at 4 bits, and are few; then the last matrix, which is large.
-    Precision.INT4: _COMMON | {"attention_bits": (8, (4, 8)), "head_bits": (4, (4, 8))},
+    # Queries, keys and values lose most at 4 bits, and are few; then the last matrix.
+    Precision.INT4: _COMMON | {"attention_bits": (8, (4, 8)), "head_bits": (8, (4, 8))},
 }
 _BITS = {Precision.INT4: 4, Precision.INT8: 8}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")

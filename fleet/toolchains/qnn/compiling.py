@@ -23,6 +23,9 @@ from fleet.toolchains.progress import Progress, ProgressCallback
 SOC_OF = {68: 30, 73: 60, 75: 57, 79: 69, 81: 88}
 _EP = "QNN"
 _ATTEMPTS = 4
+#: The compiler writes into the padding of its tiles what memory held before. glibc fills memory with zeros when it is
+#: asked for and this is set, so that the same graph gives the same bytes on a busy machine too.
+_ENVIRONMENT = {"MALLOC_PERTURB_": "255"}
 #: Before the reason, on standard output.
 _SAID = "refused: "
 
@@ -50,8 +53,7 @@ def compile_graphs(
     """Compile graphs into one binary in ``out`` in which they share their weights.
 
     A single graph has a binary of its own. Beside the binary is a small graph for each, of the same name. All is
-    compiled twice and compared: the compiler's threads have been seen to leave out numbers, and nothing else would
-    tell.
+    compiled twice and compared: the same bytes twice are what a digest stands for.
 
     ``done`` is the share of all compilations that are over, for ``progress``.
 
@@ -81,7 +83,9 @@ def _compiled(
     progress(Progress("compiling for the NPU", done, graphs[0].stem))
     scratch.mkdir()
     command = [sys.executable, "-m", __name__, str(os.getpid()), str(arch), str(scratch), *map(str, graphs)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", check=False)
+    ended = subprocess.run(
+        command, env=os.environ | _ENVIRONMENT, stdout=subprocess.PIPE, text=True, errors="replace", check=False
+    )
     if ended.returncode:
         said = next((line for line in ended.stdout.splitlines() if line.startswith(_SAID)), "").removeprefix(_SAID)
         reason = said or f"it ended with status {ended.returncode}; the log says more"

@@ -145,7 +145,7 @@ class _Layer:
     def _added(self, hidden: str, change: str, name: str) -> str:
         """Return the hidden states after a change. They are floats, float16 on the NPU, and nothing between is not."""
         graph = self._graph
-        # An input: of a float constant the compiler's threads now and then forget every second number (its 2.7).
+        # An input: the bytes of float constants changed from one compilation to the next, see ``compiling``.
         back = graph.input(f"{name}_sizes_{self._number}", "FLOAT", [1, 1, self._sizes.hidden])
         return graph.node("Add", [hidden, graph.node("Mul", [change, back])])
 
