@@ -10,14 +10,39 @@ from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from agent.core.inference import Guidance, GuidanceKind, InferenceError
+from agent.core.inference import (
+    FinishReason,
+    GenerationEvent,
+    Guidance,
+    GuidanceKind,
+    InferenceError,
+    TokenLogprob,
+)
+from agent.runtimes.engines.generation import Generation
 from agent.runtimes.engines.sampling import Drawn, Logits, TokenSampler
 from agent.runtimes.engines.schema import read, text_of
 
 #: Room to lay JSON out, but not for ever: small models like to fill an answer with white space.
 _JSON = {"whitespace_pattern": r"[ \n]{0,24}"}
+
+
+class Constraint(Protocol):
+    """What one sequence may say, whoever keeps it to that."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow, not even the end marker."""
+        ...
+
+    def draw(self, sampler: TokenSampler, logits: Logits) -> Drawn:
+        """Draw among what may follow.
+
+        Raises:
+            InferenceError: nothing may.
+        """
+        ...
 
 
 class Guide:
@@ -57,6 +82,28 @@ class Guide:
         open_ = allowed.astype(bool)
         masked[: len(open_)][open_] = logits[: len(open_)][open_]
         return masked
+
+
+def draw_token(
+    generation: Generation,
+    sampler: TokenSampler,
+    guide: Constraint | None,
+    logits: Logits,
+    is_end: Callable[[int], bool],
+    logprob_of: Callable[[int, float], TokenLogprob],
+) -> tuple[list[GenerationEvent], int | None]:
+    """Draw the next token of a generation; returns what is told of it, and the token, or None where it has ended."""
+    try:
+        drawn = sampler.draw(logits) if guide is None else guide.draw(sampler, logits)
+    except InferenceError as error:
+        return generation.fail(error.kind, str(error)), None
+    if is_end(drawn.token):
+        return generation.end_marker(), None
+    own = None if drawn.logprob is None else logprob_of(drawn.token, drawn.logprob)
+    events = generation.token(drawn.token, own, tuple(logprob_of(*pair) for pair in drawn.top))
+    if guide is not None and guide.finished and not generation.done:
+        events += generation.finish(FinishReason.STOP)
+    return events, None if generation.done else drawn.token
 
 
 def from_file(path: Path, vocabulary: int, ends: frozenset[int]) -> Callable[[], Any] | None:

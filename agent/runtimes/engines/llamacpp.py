@@ -27,7 +27,7 @@ from agent.core.inference import (
 )
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.generation import Generation, check_fits
-from agent.runtimes.engines.guidance import Guide, Guides
+from agent.runtimes.engines.guidance import Guide, Guides, draw_token
 from agent.runtimes.engines.llamacpp_binding import Batch, Log
 from agent.runtimes.engines.llamacpp_grammar import Grammar
 from agent.runtimes.engines.llamacpp_quirks import quiet_openmp, without_amx
@@ -298,23 +298,15 @@ class LlamaCppEngine:
     def _draw(self, sequence: _Sequence, index: int) -> list[GenerationEvent]:
         row = self._lib.llama_get_logits_ith(self._context, index)
         logits = self._np.ctypeslib.as_array(row, (self._size,))
-        guide, generation = sequence.guide, sequence.generation
-        try:
-            drawn = sequence.sampler.draw(logits) if guide is None else guide.draw(sequence.sampler, logits)
-        except InferenceError as error:
-            events = generation.fail(error.kind, str(error))
-        else:
-            if drawn.token in self._ends or self._lib.llama_vocab_is_eog(self._vocab, drawn.token):
-                events = generation.end_marker()
-            else:
-                own = None if drawn.logprob is None else self._logprob(drawn.token, drawn.logprob)
-                events = generation.token(drawn.token, own, tuple(self._logprob(*pair) for pair in drawn.top))
-                sequence.next = drawn.token
-                if guide is not None and guide.finished and not generation.done:
-                    events += generation.finish(FinishReason.STOP)
-        if sequence.generation.done:
+        events, sequence.next = draw_token(
+            sequence.generation, sequence.sampler, sequence.guide, logits, self._is_end, self._logprob
+        )
+        if sequence.next is None:
             self._release(sequence)
         return events
+
+    def _is_end(self, token: int) -> bool:
+        return token in self._ends or bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def _logprob(self, token: int, logprob: float) -> TokenLogprob:
         piece = self._piece(token)

@@ -18,10 +18,9 @@ from agent.core.inference import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
-    InferenceError,
 )
 from agent.runtimes.engines.generation import Generation, check_fits
-from agent.runtimes.engines.guidance import Guide, Guides, from_file
+from agent.runtimes.engines.guidance import Guide, Guides, draw_token, from_file
 from agent.runtimes.engines.onnx_cache import RowCache
 from agent.runtimes.engines.onnx_files import OnnxFiles
 from agent.runtimes.engines.slots import choose, piece_of
@@ -233,21 +232,11 @@ class BatchEngine:
         self._gap = 0
 
     def _draw(self, sequence: _Sequence, logits: Any) -> list[GenerationEvent]:
-        generation, files = sequence.generation, self._files
-        try:
-            drawn = sequence.guide.draw(sequence.sampler, logits) if sequence.guide else sequence.sampler.draw(logits)
-        except InferenceError as error:
-            events = generation.fail(error.kind, str(error))
-        else:
-            if drawn.token in files.ends:
-                events = generation.end_marker()
-            else:
-                own = None if drawn.logprob is None else files.logprob(drawn.token, drawn.logprob)
-                events = generation.token(drawn.token, own, tuple(files.logprob(*pair) for pair in drawn.top))
-                sequence.next = drawn.token
-                if sequence.guide is not None and sequence.guide.finished and not generation.done:
-                    events += generation.finish(FinishReason.STOP)
-        if generation.done:
+        files = self._files
+        events, sequence.next = draw_token(
+            sequence.generation, sequence.sampler, sequence.guide, logits, files.ends.__contains__, files.logprob
+        )
+        if sequence.next is None:
             self._release(sequence)
         return events
 

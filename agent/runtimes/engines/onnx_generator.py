@@ -21,10 +21,9 @@ from agent.core.inference import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
-    InferenceError,
 )
 from agent.runtimes.engines.generation import Generation, check_fits, common_prefix
-from agent.runtimes.engines.guidance import Guide, Guides, from_file
+from agent.runtimes.engines.guidance import Guide, Guides, draw_token, from_file
 from agent.runtimes.engines.onnx_files import LONGROPE_SWITCH, OnnxFiles
 from agent.runtimes.engines.slots import LEAST_PIECE, piece_of
 from agent.runtimes.protocol.engine import LoadOptions
@@ -198,19 +197,12 @@ class GeneratorEngine:
             if len(piece) < missing:
                 return []
         logits = slot.generator.get_logits()[0, -1]
-        generation, guide = sequence.generation, sequence.guide
-        try:
-            drawn = sequence.sampler.draw(logits) if guide is None else guide.draw(sequence.sampler, logits)
-        except InferenceError as error:
-            return generation.fail(error.kind, str(error))
-        if drawn.token in self._files.ends:
-            return generation.end_marker()
-        own = None if drawn.logprob is None else self._files.logprob(drawn.token, drawn.logprob)
-        events = generation.token(drawn.token, own, tuple(self._files.logprob(*pair) for pair in drawn.top))
-        if guide is not None and guide.finished and not generation.done:
-            events += generation.finish(FinishReason.STOP)
-        if not generation.done:
-            self._append(slot, [drawn.token])
+        files = self._files
+        events, token = draw_token(
+            sequence.generation, sequence.sampler, sequence.guide, logits, files.ends.__contains__, files.logprob
+        )
+        if token is not None:
+            self._append(slot, [token])
         return events
 
     def _piece(self, sequence: _Sequence, done: int) -> list[int]:

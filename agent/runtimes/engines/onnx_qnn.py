@@ -13,23 +13,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from agent.contract.base import MalformedMessageError
-from agent.contract.static_graph import DESCRIPTION, StaticModel, StaticSequence, embedded
+from agent.contract.static_graph import StaticSequence
 from agent.core.inference import (
     PARAMETERS,
     Capabilities,
     FinishReason,
     GenerationEvent,
     GenerationRequest,
-    InferenceError,
     TokenLogprob,
 )
 from agent.errors import RuntimeLoadError
+from agent.platform.static_folder import StaticFolder
 from agent.runtimes.engines.generation import Generation, check_fits, common_prefix
-from agent.runtimes.engines.guidance import Guide, Guides, from_file
+from agent.runtimes.engines.guidance import Guide, Guides, draw_token, from_file
 from agent.runtimes.engines.text import Pieces, PieceStream
 from agent.runtimes.engines.token_bytes import TokenBytes
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
@@ -63,7 +62,11 @@ class OnnxQnnRuntime:
                 "onnxruntime-qnn finds no Qualcomm NPU here; take an artifact for the CPU"
                 " (for a test, runtime_options.onnx_qnn.simulator = true simulates one, very slowly)"
             )
-        return OnnxQnnEngine(_Folder(folder, source, device), options)
+        try:
+            files = StaticFolder(folder)
+        except MalformedMessageError as error:
+            raise RuntimeLoadError(str(error)) from error
+        return OnnxQnnEngine(_Loaded(files, source, device), options)
 
 
 def _npu(*, simulated: bool = False) -> Any:
@@ -79,36 +82,15 @@ def _npu(*, simulated: bool = False) -> Any:
     return real or (found[0] if found and simulated else None)
 
 
-class _Folder:
-    """An artifact's folder, loaded."""
+class _Loaded:
+    """An artifact's folder, and its graphs on the NPU."""
 
-    def __init__(self, folder: Path, source: ModelSource, device: Any) -> None:
-        import numpy as np
-        from tokenizers import Tokenizer
-
-        self.folder = folder
-        try:
-            self.model = StaticModel.from_json((folder / DESCRIPTION).read_bytes())
-        except FileNotFoundError:
-            raise RuntimeLoadError(f"{folder} holds no {DESCRIPTION}: it is no artifact of static graphs") from None
-        except (OSError, MalformedMessageError) as error:
-            raise RuntimeLoadError(f"{folder / DESCRIPTION} describes no graphs: {error}") from error
-        model = self.model
-        table, rows = model.embedding, model.vocabulary
-        try:
-            self._values = np.memmap(folder / table.values, np.uint8, "r").reshape(rows, -1)
-            self._scales = np.memmap(folder / table.scales, np.float16, "r").reshape(rows, -1)
-            self._sizes = np.fromfile(folder / model.sizes, np.float32).reshape(model.layers, 2, model.hidden)
-        except (OSError, ValueError) as error:
-            raise RuntimeLoadError(f"{folder}: its tables are not those described: {error}") from error
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises Exception itself
-            raise RuntimeLoadError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+    def __init__(self, files: StaticFolder, source: ModelSource, device: Any) -> None:
+        self.files, model = files, files.model
         names = [name for part in model.parts for name in (part.window, part.token)] + [model.head]
         self._sessions = {name: self._open(name, device, last=name == names[-1]) for name in names}
         self.ends = frozenset(model.ends) | {
-            ids[0] for text in source.stop_tokens if len(ids := self.encode(text)) == 1
+            ids[0] for text in source.stop_tokens if len(ids := files.encode(text)) == 1
         }
 
     def _open(self, name: str, device: Any, *, last: bool) -> Any:
@@ -118,31 +100,19 @@ class _Folder:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        if self.model.shared:  # the binary of a part is loaded once, for both of its graphs
+        if self.files.model.shared:  # the binary of a part is loaded once, for both of its graphs
             options.add_session_config_entry("ep.share_ep_contexts", "1")
             options.add_session_config_entry("ep.stop_share_ep_contexts", "1" if last else "0")
         options.add_provider_for_devices([device], {"backend_path": qnn.get_qnn_htp_path()})
         try:
-            session = ort.InferenceSession(str(self.folder / name), options)
+            session = ort.InferenceSession(str(self.files.folder / name), options)
         except Exception as error:  # the library raises classes of its own, and RuntimeError
-            raise RuntimeLoadError(f"{self.folder / name} does not load on the NPU: {error}") from error
+            raise RuntimeLoadError(f"{self.files.folder / name} does not load on the NPU: {error}") from error
         return session, [one.name for one in session.get_outputs()]
 
     def run(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
         session, names = self._sessions[graph]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-    def sequence(self) -> StaticSequence:
-        return StaticSequence(self.model, self.embed, self.run, self._sizes)
-
-    def embed(self, tokens: Sequence[int]) -> Any:
-        return embedded(self.model.embedding, self.model.hidden, self._values, self._scales, tokens)
-
-    def encode(self, text: str) -> list[int]:
-        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False).ids]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def close(self) -> None:
         self._sessions.clear()
@@ -152,7 +122,6 @@ class _Folder:
 class _Slot:
     """Keys and values, and who has them."""
 
-    number: int
     held: StaticSequence
     current: _Current | None = None
     used: int = 0
@@ -173,18 +142,19 @@ class _Current:
 class OnnxQnnEngine:
     """See the module."""
 
-    def __init__(self, files: _Folder, options: LoadOptions) -> None:
-        self._files = files
+    def __init__(self, loaded: _Loaded, options: LoadOptions) -> None:
+        files = loaded.files
+        self._loaded, self._files = loaded, files
         self.device = _DEVICE
         self.context = min(options.context, files.model.context)
         self._sequences = max(1, options.max_sequences)
-        self._slots = [_Slot(number, files.sequence()) for number in range(self._sequences)]
+        self._slots = [_Slot(files.sequence(loaded.run)) for _ in range(self._sequences)]
         self._waiting: deque[_Current] = deque()
         self._ended: list[GenerationEvent] = []
         self._turn = 0
         self._pieces = Pieces(files.decode, files.encode("a")[-1])
         self._token_bytes = TokenBytes(files.folder)
-        self._guides = Guides(from_file(files.folder / "tokenizer.json", files.model.vocabulary, files.ends))
+        self._guides = Guides(from_file(files.folder / "tokenizer.json", files.model.vocabulary, loaded.ends))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -245,7 +215,7 @@ class OnnxQnnEngine:
         """Free the model."""
         self._waiting.clear()
         self._slots.clear()
-        self._files.close()
+        self._loaded.close()
 
     def _start(self, current: _Current, free: list[_Slot]) -> None:
         """Take the slot that holds the longest beginning of it, or of equal ones the one left longest ago."""
@@ -272,22 +242,13 @@ class OnnxQnnEngine:
 
     def _draw(self, slot: _Slot, current: _Current, logits: Any) -> list[GenerationEvent]:
         generation = current.generation
-        try:
-            drawn = current.guide.draw(current.sampler, logits) if current.guide else current.sampler.draw(logits)
-        except InferenceError as error:
-            events = generation.fail(error.kind, str(error))
-        else:
-            if drawn.token in self._files.ends:
-                events = generation.end_marker()
-            else:
-                own = None if drawn.logprob is None else self._logprob(drawn.token, drawn.logprob)
-                events = generation.token(drawn.token, own, tuple(self._logprob(*pair) for pair in drawn.top))
-                current.made.append(drawn.token)
-                current.left = [drawn.token]
-                if current.guide is not None and current.guide.finished and not generation.done:
-                    events += generation.finish(FinishReason.STOP)
-        if generation.done:
+        ends = self._loaded.ends.__contains__
+        events, token = draw_token(generation, current.sampler, current.guide, logits, ends, self._logprob)
+        if token is None:
             self._release(slot)
+        else:
+            current.made.append(token)
+            current.left = [token]
         return events
 
     def _logprob(self, token: int, logprob: float) -> TokenLogprob:

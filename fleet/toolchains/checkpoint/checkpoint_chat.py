@@ -68,6 +68,16 @@ class _Generation(ModelFile):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
 
 
+def end_ids(path: Path) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of generation_config.json, or else of config.json."""
+    return _end_ids(path / "generation_config.json") or _end_ids(path / "config.json")
+
+
+def _end_ids(file: Path) -> tuple[int, ...]:
+    ids = read_as(_Generation, file).eos_token_id
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
 def chat_of(path: Path, architecture: str) -> Chat:
     """Return how to speak to the checkpoint in ``path``.
 
@@ -83,8 +93,7 @@ def chat_of(path: Path, architecture: str) -> Chat:
                          "or chat_template in tokenizer_config.json")  # fmt: skip
     special = _special_tokens(path, config)
     eos = _text(config.eos_token)
-    ids = read_as(_Generation, path / "generation_config.json").eos_token_id
-    ends = [special[i] for i in (ids if isinstance(ids, list) else [ids]) if i in special]
+    ends = [special[i] for i in _end_ids(path / "generation_config.json") if i in special]
     ends += [token for token in _TURN_ENDS if token in special.values() and token in template]
     stop = tuple(dict.fromkeys(token for token in [eos, *ends] if token))
     try:

@@ -6,10 +6,8 @@ loss of an artifact is measured without a Snapdragon.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,9 +20,11 @@ from fleet.core.plan_size import qnn_bits, qnn_parts
 from fleet.core.rules import BUILDS, QNN_BLOCK
 from fleet.errors import ProfileError
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
+from fleet.toolchains.checkpoint.checkpoint_chat import end_ids
+from fleet.toolchains.checkpoint.checkpoint_files import read_json
 from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
-from fleet.toolchains.drivers.options import Option, check_calibration, check_groups, complete
+from fleet.toolchains.drivers.options import Option, check_groups, complete
 from fleet.toolchains.drivers.static_cpu import StaticCpu
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.qnn.compiling import SOC_OF, compile_graphs
@@ -76,7 +76,6 @@ class OnnxQnn:
             raise ProfileError(f"onnx_qnn does not build {recipe.precision} for {recipe.target}")
         options = complete(what, recipe.options, _OPTIONS[recipe.precision])
         check_recovery(what, options, model)
-        check_calibration(what, options | {"ranges": True}, ("ranges",))
         if recipe.precision is Precision.INT4:
             check_groups(what, model.shape, QNN_BLOCK, (QNN_BLOCK,))
         return options
@@ -150,6 +149,7 @@ class _Conversion:
     def _written(self, model: Any, ranges: Ranges, matrices: Matrices) -> StaticModel:
         """Write all graphs before their compilation, and return what describes them."""
         job, config = self._job, model.config
+        shape = shape_of(read_json(self._source / "config.json", needed=True), name=job.name)
         context = job.context
         hidden_by = -(_HIDDEN + max(one.scores.high - one.scores.low for one in ranges.layers))
         largest = max(-ranges.hidden.low, ranges.hidden.high)
@@ -157,7 +157,7 @@ class _Conversion:
         epsilon = config.rms_norm_eps * hidden_scale**2
         sizes = Sizes(config.hidden_size, heads_of(model), epsilon, context, job.options["window"], hidden_by)
         parts, all_sizes = [], b""
-        for number, (first, last) in enumerate(self._parts()):
+        for number, (first, last) in enumerate(qnn_parts(shape, self._bits)):
             self._progress(Progress("writing graphs", number / len(ranges.layers)))
             weights = [
                 (at, matrices.layer(at, ranges.layers[at], hidden_scale), ranges.layers[at])
@@ -178,14 +178,10 @@ class _Conversion:
         return StaticModel(
             context=context, window=sizes.tokens, layers=len(ranges.layers), hidden=sizes.hidden,
             kv_heads=sizes.heads.keys, head_size=sizes.heads.size, vocabulary=config.vocab_size,
-            sliding_window=_window(config, context), hidden_by=hidden_by, ends=_ends(self._source),
+            sliding_window=shape.sliding_window, hidden_by=hidden_by, ends=end_ids(self._source),
             rope=rope(model, context), embedding=self._embedding(model, hidden_scale), sizes=_SIZES, parts=tuple(parts),
             head="head.onnx", head_window="head_window.onnx",
         )  # fmt: skip
-
-    def _parts(self) -> Sequence[tuple[int, int]]:
-        config = json.loads((self._source / "config.json").read_text(encoding="utf-8"))
-        return qnn_parts(shape_of(config, name=self._job.name), self._bits)
 
     def _embedding(self, model: Any, hidden_scale: float) -> StaticEmbedding:
         hidden = model.config.hidden_size
@@ -215,18 +211,3 @@ class _Conversion:
 
 def _is_matrix(part: Any) -> bool:
     return type(part).__name__ == "Linear"
-
-
-def _window(config: Any, context: int) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window and window < context else None
-
-
-def _ends(source: Path) -> tuple[int, ...]:
-    """Return the end markers of generation_config.json, or else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (source / name).is_file():
-            found = json.loads((source / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if found is not None:
-                return tuple(found) if isinstance(found, list) else (int(found),)
-    return ()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from agent.contract.base import MalformedMessageError
-from agent.contract.static_graph import DESCRIPTION, StaticModel, StaticSequence, embedded
+from agent.contract.static_graph import StaticSequence
+from agent.platform.static_folder import StaticFolder
 from fleet.errors import BuildError
 
 
@@ -16,35 +16,17 @@ class StaticCpu:
     """A folder of graphs that are not compiled."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        import numpy as np
-
         try:
-            self.model = StaticModel.from_json((folder / DESCRIPTION).read_bytes())
-        except (OSError, MalformedMessageError) as error:
+            self.files = StaticFolder(folder)
+        except MalformedMessageError as error:
             raise BuildError(f"{folder} holds no static graphs: {error}") from None
-        self._folder, self._threads = folder, threads
-        table = self.model.embedding
-        rows = self.model.vocabulary
-        self._values = np.memmap(folder / table.values, np.uint8, "r").reshape(rows, -1)
-        self._scales = np.memmap(folder / table.scales, np.float16, "r").reshape(rows, -1)
-        self._sizes = np.fromfile(folder / self.model.sizes, np.float32)
+        self.model = self.files.model
+        self._threads = threads
         self._sessions: dict[str, Any] = {}
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The artifact's."""
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(self._folder / "tokenizer.json"))
 
     def sequence(self) -> StaticSequence:
         """Begin one."""
-        table, hidden = self.model.embedding, self.model.hidden
-
-        def embed(tokens: Sequence[int]) -> Any:
-            return embedded(table, hidden, self._values, self._scales, tokens)
-
-        return StaticSequence(self.model, embed, self.run, self._sizes)
+        return self.files.sequence(self.run)
 
     def run(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run a graph by its name."""
@@ -54,7 +36,7 @@ class StaticCpu:
             options = ort.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
-            path = str(self._folder / graph)
+            path = str(self.files.folder / graph)
             self._sessions[graph] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         session = self._sessions[graph]
         names = [one.name for one in session.get_outputs()]
@@ -64,13 +46,13 @@ class StaticCpu:
         """Greedily, until an end marker."""
         made: list[int] = []
         sequence = self.sequence()
-        logits = self.prefill(sequence, self.tokenizer.encode(prompt, add_special_tokens=False).ids)
+        logits = self.prefill(sequence, self.files.encode(prompt))
         while len(made) < tokens:
             made.append(int(logits.argmax()))
             if made[-1] in self.model.ends or len(sequence.tokens) >= self.model.context:
                 break
             logits = self.prefill(sequence, made[-1:])
-        return str(self.tokenizer.decode(made))
+        return self.files.decode(made)
 
     def prefill(self, sequence: StaticSequence, ids: Sequence[int]) -> Any:
         """Go on by all of them, of which there is one at least; returns the logits after the last."""

@@ -63,17 +63,13 @@ def compile_graphs(
     first = _compiled(graphs, scratch / "0", arch=arch, progress=progress, done=done)
     for attempt in range(1, _ATTEMPTS):
         second = _compiled(graphs, scratch / str(attempt), arch=arch, progress=progress, done=done)
-        if [_content(one) for one in first] == [_content(one) for one in second]:
+        if [(one.name, one.read_bytes()) for one in first] == [(one.name, one.read_bytes()) for one in second]:
             for made in first:
                 shutil.move(made, out / made.name)
             return
         first = second
     names = ", ".join(graph.name for graph in graphs)
     raise BuildError(f"the HTP's compiler gave another binary of {names} each of {_ATTEMPTS} times; build it again")
-
-
-def _content(made: Path) -> tuple[str, bytes]:
-    return made.name, made.read_bytes()
 
 
 def _compiled(

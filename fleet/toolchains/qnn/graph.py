@@ -5,9 +5,8 @@ The graphs of a window and of a token share that file. What the NPU does not hav
 
 Activations are uint16, but for the hidden states: some tokens have numbers there that are a thousand times those of all
 others, and no scale holds both. They are floats, of 16 bits on the NPU, held small enough for the norm's squares.
-Weights are int8 with a scale for each output, or int4 in blocks along the inputs whose scales
-are small whole multiples of a number for each output: "blockwise expansion" to Qualcomm, and to ONNX a scale that is
-dequantized itself.
+Weights are int8 with a scale for each output, or int4 in blocks along the inputs whose scales are small whole multiples
+of a number for each output: "blockwise expansion" to Qualcomm, and to ONNX a scale that is dequantized itself.
 """
 
 from __future__ import annotations

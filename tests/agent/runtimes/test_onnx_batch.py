@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core.inference import DoneEvent, FinishReason, GenerationRequest, Sampling, TokenEvent
+from agent.core.inference import DoneEvent, FinishReason, GenerationRequest, Sampling, TokenEvent, TokenLogprob
 from agent.runtimes.engines.onnx_batch import BatchEngine
 from agent.runtimes.engines.onnx_cache import RowCache
 from agent.runtimes.engines.onnx_files import OnnxFiles
@@ -77,6 +77,9 @@ class Files:
 
     def flush(self) -> str:
         return ""
+
+    def logprob(self, token: int, logprob: float) -> TokenLogprob:
+        return TokenLogprob(self.feed(token), logprob, token)
 
 
 def expected(prompt: list[int], limit: int) -> list[int]:

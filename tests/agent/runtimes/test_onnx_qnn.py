@@ -115,7 +115,7 @@ async def test_the_simulator_computes_what_the_graphs_say(tiny: Built) -> None:
     assert len(drawn) == 6
     graphs = StaticCpu(tiny.files.parent / BESIDE, 2)
     sequence = graphs.sequence()
-    ids = graphs.tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = graphs.files.encode(prompt)
     assert len(ids) > 2 * graphs.model.window
     logits = graphs.prefill(sequence, ids)
     for one in drawn:
