@@ -59,6 +59,7 @@ debian:
 	@missing=; \
 	PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || missing="mosquitto"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	command -v skopeo >/dev/null || missing="$$missing skopeo"; \
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	if test -n "$$missing"; then \
 	  echo "installing from Debian: $$missing"; \

@@ -73,6 +73,15 @@ class QualityGate(_Strict):
     perplexity_ratio_max: Annotated[float, Field(gt=0)] | None = None
 
 
+class Admission(_Strict):
+    """What a model must be, whatever it can, to be planned, built or deployed for this class."""
+
+    licenses: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(description="SPDX names of the licences that a checkpoint may have; none listed: any"),
+    ] = ()
+
+
 class Recipe(_Strict):
     """One way to build for this class; a profile lists them in order of preference."""
 
@@ -108,6 +117,7 @@ class DeviceProfile(_Strict):
     recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
     health: ProfileHealth = ProfileHealth()
     quality: QualityGate = QualityGate()
+    admission: Admission = Admission()
     delivery: Delivery
 
     @model_validator(mode="after")

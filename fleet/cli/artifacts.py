@@ -14,6 +14,8 @@ from agent.contract.manifest import Manifest
 from fleet.cli import completion
 from fleet.core.frontier import choose, frontier
 from fleet.errors import UsageError
+from fleet.export.export import MODEL, PUBLIC_KEY, Papers, export, import_artifact
+from fleet.export.signing import SIGNATURE, signing_key
 from fleet.home import Home
 from fleet.operations.fleet import no_fleet
 from fleet.profiles_loader import load_profile
@@ -33,7 +35,7 @@ class HasHome(Protocol):
 
 @click.group()
 def artifacts() -> None:
-    """Artifacts that were built: list, show, compare."""
+    """Artifacts that were built: list, show, compare, export, import."""
 
 
 @artifacts.command("list")
@@ -115,6 +117,68 @@ def compare_command(
 
         for path in draw(ordered, plot):
             click.echo(f"wrote {path}", err=True)
+
+
+@artifacts.command("export")
+@click.argument("artifact", shell_complete=completion.artifacts)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--bom", is_flag=True, help="With a bill of materials: bom.cdx.json, CycloneDX 1.6.")
+@click.option("--card", is_flag=True, help="With a model card: README.md.")
+@click.option("--sign", is_flag=True, help="With an OpenSSF model signature over all of it: model.sig.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Sign with this ECDSA key (PEM). [default: the home's own, made when first needed]",
+)
+@click.option("--oci", is_flag=True, help="FOLDER is an OCI image layout (CNCF ModelPack) as well.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.pass_obj
+def export_command(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as it has flags
+    obj: HasHome, artifact: str, folder: Path, bom: bool, card: bool, sign: bool, key: Path | None, oci: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Write ARTIFACT into the new FOLDER, for others: FOLDER/model has its files and the papers that are asked for.
+
+    Every byte is compared with what was built.
+    """
+    if key is not None and not sign:
+        raise UsageError("--key is the key of a signature: add --sign")
+    manifest = find(FolderStore(obj.home.artifacts), artifact)
+    papers = Papers(bom=bom, card=card, key=(key or signing_key(obj.home)) if sign else None, oci=oci)
+    exported = export(FolderStore(obj.home.artifacts), manifest, folder, papers)
+    if as_json:
+        click.echo(json.dumps({
+            "artifact": manifest.id, "folder": str(exported.folder), "files": list(exported.files),
+            "tag": exported.tag, "digest": exported.digest,
+        }))  # fmt: skip
+        return
+    click.echo(f"wrote {manifest.id} into {exported.folder / MODEL}: {', '.join(exported.files)}")
+    if sign:
+        click.echo(
+            f"signed; `model_signing verify key {exported.folder / MODEL} --signature "
+            f"{exported.folder / MODEL / SIGNATURE} --public_key {exported.folder / PUBLIC_KEY}` verifies it"
+        )
+    if oci:
+        click.echo(f"{exported.folder} is an OCI image layout; `skopeo copy oci:{exported.folder}:{exported.tag} ...` "
+                   f"copies it ({exported.digest})")  # fmt: skip
+
+
+@artifacts.command("import")
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--tag", help="Of the artifact in an OCI image layout that holds several.")
+@click.option("--json", "as_json", is_flag=True, help="The manifest, as `show --json` prints it.")
+@click.pass_obj
+def import_command(obj: HasHome, source: Path, tag: str | None, as_json: bool) -> None:
+    """Take an artifact that `export` wrote, in the folder SOURCE, into this home.
+
+    Every file is compared with its manifest. Who made it is for you to know: verify its signature first.
+    """
+    manifest, there = import_artifact(FolderStore(obj.home.artifacts), source, tag)
+    if as_json:
+        click.echo(manifest.to_json().decode())
+        return
+    verb = "already here:" if there else "imported"
+    click.echo(f"{verb} {manifest.id}: {manifest.size / 1e6:.1f} MB, digest {manifest.digest[:16]}")
 
 
 def _listed(home: Home) -> Listing:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
 from fleet.cli import completion
-from fleet.cli.artifacts import HasHome, table, wide_console
+from fleet.cli.artifacts import HasHome, row, table, wide_console
 from fleet.core.fit import unmeasurable
 from fleet.core.frontier import choose
 from fleet.core.plan import choose_recipes, describe, first_legal, judge, recipe_number
@@ -255,14 +255,9 @@ def _as_text(manifest: Manifest, there: bool) -> str:
 
 
 def _as_json(manifest: Manifest, there: bool) -> str:
-    return json.dumps(
-        {
-            "id": manifest.id, "digest": manifest.digest, "model": manifest.model.name, "toolchain": manifest.toolchain,
-            "precision": manifest.precision, "target": manifest.target, "bytes": manifest.size,
-            "profile": manifest.profile, "reused": there,
-            "kl_divergence": manifest.quality.kl_divergence if manifest.quality else None,
-        }
-    )  # fmt: skip
+    """Every figure of the manifest; not its chunks and its chat template, which `artifacts show --json` has."""
+    figures = manifest.model_dump(mode="json", exclude={"files": {"__all__": {"chunks"}}, "chat": True, "size": True})
+    return json.dumps(figures | row(manifest) | {"source": figures["model"], "reused": there})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from agent.contract.manifest import RUNTIME_OF, Manifest, Precision, Target, Toolchain
 from agent.contract.messages import Facts
 from agent.contract.profile import Architecture, DeviceProfile
+from fleet.core.licenses import not_admitted
 
 MIB = 1024 * 1024
 
@@ -52,7 +53,9 @@ def gate_incompatibilities(manifest: Manifest, profile: DeviceProfile) -> tuple[
 
 
 def _profile_misfits(manifest: Manifest, profile: DeviceProfile) -> Iterator[str]:
-    """Yield what the profile has not: the accelerator, the recipe, the memory, the disk."""
+    """Yield what the profile has not, or does not admit: licence, accelerator, recipe, memory, disk."""
+    if why := not_admitted(manifest.model.license, profile.admission.licenses):
+        yield f"{why} by profile {profile.name}"
     if manifest.target is not Target.CPU and manifest.target not in profile.accelerators:
         there = ", ".join(["cpu", *profile.accelerators])
         yield f"it was built for {manifest.target}, and profile {profile.name} has {there}"

@@ -7,10 +7,13 @@ their presence matters; ``head_dim // 2 * partial_rotary_factor`` factors stand 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fleet.core.plan_shape import ModelShape, shape_of
+
+#: Of all of them, by their model cards.
+_LICENSE = "mit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Variant:
     @property
     def shape(self) -> ModelShape:
         """For the planner; the tokenizer's size is guessed."""
-        return shape_of(self.config, name=self.name)
+        return replace(shape_of(self.config, name=self.name), license=_LICENSE)
 
 
 _PHI3_MINI: Mapping[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from agent.contract.base import explain
+from fleet.core.licenses import UNKNOWN
 from fleet.errors import ModelError
 
 #: The limits are far above any network there is: beyond them stands a mistake, over which the planner would count long.
@@ -172,6 +173,8 @@ class ModelShape:
     experts: int = 0
     stored_bytes: int = 4
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary.guess(0))
+    #: As the checkpoint's card names it.
+    license: str = UNKNOWN
 
     @property
     def multimodal(self) -> bool:

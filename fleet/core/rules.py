@@ -12,6 +12,7 @@ from typing import Any
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import DeviceClass, DeviceProfile, Recipe
+from fleet.core.licenses import not_admitted
 from fleet.core.plan_shape import Block, ModelShape
 
 _QUANTIZED = (Precision.INT4, Precision.INT8)
@@ -252,6 +253,10 @@ def _multimodal(case: Case) -> str | None:
     return None
 
 
+def _license_admitted(case: Case) -> str | None:
+    return None if case.profile is None else not_admitted(case.shape.license, case.profile.admission.licenses)
+
+
 def _accelerator_there(case: Case) -> str | None:
     if case.profile is None or case.recipe.target in (Target.CPU, *case.profile.accelerators):
         return None
@@ -264,6 +269,12 @@ RULES: tuple[Rule, ...] = (
         "more than INT4 for mobile and IoT devices",
         "the project's policy: mobile and IoT INT4, AI PCs up to FP32",
         _class_policy,
+    ),
+    Rule(
+        "licence",
+        "a model under a licence that the profile does not admit",
+        "the profile's admission.licenses",
+        _license_admitted,
     ),
     Rule("accelerator", "a target that the profile does not have", "the profile's accelerators", _accelerator_there),
     Rule(

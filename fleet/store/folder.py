@@ -10,11 +10,10 @@ from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import ArtifactFile, Manifest
 from agent.platform.files import reason, write_atomic
 from fleet.errors import StoreError
+from fleet.store.half_made import HALF_MADE
 from fleet.store.local import LocalArtifact
 from fleet.store.protocol import Listing
 
-#: Prefix of folders that are being made; nobody looks into them.
-HALF_MADE = ".building-"
 #: Folder beside an artifact's files: what is measured in their place where a device's files do not run here.
 BESIDE = "measured"
 

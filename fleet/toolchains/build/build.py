@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from agent.contract.base import canonical_json, sha256_hex
 from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, artifact_digest
@@ -21,7 +16,8 @@ from fleet.core.plan_size import predicted_bytes, recorded
 from fleet.delivery.chunking import chunk_file
 from fleet.errors import BuildError
 from fleet.home import Home
-from fleet.store.folder import BESIDE, HALF_MADE, FolderStore
+from fleet.store.folder import BESIDE, FolderStore
+from fleet.store.half_made import half_made
 from fleet.toolchains.checkpoint.chat import render
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.drivers import process
@@ -113,15 +109,32 @@ def build(
         ProfileError: the toolchain cannot build this recipe.
     """
     plan = plan_build(model, profile, recipe)
-    if found := FolderStore(home.artifacts).get(plan.id):
+    if found := find_built(plan, home):
         progress(Progress("already built", 1.0))
         return found
     try:
-        with _half_made(home, plan.id) as half:
+        with half_made(home.artifacts, plan.id) as half:
             _check_room(plan, home)
             return _build_into(half, plan, home, progress, threads or process.cores())
     except OSError as error:
         raise BuildError(f"cannot write the artifact in {home.artifacts}: {reason(error, home.artifacts)}") from None
+
+
+def find_built(plan: BuildPlan, home: Home) -> Manifest | None:
+    """Return the artifact of this plan, if it is there.
+
+    The card of a checkpoint is no input of the build, so its licence may have been corrected since; the manifest gets
+    it.
+
+    Raises:
+        StoreError: it cannot be read, or is damaged.
+    """
+    store = FolderStore(home.artifacts)
+    found = store.get(plan.id)
+    if found is not None and found.model.license != plan.model.facts.license:
+        found = found.model_copy(update={"model": plan.model.facts})
+        store.save_manifest(found)
+    return found
 
 
 def _check_room(plan: BuildPlan, home: Home) -> None:
@@ -222,29 +235,3 @@ def _manifest(
         probes=probes,
         files=files,
     )
-
-
-@contextmanager
-def _half_made(home: Home, name: str) -> Iterator[Path]:
-    """A folder to build in, locked as long as somebody does; what a killed build has left is removed first."""
-    home.artifacts.mkdir(parents=True, exist_ok=True)
-    with FileLock(home.root / "build.lock"):  # else a folder could be swept before it is locked
-        _sweep(home)
-        folder = Path(tempfile.mkdtemp(prefix=f"{HALF_MADE}{name}-", dir=home.artifacts))
-        mine = FileLock(folder / "lock")
-        mine.acquire()
-    try:
-        yield folder
-    finally:
-        mine.release()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(home: Home) -> None:
-    for folder in home.artifacts.glob(f"{HALF_MADE}*"):
-        try:
-            with FileLock(folder / "lock", timeout=0):
-                pass
-        except Timeout:
-            continue  # of a build that runs, here, in another container, or on another host of a shared disk
-        shutil.rmtree(folder, ignore_errors=True)

@@ -12,8 +12,7 @@ from agent.contract.profile import DeviceProfile, Recipe
 from agent.platform.resources import available_bytes
 from fleet.errors import BuildError, FleetError
 from fleet.home import Home
-from fleet.store.folder import FolderStore
-from fleet.toolchains.build.build import BuildPlan, build, plan_build
+from fleet.toolchains.build.build import BuildPlan, build, find_built, plan_build
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.drivers import process
 from fleet.toolchains.progress import DONE, FAILED, Progress, ProgressCallback
@@ -101,7 +100,7 @@ class _Queue:
     def _need(self, plan: BuildPlan, wanted_by: tuple[int, ...]) -> int | None:
         """Return the bytes of memory; None where there is nothing to build, and the outcome is noted."""
         try:
-            if found := FolderStore(self._home.artifacts).get(plan.id):
+            if found := find_built(plan, self._home):
                 self._note(wanted_by, found, reused=True)
                 return None
             need = plan.peak_memory_bytes

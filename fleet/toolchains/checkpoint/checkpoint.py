@@ -15,8 +15,9 @@ from fleet.core.checkpoint_tensors import Reading
 from fleet.core.phi_variants import find_variant
 from fleet.core.plan_shape import ModelShape, shape_of
 from fleet.errors import ModelError
+from fleet.export.export import MANIFEST as EXPORTED
 from fleet.toolchains.checkpoint.checkpoint_chat import chat_of, sampling_of
-from fleet.toolchains.checkpoint.checkpoint_files import local_path, read_json
+from fleet.toolchains.checkpoint.checkpoint_files import license_of, local_path, read_json
 from fleet.toolchains.checkpoint.checkpoint_shape import completed
 from fleet.toolchains.checkpoint.safetensors_scan import Tensor, first_not_finite, read_tensors
 from fleet.toolchains.checkpoint.whole import check_config, check_weights, shards_of
@@ -63,6 +64,9 @@ def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback =
     if not path.is_dir():
         what = "is a file, not a checkpoint's folder" if path.exists() else "does not exist"
         raise ModelError(f"{path} {what}; pass a folder with config.json and *.safetensors, or a hub id")
+    if (path / EXPORTED).is_file():
+        raise ModelError(f"{path} is an artifact that was exported, not a checkpoint; `phifleet artifacts import` "
+                         "takes it in")  # fmt: skip
     file = path / "config.json"
     config = read_json(file, needed=True)
     name = slug(name or _own_name(config) or path.resolve().name)
@@ -82,7 +86,7 @@ def inspect(path: Path, *, name: str | None = None, progress: ProgressCallback =
         architecture=shape.architecture,
         parameters=parameters,
         source_digest=_source_digest(path, list(shards), progress),
-        license=_license(path),
+        license=license_of(path),
         max_context=shape.max_context,
     )
     stored = sum(tensor.end - tensor.begin for tensor in tensors)
@@ -114,6 +118,7 @@ def slug(name: str) -> str:
 def _download(hub_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import ENDPOINT
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ModuleNotFoundError:
         raise ModelError(f"{hub_id} is no folder, and huggingface_hub, which would download it, is not installed; "
@@ -127,7 +132,8 @@ def _download(hub_id: str) -> Path:
         raise ModelError(f"there is neither a folder nor a hub model named {hub_id}; check the spelling") from None
     except Exception as error:  # the hub client raises its transport's errors
         raise ModelError(
-            f"{hub_id} is no folder here, and cannot be downloaded ({type(error).__name__}: is there a network?). "
+            f"{hub_id} is no folder here, and cannot be downloaded from {ENDPOINT} ({type(error).__name__}: can it be "
+            "reached? HF_ENDPOINT names another one). "
             f"On a machine that has one, run `hf download {hub_id} --local-dir DIR`, copy DIR here and pass "
             "--model DIR; "
             "`phifleet sample-model DIR` makes a small speaking model without any hub"
@@ -153,10 +159,3 @@ def _source_digest(path: Path, shards: list[Path], progress: ProgressCallback) -
         with file.open("rb") as opened:
             entries.append([file.name, hashlib.file_digest(opened, "sha256").hexdigest()])
     return sha256_hex(canonical_json(sorted(entries)))
-
-
-def _license(path: Path) -> str:
-    card = path / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace")[:4096] if card.is_file() else ""
-    match = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
-    return match[1] if match else "unknown"

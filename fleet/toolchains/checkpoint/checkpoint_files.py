@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fleet.core.licenses import UNKNOWN
 from fleet.core.plan_shape import ModelFile
 from fleet.errors import ModelError
+from fleet.toolchains.checkpoint.oci_source import OCI_LAYOUT, from_layout
 
+#: Characters of a model card that are looked at.
+_HEAD = 16384
 _AnyFile = TypeVar("_AnyFile", bound=ModelFile)
 
 
 def local_path(model: str | Path) -> Path:
-    """``model`` as a path, with ``~`` and ``~user`` resolved.
+    """``model`` as a path, with ``~`` and ``~user`` resolved; for ``oci-layout:DIR[:TAG]`` where it was unpacked.
 
     Raises:
-        ModelError: nobody here has that name.
+        ModelError: nobody here has that name, or the layout is damaged.
     """
     try:
+        if str(model).startswith(OCI_LAYOUT):
+            return from_layout(str(model).removeprefix(OCI_LAYOUT))
         return Path(model).expanduser()
     except RuntimeError:
         raise ModelError(
@@ -67,3 +74,24 @@ def read_as(model: type[_AnyFile], path: Path) -> _AnyFile:
         ModelError: no JSON object, or a field is wrong.
     """
     return model.parse(read_json(path), str(path))
+
+
+def license_of(path: Path) -> str:
+    """Return the licence that the head of the checkpoint's README.md names, as it is written there.
+
+    A card that says `other` names it in `license_name`. Source: https://huggingface.co/docs/hub/model-cards.
+    """
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8-sig", errors="replace")[:_HEAD] if card.is_file() else ""
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    fields = head[1] if head else text
+    name = _yaml_value(fields, "license")
+    if name == "other":
+        name = _yaml_value(fields, "license_name") or name
+    return name or UNKNOWN
+
+
+def _yaml_value(text: str, name: str) -> str | None:
+    """Of a field with one value, or a list's first, quoted or not; a licence's name needs no more of YAML."""
+    found = re.search(rf"^{name}:[ \t]*(?:\n[ \t]*-[ \t]+|\[[ \t]*)?[\"']?([^\s\"'#,\]]+)", text, re.MULTILINE)
+    return found[1] if found else None

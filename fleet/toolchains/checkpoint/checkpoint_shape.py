@@ -12,7 +12,7 @@ from pydantic import Field
 from fleet.core.phi_variants import VARIANTS, find_variant
 from fleet.core.plan_shape import ModelFile, ModelShape, Vocabulary, shape_of
 from fleet.errors import ModelError
-from fleet.toolchains.checkpoint.checkpoint_files import local_path, read_as, read_json
+from fleet.toolchains.checkpoint.checkpoint_files import license_of, local_path, read_as, read_json
 from fleet.toolchains.checkpoint.safetensors_scan import Tensor, read_tensors
 from fleet.toolchains.checkpoint.whole import check_config, check_weights, shards_of
 
@@ -46,14 +46,14 @@ def read_shape(model: str | Path) -> ModelShape:
 
 
 def completed(shape: ModelShape, path: Path, tensors: Iterable[Tensor]) -> ModelShape:
-    """``shape`` with what config.json does not tell: the tokenizer's size, and whether the output matrix is tied.
+    """``shape`` with what config.json does not tell: licence, size of the tokenizer, whether the output matrix is tied.
 
     Raises:
         ModelError: a file of the tokenizer is garbled.
     """
     names = [tensor.name for tensor in tensors]
     tied = not any(name.startswith("lm_head") for name in names) if names else shape.tied
-    return replace(shape, tied=tied, vocabulary=_vocabulary(path) or shape.vocabulary)
+    return replace(shape, tied=tied, vocabulary=_vocabulary(path) or shape.vocabulary, license=license_of(path))
 
 
 def _from_folder(path: Path) -> ModelShape:

@@ -56,7 +56,7 @@ def convert(job: ConvertJob, log: Path, progress: ProgressCallback) -> Converted
     """Convert in a child process. The log is removed after success and kept after failure.
 
     Raises:
-        BuildError: the toolchain failed or was killed; the message ends with the tail of its log.
+        BuildError: the toolchain failed or was killed; the message has the tail of its log, and says where that is.
         ModelError: the toolchain found the checkpoint wrong.
     """
     answer = _Child("convert", job, log, progress).run()
@@ -76,7 +76,7 @@ def run(kind: str, job: BaseModel, log: Path, progress: ProgressCallback) -> dic
     """Any other job that the child knows, such as a measurement; what it returned.
 
     Raises:
-        BuildError: it failed or was killed; the message ends with the tail of its log.
+        BuildError: it failed or was killed; the message has the tail of its log, and ends with where that is.
     """
     return dict(_Child(kind, job, log, progress).run()["result"])
 
@@ -187,7 +187,8 @@ class _Child:
             reason = f"the disk is full ({reason})"
         if kind != BuildError.__name__:  # which says by itself what did not go
             reason = f"{getattr(self.job, 'toolchain', 'toolchain')} {_FAILED[self.kind]}: {reason}"
-        return BuildError(f"{reason}\nlog: {self.log}\n{tail(self.log)}")
+        # The library's words are between two lines of ours: people read the first line and the last.
+        return BuildError("\n".join(part for part in (reason, tail(self.log), f"the whole log: {self.log}") if part))
 
     def _death(self, code: int) -> str:
         if code >= 0:

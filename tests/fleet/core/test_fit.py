@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,6 +49,29 @@ def facts(**changes: Any) -> Facts:
 def quality(**changes: float) -> Quality:
     figures: dict[str, Any] = {"kl_divergence": 0.1, "kl_divergence_p99": 1, "perplexity": 9, "perplexity_ratio": 1.1}
     return Quality(same_top_token=0.9, tokens=100, evaluation="x", **(figures | changes))
+
+
+@pytest.mark.parametrize(
+    ("license_", "admitted", "words"),
+    [
+        ("mit", (), None),
+        ("unknown", (), None),
+        ("mit", ("MIT",), None),
+        ("Apache-2.0", ("mit", "apache-2.0"), None),
+        ("My-Own", ("my-own",), None),
+        ("llama3", ("mit",), "its licence is llama3, and only mit may be used by profile box"),
+        ("mit OR apache-2.0", ("MIT",), "its licence is mit OR apache-2.0, and only MIT may be used"),
+        ("mit or apache-2.0", ("MIT OR Apache-2.0",), None),
+        ("unknown", ("MIT", "Apache-2.0"), "names no licence .*, and only MIT, Apache-2.0 may be used by profile box"),
+    ],
+)
+def test_a_profile_admits_the_licences_that_it_lists(
+    license_: str, admitted: tuple[str, ...], words: str | None
+) -> None:
+    manifest = make_manifest()
+    manifest = manifest.model_copy(update={"model": manifest.model.model_copy(update={"license": license_})})
+    found = incompatibilities(manifest, profile(admission={"licenses": admitted}), None)
+    assert (len(found) == 0) if words is None else re.search(words, found[0])
 
 
 def test_what_fits_has_no_misfits() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
-from agent.contract.profile import Recipe
+from agent.contract.profile import Admission, Recipe
 from fleet.core.phi_variants import find_variant
 from fleet.core.plan_shape import ModelShape, shape_of
 from fleet.core.rules import RULES, Case, refusals
@@ -87,8 +87,16 @@ def test_the_linter(row: tuple[str, str, str, str, dict[str, Any], int, str | No
 
 def test_every_rule_has_a_case() -> None:
     tested = {row[-1] for row in CASES}
-    elsewhere = {"int4-hardware", "multimodal", "group-size"}
+    elsewhere = {"licence", "int4-hardware", "multimodal", "group-size"}
     assert {rule.name for rule in RULES} - tested == elsewhere
+
+
+def test_a_licence_that_the_profile_does_not_admit_refuses_every_recipe() -> None:
+    profile = load_profile("iot-x86")
+    for admitted, rules in (((), []), (("mit",), []), (("apache-2.0",), ["licence"])):
+        strict = profile.model_copy(update={"admission": Admission(licenses=admitted)})
+        for recipe in profile.recipes:
+            assert [one.rule for one in refusals(Case(shape("phi-2"), recipe, 2048, strict))] == rules
 
 
 def test_int4_is_refused_where_the_hardware_has_none() -> None:

@@ -19,7 +19,7 @@ from fleet.errors import BuildError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.store import FolderStore, find
-from fleet.store.folder import HALF_MADE
+from fleet.store.half_made import HALF_MADE, half_made, sweep
 from fleet.toolchains.build import build as building
 from fleet.toolchains.checkpoint.checkpoint import inspect
 from fleet.toolchains.progress import Progress
@@ -90,7 +90,9 @@ def test_a_toolchain_that_crashes_leaves_its_log_and_nothing_else(tiny_dir: Path
         building.build(inspect(model), PROFILE, INT4, home)
     log = next(home.logs.iterdir())
     assert str(log) in str(caught.value) and "Traceback" in log.read_text()
-    assert "\n  | " in str(caught.value), "the message ends with the tail of the log"
+    lines = str(caught.value).split("\n")
+    assert lines[-2].startswith("  | "), "the message has the tail of the log"
+    assert lines[-1] == f"the whole log: {log}", "and its last line is ours"
     assert list(home.artifacts.iterdir()) == []
 
 
@@ -139,7 +141,7 @@ def test_an_interrupted_build_ends_its_child_and_is_cleaned_up(tiny_dir: Path, t
     home = Home(tmp_path)
     left = [path.name for path in home.artifacts.iterdir()]
     assert left == [] if name == "SIGINT" else left[0].startswith(HALF_MADE)
-    building._sweep(home)
+    sweep(home.artifacts)
     assert list(home.artifacts.iterdir()) == []
     assert FolderStore(home.artifacts).list().manifests == ()
 
@@ -211,10 +213,10 @@ def test_a_damaged_artifact_is_named(tiny_artifact: Built, tiny_dir: Path, tmp_p
 
 def test_what_another_build_holds_is_not_swept(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    with building._half_made(home, "one") as mine:
+    with half_made(home.artifacts, "one") as mine:
         left = home.artifacts / f"{HALF_MADE}left"
         left.mkdir()
-        with building._half_made(home, "two"):
+        with half_made(home.artifacts, "two"):
             assert mine.is_dir()
             assert not left.exists()
     assert list(home.artifacts.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from agent.contract.manifest import Manifest
 from fleet.cli.build import build, describe_sample, sample_model
 from fleet.errors import BuildError, ModelError, ProfileError, UsageError
+from fleet.export.export import Papers, export
+from fleet.export.oci_layout import WEIGHT, Layer, write_layout
 from fleet.home import Home
 from fleet.profiles_loader import profile_paths
 from fleet.store import FolderStore
@@ -40,6 +44,64 @@ def test_it_tells_what_was_there_already(home: Home, tiny_dir: Path, tiny_artifa
     found = json.loads(answer.stdout)
     assert (found["id"], found["reused"]) == (tiny_artifact.manifest.id, True)
     assert (found["bytes"], found["kl_divergence"]) == (tiny_artifact.manifest.size, None)
+    assert set(found) >= set(Manifest.model_fields) - {"chat", "size"}, "every figure of the manifest"
+    assert found["model"] == tiny_artifact.manifest.model.name, "as it was in 0.1"
+    assert found["source"] == tiny_artifact.manifest.model.model_dump(mode="json")
+    assert [set(one) for one in found["files"]] == [{"path", "size", "sha256"}] * len(tiny_artifact.manifest.files)
+
+
+def test_a_licence_that_was_added_to_the_checkpoints_card_reaches_what_was_built_before(
+    home: Home, tiny_dir: Path, tiny_artifact: Built, tmp_path: Path
+) -> None:
+    """The card is no input of the build; without this, an artifact would be refused for ever."""
+    assert tiny_artifact.manifest.model.license == "unknown"
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "tiny-phi"))
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    arguments = ["--model", str(model), "--profile", "iot-x86", "--toolchain", "onnx_genai", "--no-measure", "--json"]
+    answer = CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
+    found = json.loads(answer.stdout)
+    assert (found["reused"], found["source"]["license"]) == (True, "mit")
+    kept = FolderStore(home.artifacts).get(tiny_artifact.manifest.id)
+    assert kept is not None and kept.model.license == "mit" and kept.digest == tiny_artifact.manifest.digest
+
+
+def test_a_licence_that_the_profile_does_not_admit_is_refused_before_anything_is_built(
+    home: Home, tiny_dir: Path, tmp_path: Path
+) -> None:
+    profile = tmp_path / "strict.toml"
+    text = (Path(__file__).parents[3] / "profiles" / "iot-x86.toml").read_text()
+    profile.write_text(text + '\n[admission]\nlicenses = ["MIT", "Apache-2.0"]\n')
+    arguments = ["--model", str(tiny_dir), "--profile", str(profile), "--no-measure"]
+    answer = CliRunner().invoke(build, arguments, obj=Context(home))
+    assert isinstance(answer.exception, ProfileError)
+    assert "its checkpoint names no licence (`license:` at the head of README.md)" in str(answer.exception)
+
+
+def test_a_checkpoint_in_an_oci_layout_is_built_as_its_folder_is(
+    home: Home, tiny_dir: Path, tiny_artifact: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    layers = [
+        Layer(path.name, path, WEIGHT, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(tiny_dir.iterdir())
+    ]
+    (tmp_path / "layout").mkdir()
+    write_layout(tmp_path / "layout", layers, {"descriptor": {}, "config": {}}, tag="v1", annotations={})
+    model = f"oci-layout:{tmp_path / 'layout'}:v1"
+    arguments = ["--model", model, "--profile", "iot-x86", "--toolchain", "onnx_genai", "--no-measure", "--json"]
+    answer = CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
+    found = json.loads(answer.stdout)
+    assert (found["id"], found["reused"]) == (tiny_artifact.manifest.id, True), "the same checkpoint, the same id"
+
+
+def test_an_artifact_in_an_oci_layout_is_no_checkpoint(
+    home: Home, tiny_artifact: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    export(FolderStore(home.artifacts), tiny_artifact.manifest, tmp_path / "out", Papers(oci=True))
+    arguments = ["--model", f"oci-layout:{tmp_path / 'out'}", "--profile", "iot-x86"]
+    answer = CliRunner().invoke(build, arguments, obj=Context(home))
+    assert isinstance(answer.exception, ModelError) and "phifleet artifacts import" in str(answer.exception)
 
 
 @pytest.mark.toolchain

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -17,6 +24,7 @@ from fleet.errors import ModelError
 from fleet.toolchains.checkpoint.chat import render
 from fleet.toolchains.checkpoint.checkpoint import inspect, resolve_model, slug
 from fleet.toolchains.checkpoint.checkpoint_chat import chat_of
+from fleet.toolchains.checkpoint.checkpoint_files import license_of
 from fleet.toolchains.checkpoint.safetensors_scan import first_not_finite, read_tensors
 from fleet.toolchains.checkpoint.source import hub_config
 
@@ -119,10 +127,68 @@ def test_the_digest_follows_weights_config_and_tokenizer_and_nothing_else(copy: 
     assert inspect(copy).chat.stop == ("<|im_end|>", "<|endoftext|>")
 
 
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("---\nlicense: mit\n---\n# Phi", "mit"),
+        ("---\r\nlicense: apache-2.0\r\n---\r\n", "apache-2.0"),
+        ("\ufeff---\nlicense: 'mit' # free\n---\n", "mit"),
+        ('---\nlicense: "mit"\n---\n', "mit"),
+        ("---\nlicense:\n  - mit\n---\n", "mit"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit"),
+        ("---\nlicense: other\nlicense_name: microsoft-research-license\n---\n", "microsoft-research-license"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\nlicense:\nlanguage: en\n---\n", "unknown"),
+        ("---\nlanguage: en\n---\nlicense: mit\n", "unknown"),
+        ("no head", "unknown"),
+        ("", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_a_licence_is_what_the_head_of_the_card_says(tmp_path: Path, card: str | None, name: str) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card.encode())
+    assert license_of(tmp_path) == name
+
+
+@pytest.mark.toolchain
+async def test_a_hub_of_ones_own_is_a_source(tiny_dir: Path, tmp_path: Path) -> None:
+    """The hub's own client, from a server that answers as the hub does; the machine need not reach any other."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    async def revision(_request: web.Request) -> web.Response:
+        files = [{"rfilename": path.name} for path in sorted(tiny_dir.iterdir())]
+        return web.json_response({"id": "team/tiny-phi", "modelId": "team/tiny-phi", "sha": commit, "siblings": files})
+
+    async def resolve(request: web.Request) -> web.StreamResponse:
+        path = tiny_dir / request.match_info["name"]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"'}
+        return web.FileResponse(path, headers=headers)
+
+    app = web.Application()
+    app.router.add_get("/api/models/team/tiny-phi/revision/{revision}", revision)
+    app.router.add_get("/team/tiny-phi/resolve/{revision}/{name}", resolve)
+    code = (
+        "from fleet.toolchains.checkpoint.checkpoint import resolve_model\n"
+        "print(resolve_model('team/tiny-phi').facts.source_digest)"
+    )
+    async with TestServer(app) as server:
+        url = str(server.make_url("/")).rstrip("/")
+        mine = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        asked = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, env=os.environ | mine, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        out, err = await asked.communicate()
+    assert out.decode().split()[-1:] == [inspect(tiny_dir).facts.source_digest], err.decode()[-2000:]
+
+
 def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"(?s)cannot be downloaded.*--local-dir.*phifleet sample-model"):
+    with pytest.raises(
+        ModelError,
+        match=r"(?s)cannot be downloaded from http.*HF_ENDPOINT names another.*--local-dir.*phifleet sample-model",
+    ):
         resolve_model("microsoft/Phi-4-mini-instruct")
 
 
