@@ -83,7 +83,7 @@ class Stage:
 def figures(devices: int = DEVICES) -> list[Figure]:
     """All of them; a few minutes."""
     logs.configure("error", "console")
-    with tempfile.TemporaryDirectory(prefix="phifleet-bench-") as folder, _stage(Path(folder), devices) as stage:
+    with tempfile.TemporaryDirectory(prefix="phifleet-bench-") as folder, staged(Path(folder), devices) as stage:
         old, new = (make_artifact(stage.fleet.home, name) for name in ("phi-old", "phi-new"))
         actor = Actor("bench", datetime.now(UTC))
         rows = [row for row in stage.fleet.registry.devices.all() if row.id.startswith("sim-")]
@@ -96,11 +96,14 @@ def figures(devices: int = DEVICES) -> list[Figure]:
 
 
 @contextlib.contextmanager
-def _stage(folder: Path, devices: int) -> Iterator[Stage]:
+def staged(folder: Path, devices: int, api: str | None = None) -> Iterator[Stage]:
+    """A controller with so many simulated devices that are connected; ``api``: host and port of its API."""
     with mosquitto(folder / "broker", general=LIMITS) as broker:
-        settings = FleetSettings(home=folder / "home", broker=broker.url)
+        settings = FleetSettings(home=folder / "home", broker=broker.url, api=api)
         Repository(Home(settings.home)).init()
         environment = {"PHIFLEET_HOME": str(settings.home), "PHIFLEET_BROKER": broker.url}
+        if api is not None:
+            environment["PHIFLEET_API"] = api
         with Fleet(settings) as fleet:
             now = datetime.now(UTC)
             rows: list[dict[str, Any]] = [

@@ -33,6 +33,11 @@ class Home:
         return self.root / "artifacts"
 
     @property
+    def imports(self) -> Path:
+        """Where artifacts are put that were exported elsewhere, a folder each, to be taken in from the page."""
+        return self.root / "imports"
+
+    @property
     def logs(self) -> Path:
         """Logs of builds that failed."""
         return self.root / "logs"

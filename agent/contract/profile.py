@@ -100,6 +100,11 @@ class Delivery(_Strict):
         int | None, Field(ge=1024, description="no device of this class takes more; none: not limited")
     ] = None
 
+    @property
+    def rate(self) -> int:
+        """Bytes a second that a transfer may be expected to reach."""
+        return min(self.bandwidth_bytes_per_s, self.max_bytes_per_s or self.bandwidth_bytes_per_s)
+
 
 class DeviceProfile(_Strict):
     """A class of devices."""

@@ -24,6 +24,7 @@ from fleet.operations.deploy import DeployOptions, cancel_orders, deploy, roll_b
 from fleet.operations.devices import check_labels, remove_device, revoke_device
 from fleet.operations.ends import describe_ends, warnings
 from fleet.operations.enrolment import TokenOptions, enrol, make_token, renew_for_key
+from fleet.operations.imports import list_carried, take_in
 from fleet.operations.links import exchange_link, make_link
 from fleet.operations.names import create_release, save_selector, select, selector_text, variants
 from fleet.operations.overview import overview
@@ -274,6 +275,32 @@ def reinstate(call: Call) -> Reply:
     found = find(call.fleet.artifacts, call.path["artifact"])
     reinstate_artifact(call.fleet, found.digest, call.actor)
     return get_artifact(call)
+
+
+@_route("GET", "/imports", Role.RELEASER, answer=shapes.Imports)
+def list_imports(call: Call) -> Reply:
+    """List the exported artifacts that were put into the controller's folder `imports`."""
+    call.require_whole_fleet()
+    items = [
+        {
+            "name": one.name,
+            "artifact": one.manifest.id if one.manifest else None,
+            "model": one.manifest.model.name if one.manifest else None,
+            "size": one.manifest.size if one.manifest else None,
+            "there": one.there,
+            "problem": one.problem,
+        }
+        for one in list_carried(call.fleet)
+    ]
+    return Reply({"folder": str(call.fleet.home.imports), "items": items})
+
+
+@_route("POST", "/imports", Role.RELEASER, body=shapes.ImportName, answer=shapes.Artifact, status=201)
+def post_import(call: Call) -> Reply:
+    """Take one of them into the store; every byte is compared with its manifest."""
+    call.require_whole_fleet()
+    manifest = take_in(call.fleet, call.body.name, call.actor)
+    return Reply(next(one for one in _artifacts(call) if one["digest"] == manifest.digest), 201)
 
 
 @_route("GET", "/releases", Role.VIEWER, answer=shapes.Page[shapes.Release])

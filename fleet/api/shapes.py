@@ -215,6 +215,30 @@ class Artifact(Answer):
     parameters: int
 
 
+class Import(Answer):
+    """An exported artifact that was put into the controller's folder. ``problem``: why it cannot be taken in."""
+
+    name: str
+    artifact: str | None
+    model: str | None
+    size: int | None
+    there: Annotated[bool, Field(description="the store has it already")]
+    problem: str | None
+
+
+class Imports(Answer):
+    """What lies in the folder, the first hundred by name."""
+
+    folder: str
+    items: list[Import]
+
+
+class ImportName(Body):
+    """Which of them."""
+
+    name: Annotated[str, Field(min_length=1, max_length=255)]
+
+
 class Reason(Body):
     """Why."""
 

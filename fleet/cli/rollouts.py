@@ -278,15 +278,24 @@ def _wave(text: str) -> Wave:
 
 
 def _plan_table(found: dict[str, Any]) -> Table:
-    table = Table("wave", "devices", "profile, variant", "slowdown per token that it can show", box=None)
+    table = Table(
+        "wave", "devices", "profile, variant", "slowdown per token that it can show", "bytes", "time", box=None
+    )
     for number, wave in enumerate(found["waves"], 1):
         for index, (cohort, count) in enumerate(sorted(wave["cohorts"].items())):
             effect = wave["detectable"].get(cohort)
             seen = f"{effect:.0%} and more" if effect is not None else "none: too few devices"
-            table.add_row(f"{number} ({wave['wave']})" if index == 0 else "", str(count), cohort, seen)
+            first = (f"{number} ({wave['wave']})", _transfer(wave)) if index == 0 else ("", ("", ""))
+            table.add_row(first[0], str(count), cohort, seen, *first[1])
         if not wave["cohorts"]:
             table.add_row(f"{number} ({wave['wave']})", "0", "", "")
     return table
+
+
+def _transfer(wave: dict[str, Any]) -> tuple[str, str]:
+    """At most, and at least: devices have some of it already, and links do not always carry what a profile says."""
+    seconds = wave["transfer_s"]
+    return f"{wave['size_bytes'] / 1e6:,.0f} MB", f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _screen(one: Rollout) -> Group:

@@ -65,7 +65,7 @@ def judge(shape: ModelShape, profile: DeviceProfile, recipe: Recipe, resolve: Re
         found = (wrong,)
     return Candidate(
         profile=profile.name, recipe=recipe, options=options, context=context, size_bytes=size, memory=memory,
-        seconds=size / profile.delivery.bandwidth_bytes_per_s,
+        seconds=size / profile.delivery.rate,
         refusals=found + _over_budget(profile, size, memory, context),
         notes=_notes(shape, recipe, profile),
     )  # fmt: skip

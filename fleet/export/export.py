@@ -18,7 +18,7 @@ from fleet.core.licenses import UNKNOWN, spdx
 from fleet.errors import StoreError, UsageError
 from fleet.export.bom import bill_of_materials
 from fleet.export.card import model_card
-from fleet.export.oci_layout import DOC, WEIGHT, WEIGHT_CONFIG, Layer, unpack_layout, write_layout
+from fleet.export.oci_layout import DOC, WEIGHT, WEIGHT_CONFIG, Layer, find_file, unpack_layout, write_layout
 from fleet.export.signing import SIGNATURE, public_key, sign_folder
 from fleet.store.folder import FolderStore
 from fleet.store.half_made import half_made
@@ -147,6 +147,18 @@ def import_artifact(store: FolderStore, source: Path, tag: str | None = None) ->
     return manifest, False
 
 
+def exported_manifest(source: Path) -> Manifest:
+    """Return the manifest of an exported artifact, from the folder or from the layout's own blob.
+
+    Raises:
+        StoreError: it is no exported artifact, or its manifest cannot be read.
+    """
+    for folder in (source, source / MODEL):
+        if (folder / MANIFEST).is_file():
+            return _manifest_in(folder)
+    return _manifest_at(find_file(source, None, MANIFEST))
+
+
 def _opened(source: Path, tag: str | None, scratch: Path) -> Path:
     """Return the folder with the manifest: ``source``, its ``model``, or what its OCI layout holds."""
     for folder in (source, source / MODEL):
@@ -163,8 +175,14 @@ def _manifest_in(folder: Path) -> Manifest:
     if not path.is_file():
         raise StoreError(f"{folder}: holds no {MANIFEST}: it was not exported by phifleet, or is a checkpoint, which "
                          "`phifleet build --model` takes")  # fmt: skip
+    return _manifest_at(path)
+
+
+def _manifest_at(path: Path) -> Manifest:
     try:
         return Manifest.from_json(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
     except MalformedMessageError as error:
         raise StoreError(f"{path}: {error}; export it again") from None
 

@@ -83,6 +83,19 @@ def model_digest(layout: Path, tag: str | None) -> str:
     return _manifest_blob(layout, tag).name
 
 
+def find_file(layout: Path, tag: str | None, name: str) -> Path:
+    """Return the blob of the model's file called ``name``, verified.
+
+    Raises:
+        StoreError: as ``unpack_layout``, or the model has no such file as a layer of its own.
+    """
+    layers = _document(_manifest_blob(layout, tag)).get("layers")
+    for layer in layers if isinstance(layers, list) else ():
+        if isinstance(layer, dict) and _name(layer) == name:
+            return _verified(layout, layer)
+    raise StoreError(f"{layout}: its model has no file {name}")
+
+
 def unpack_layout(layout: Path, tag: str | None, folder: Path) -> None:
     """Write the files of the model that ``layout`` holds under ``tag`` into ``folder``; every byte is verified.
 

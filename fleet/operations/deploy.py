@@ -332,6 +332,4 @@ def _deadline_s(options: DeployOptions, profile: DeviceProfile, size: int, actor
     if options.deadline_s is not None:
         return options.deadline_s
     opens_in_s = ((options.not_before or actor.at) - actor.at).total_seconds()
-    delivery = profile.delivery
-    rate = min(delivery.bandwidth_bytes_per_s, delivery.max_bytes_per_s or delivery.bandwidth_bytes_per_s)
-    return usual_deadline_s(size, rate, opens_in_s)
+    return usual_deadline_s(size, profile.delivery.rate, opens_in_s)

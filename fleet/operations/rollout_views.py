@@ -43,7 +43,13 @@ def describe_plan(found: Plan) -> dict[str, Any]:
     return {
         "devices": found.devices,
         "waves": [
-            {"wave": str(wave.wave), "cohorts": dict(wave.cohorts), "detectable": dict(wave.detectable)}
+            {
+                "wave": str(wave.wave),
+                "cohorts": dict(wave.cohorts),
+                "detectable": dict(wave.detectable),
+                "size_bytes": wave.size_bytes,
+                "transfer_s": round(wave.transfer_s, 1),
+            }
             for wave in found.waves
         ],
         "unfit": dict(found.unfit),

@@ -43,11 +43,17 @@ _log = structlog.get_logger(component="rollouts")
 
 @dataclass(frozen=True, slots=True)
 class WavePlan:
-    """A wave before it begins: by profile and variant, how many devices, and the slowdown that so many can show."""
+    """A wave before it begins: by profile and variant, how many devices, and the slowdown that so many can show.
+
+    ``size_bytes`` is of the devices' artifacts together; what a device has of them already is not sent again.
+    ``transfer_s`` is what the slowest of them takes at its profile's bandwidth.
+    """
 
     wave: Wave
     cohorts: Mapping[str, int]
     detectable: Mapping[str, float | None]
+    size_bytes: int = 0
+    transfer_s: float = 0.0
 
     @property
     def devices(self) -> int:
@@ -78,7 +84,8 @@ def plan_rollout(fleet: Fleet, spec: RolloutSpec) -> Plan:
     """
     spec = _resolved(fleet, spec)
     manifests = _manifests(fleet, spec)
-    candidates, unfit = _candidates(fleet.registry, spec, manifests)
+    candidates, unfit, rates = _candidates(fleet.registry, spec, manifests)
+    sizes = {manifest.digest: manifest.size for manifest in manifests}
     taken = fleet.registry.rollouts.taken("", spec.priority)
     left = [one for one in candidates if one.device not in taken]
     waves: list[WavePlan] = []
@@ -93,7 +100,9 @@ def plan_rollout(fleet: Fleet, spec: RolloutSpec) -> Plan:
         seen = {
             name: detectable(count, spec.gate, len(cohorts)) if spec.gate else None for name, count in cohorts.items()
         }
-        waves.append(WavePlan(wave, dict(cohorts), seen))
+        takes = [sizes[one.digest] for one in chosen]
+        slowest = max((sizes[one.digest] / rates[one.device] for one in chosen), default=0.0)
+        waves.append(WavePlan(wave, dict(cohorts), seen, sum(takes), slowest))
     return Plan(waves, unfit, sorted(taken & {one.device for one in candidates}))
 
 
@@ -203,7 +212,7 @@ class Roller:
 
     def _open(self, rollout: Rollout) -> None:
         registry, spec = self._fleet.registry, rollout.spec
-        candidates, unfit = _candidates(registry, spec, _manifests(self._fleet, spec))
+        candidates, unfit, _ = _candidates(registry, spec, _manifests(self._fleet, spec))
         if unfit:
             _log.warning("devices without a variant that fits are left out", rollout=rollout.id, devices=len(unfit))
         taken = registry.rollouts.taken(rollout.id, spec.priority)
@@ -223,7 +232,7 @@ class Roller:
             return
         self._looked_at[rollout.id] = now
         registry = self._fleet.registry
-        candidates, _ = _candidates(registry, spec, _manifests(self._fleet, spec))
+        candidates, _, _ = _candidates(registry, spec, _manifests(self._fleet, spec))
         taken = registry.rollouts.taken(rollout.id, spec.priority)
         joined = [one for one in candidates if one.device not in taken]
         if spec.waves[-1].selector is not None:
@@ -340,10 +349,11 @@ def _refs(fleet: Fleet, digests: set[str]) -> dict[str, ArtifactRef]:
 
 def _candidates(
     registry: Registry, spec: RolloutSpec, manifests: Sequence[Manifest]
-) -> tuple[list[Candidate], dict[str, str]]:
+) -> tuple[list[Candidate], dict[str, str], dict[str, int]]:
     """Return the devices that are meant and do not run one of the variants yet.
 
-    Those that none fits come with the reasons.
+    Those that none fits come with the reasons; last, what each device's link may be expected to carry, in bytes a
+    second.
     """
     found = registry.inventory.select(parse(spec.selector))
     digests = {manifest.digest for manifest in manifests}
@@ -359,7 +369,7 @@ def _candidates(
             unfit[one.device] = why
         else:
             candidates.append(Candidate(one.device, f"{one.profile}, {variant.id}", variant.digest, one.served))
-    return candidates, unfit
+    return candidates, unfit, {device: profile.delivery.rate for device, profile in profiles.items()}
 
 
 def _variant(row: DeviceRow, manifests: Sequence[Manifest], profile: DeviceProfile) -> tuple[Manifest | None, str]:

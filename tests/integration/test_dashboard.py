@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -13,6 +14,8 @@ import pytest
 
 from fleet.demo.processes import Process, free_port, running
 from fleet.demo.story import SLOW_PROFILE, Stage, staged
+from fleet.export.export import Papers, export
+from fleet.store.folder import FolderStore
 from tests.browser import CHROMIUM, Page, browse
 from tests.fleet.api.test_dashboard import fill, go, press, shows
 
@@ -34,6 +37,7 @@ async def plan_and_start(page: Page, stage: Stage) -> None:
     await fill(page, "form.form input[type=number]", "0.3")
     await press(page, "Plan")
     await page.until(shows(f"{DEVICES} devices in 2 waves"))
+    await page.until(shows("Bytes, at most"))
     await press(page, "Start the rollout")
     asked = await page.run("document.querySelector('dialog[open]').textContent")
     assert f"Changes the model on {DEVICES} devices in 2 waves" in asked
@@ -64,6 +68,22 @@ async def enrol(page: Page, folder: Path, agents: ExitStack) -> None:
     await go(page, f"#/devices/{AGENTS[0]}", "online")
 
 
+def carry(stage: Stage) -> None:
+    """The new model was built on another machine: it is not in the store, but lies exported in the folder."""
+    store = FolderStore(stage.fleet.home.artifacts)
+    stage.fleet.home.imports.mkdir()
+    export(store, stage.new, stage.fleet.home.imports / "from-the-builder", Papers())
+    shutil.rmtree(store.folder(stage.new.id))
+
+
+async def take_in(page: Page, stage: Stage) -> None:
+    """As the page's Artifacts offer it."""
+    await go(page, "#/artifacts", "from-the-builder")
+    await press(page, "Import")
+    await press(page, "Import", "dialog[open]")
+    await page.until(shows("here already"))
+
+
 async def a_strangers_path(stage: Stage, link: str, folder: Path) -> None:
     with ExitStack() as agents:
         await _a_strangers_path(stage, link, folder, agents)
@@ -75,6 +95,7 @@ async def _a_strangers_path(stage: Stage, link: str, folder: Path, agents: ExitS
         await page.until(shows("Time per token"))
         await page.until(shows(f"{DEVICES} online"))
         await enrol(page, folder, agents)
+        await take_in(page, stage)
         await go(page, "#/overview", "Time per token")
         assert SLOW_PROFILE in await page.run("document.querySelector('main table').textContent")
         await go(page, "#/devices/sim-0001", "Orders")
@@ -102,6 +123,7 @@ def test_a_stranger_starts_a_rollout_sees_it_stop_and_reads_why(tmp_path: Path):
     api = f"127.0.0.1:{free_port()}"
     with staged(tmp_path, DEVICES, 0.25, seed=3, say=lambda _: None, api=api) as stage:
         home = str(stage.fleet.home.root)
+        carry(stage)
         made = CliRunner().invoke(cli, ["--home", home, "dashboard"], env={"PHIFLEET_API": api})
         assert made.exit_code == 0 and made.output.startswith(f"http://{api}/#sign-in="), made.output
         asyncio.run(a_strangers_path(stage, made.output.strip(), tmp_path))

@@ -18,6 +18,18 @@ export function Access() {
       tokens.reload();
     } catch (problem) { setError(problem); }
   }
+  const [hook, setHook] = useState({ url: "", events: "*" });
+  const [hooked, setHooked] = useState(null);
+  const [refused, setRefused] = useState(null);
+  const put = (name) => ({ target }) => { const { value } = target; setHook((before) => ({ ...before, [name]: value })); };
+  async function tell(event) {
+    event.preventDefault();
+    setRefused(null);
+    try {
+      setHooked(await post("/webhooks", { url: hook.url, events: hook.events.split(",").map((one) => one.trim()).filter(Boolean) }));
+      webhooks.reload();
+    } catch (problem) { setRefused(problem); }
+  }
   const until = (one) => (one.revoked_at ? html`<${State} name="revoked"/>` : one.expires_at ? html`<${Time} at=${one.expires_at}/>` : "it is revoked");
   return html`<h1>Access</h1><h2>Tokens</h2><${Problem} error=${tokens.error}/>
     <${Table} label="Tokens" empty="" columns=${[{ name: "Name" }, { name: "Role" }, { name: "Devices" }, { name: "Made" }, { name: "By" }, { name: "Used" }, { name: "Good until" }, { name: "" }]}
@@ -31,6 +43,11 @@ export function Access() {
       <${Problem} error=${error}/><p class="buttons"><button type="submit">Make a token</button></p>
       ${made ? html`<p class="note" role="status">The token ${made.name}, shown this once: <code class="secret">${made.token}</code></p>` : null}</form>
     <h2>Webhooks</h2><${Problem} error=${webhooks.error}/>
-    <${Table} label="Webhooks" empty="No other program is told what happens. phifleet webhook create URL adds one." columns=${[{ name: "URL" }, { name: "Events" }, { name: "Delivered" }, { name: "Error" }, { name: "" }]}
-      rows=${(webhooks.data?.items ?? []).map((one) => ({ key: one.id, cells: [one.url, one.events.join(", "), html`<${Time} at=${one.delivered_at}/>`, one.error ?? "", html`<${Action} label="Delete" danger what=${`Sends ${one.url} nothing more.`} act=${() => call("DELETE", at`/webhooks/${one.id}`)}/>`] }))}/>`;
+    <${Table} label="Webhooks" empty="No other program is told what happens." columns=${[{ name: "URL" }, { name: "Events" }, { name: "Delivered" }, { name: "Error" }, { name: "" }]}
+      rows=${(webhooks.data?.items ?? []).map((one) => ({ key: one.id, cells: [one.url, one.events.join(", "), html`<${Time} at=${one.delivered_at}/>`, one.error ?? "", html`<${Action} label="Delete" danger what=${`Sends ${one.url} nothing more.`} act=${() => call("DELETE", at`/webhooks/${one.id}`)}/>`] }))}/>
+    <form class="form" onSubmit=${tell}><h3>New webhook</h3>
+      <label>URL <input type="url" required maxlength="2000" placeholder="where it listens" value=${hook.url} onInput=${put("url")}/></label>
+      <label>Events, with commas between <input required value=${hook.events} placeholder="rollout.*, device.revoke" onInput=${put("events")}/></label>
+      <${Problem} error=${refused}/><p class="buttons"><button type="submit">Make a webhook</button></p>
+      ${hooked ? html`<p class="note" role="status">The secret of the signatures to ${hooked.url}, shown this once: <code class="secret">${hooked.secret}</code></p>` : null}</form>`;
 }

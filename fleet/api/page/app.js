@@ -7,7 +7,7 @@ import { Device, Devices } from "./devices.js";
 import { Enrolment } from "./enrolment.js";
 import { Overview } from "./overview.js";
 import { NewRollout, Rollout, Rollouts } from "./rollouts.js";
-import { Problem, announce, html, may, render, useData, useEffect, useRef, useState } from "./parts.js";
+import { Problem, announce, forget, html, may, render, useData, useEffect, useRef, useState } from "./parts.js";
 
 const PAGES = [["overview", "Overview", "viewer"], ["devices", "Devices", "viewer"], ["artifacts", "Artifacts", "viewer"], ["rollouts", "Rollouts", "viewer"], ["enrolment", "Enrolment", "operator"], ["access", "Access", "admin"], ["audit", "Audit", "admin"]];
 
@@ -78,7 +78,7 @@ function App() {
   }, [where.key]);
   if (!ready) return null;
   if (!me) return html`<${SignIn} problem=${problem} signedIn=${setMe}/>`;
-  const leave = () => { token.clear(); setProblem(null); setMe(null); };
+  const leave = () => { token.clear(); forget(); setProblem(null); setMe(null); };
   const shown = PAGES.filter(([, , role]) => may(me, role) && (!WHOLE.has(role) || !me.scope));
   return html`<a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current.focus(); }}>Skip to the page</a>
     <header><img src="static/icon.svg" alt="" width="26" height="26"/><b>phifleet</b>

@@ -4,7 +4,7 @@ import { HeatMap } from "./charts.js";
 import { Ago, Empty, Problem, Table, html, may, median, number, plural, quantile, useData, useMemo } from "./parts.js";
 
 export function Overview({ me }) {
-  const { data, error } = useData(() => get("/overview"), []);
+  const { data, error } = useData(() => get("/overview"), [], 10000, "overview");
   const groups = useMemo(() => (data ? byProfile(data) : []), [data]);
   if (!data) return error ? html`<${Problem} error=${error}/>` : html`<p class="quiet">loading …</p>`;
   if (!data.devices.length) {

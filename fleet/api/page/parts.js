@@ -11,9 +11,15 @@ const changed = new EventTarget();
 /** Say that something in the fleet has changed, so that what is shown is read again. */
 export const announce = () => changed.dispatchEvent(new Event("changed"));
 
-/** Read something now, every `every` milliseconds, and when the fleet has changed. The last good data stays shown. */
-export function useData(load, keys, every = 10000) {
-  const [found, setFound] = useState({ data: null, error: null });
+// What a page showed last, so that who comes back sees it at once while it is read again.
+const kept = new Map();
+/** Forget what was shown, as when somebody else signs in. */
+export const forget = () => kept.clear();
+
+/** Read something now, every `every` milliseconds, and when the fleet has changed. The last good data stays shown.
+ *  `name`: keep it under this name for the next time that the page is looked at. */
+export function useData(load, keys, every = 10000, name = null) {
+  const [found, setFound] = useState({ data: kept.get(name) ?? null, error: null });
   const state = useRef({ busy: false, again: false, current: 0 });
   const read = useCallback(async () => {
     const mine = state.current.current;
@@ -21,6 +27,7 @@ export function useData(load, keys, every = 10000) {
     state.current.busy = true;
     try {
       const data = await load();
+      if (name !== null) kept.set(name, data);
       if (mine === state.current.current) setFound({ data, error: null });
     } catch (error) {
       if (mine === state.current.current) setFound((before) => ({ ...before, error }));
@@ -48,6 +55,8 @@ export function ageText(seconds) {
   }
   return `${Math.round(seconds / 86400)} d`;
 }
+/** How long something takes. */
+export const duration = (seconds) => (seconds < 1 ? "under 1 s" : ageText(seconds));
 export const Ago = ({ seconds }) => html`<span class="quiet">${seconds === null || seconds === undefined ? "never" : `${ageText(seconds)} ago`}</span>`;
 /** In the zone of who looks; the exact time is the title. */
 export function Time({ at }) {

@@ -1,6 +1,6 @@
 // Rollouts: what one would do, start it, watch its waves and its evidence, decide, and read why it ended.
 import { at, get, post } from "./api.js";
-import { Action, Empty, Problem, State, Table, Time, html, may, number, plural, useData, usePages, useState } from "./parts.js";
+import { Action, Empty, Problem, State, Table, Time, bytes, duration, html, may, number, plural, useData, usePages, useState } from "./parts.js";
 
 export function Rollouts({ me }) {
   const { data, error, turn } = usePages((after) => get(`/rollouts?limit=50${after ? `&after=${encodeURIComponent(after)}` : ""}`), []);
@@ -104,9 +104,9 @@ export function NewRollout() {
       <p class="buttons"><button type="submit" disabled=${!form.artifact.length}>Plan</button>
       ${plan && plan.devices ? html`<${Action} label="Start the rollout" what=${`Changes the model on ${plural(plan.devices, "device")} in ${plural(plan.waves.length, "wave")}, and stops by itself if inference gets worse.`} act=${start}/>` : null}</p></form>
     ${plan ? html`<h2>What it would do</h2><p>${plural(plan.devices, "device")} in ${plural(plan.waves.length, "wave")}.</p>
-      <${Table} label="Plan" empty="" columns=${[{ name: "Wave" }, { name: "Devices by profile and variant" }, { name: "Slowdown that it can see" }]}
+      <${Table} label="Plan" empty="" columns=${[{ name: "Wave" }, { name: "Devices by profile and variant" }, { name: "Slowdown that it can see" }, { name: "Bytes, at most", right: true }, { name: "Time to carry them", right: true }]}
         rows=${plan.waves.map((wave, index) => ({ key: index, cells: [`${index + 1}: ${wave.wave}`, Object.entries(wave.cohorts).map(([cohort, count]) => `${count} ${cohort}`).join("; ") || "none",
-          Object.entries(wave.detectable).map(([cohort, share]) => `${cohort}: ${share === null ? "none, too few devices" : `${Math.round(100 * share)}% or more`}`).join("; ")] }))}/>
+          Object.entries(wave.detectable).map(([cohort, share]) => `${cohort}: ${share === null ? "none, too few devices" : `${Math.round(100 * share)}% or more`}`).join("; "), bytes(wave.size_bytes), duration(wave.transfer_s)] }))}/>
       ${Object.keys(plan.unfit).length ? html`<h3>Devices that no variant fits</h3><ul>${Object.entries(plan.unfit).slice(0, 50).map(([device, why]) => html`<li>${device}: ${why}</li>`)}</ul>` : null}
       ${plan.taken.length ? html`<p>${plural(plan.taken.length, "device")} belong to another rollout now: ${plan.taken.slice(0, 20).join(", ")}</p>` : null}` : null}`;
 }

@@ -17,13 +17,16 @@ from agent.contract.enrolment import EnrolmentToken
 from agent.contract.messages import State
 from fleet.api.dashboard import FILES
 from fleet.core.roles import Role
+from fleet.export.export import Papers, export
+from fleet.home import Home
 from fleet.operations.links import make_link
 from fleet.registry import Received, Recorder
+from fleet.store.folder import FolderStore
 from fleet.trust.ca import DeviceCA
 from tests.browser import CHROMIUM, Page, browse
 from tests.fleet.api.conftest import Api
 from tests.fleet.api.test_enrolment import request_of
-from tests.fleet.world import controller_runs, topic_of
+from tests.fleet.world import controller_runs, put_artifact, topic_of
 
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 FOLDER = Path("fleet/api/page")
@@ -256,11 +259,72 @@ async def test_actions_ask_first_say_how_many_devices_and_do_it(api: Api, tmp_pa
         await fill(page, "form.form input", "ci")
         await press(page, "Make a token")
         await page.until("document.querySelector('.secret')?.textContent.startsWith('phifleet_')")
+        await fill(page, "form.form input[type=url]", "http://127.0.0.1:9/hook")
+        await press(page, "Make a webhook")
+        await page.until("[...document.querySelectorAll('.secret')].at(-1)?.textContent.startsWith('whsec_')")
         await go(page, "#/audit", "device.revoke")
         await press(page, "Verify the record")
         await page.until(shows("entries are as they were written"))
         await page.run("[...document.querySelectorAll('header button')].at(-1).click()")
         await page.until("document.querySelector('.sign-in')")
+
+
+def carried(api: Api, tmp_path: Path) -> str:
+    """An artifact that another controller built and exported lies in the folder; its id."""
+    other = Home(tmp_path / "other")
+    manifest = put_artifact(other, b"elsewhere", id="from-elsewhere")
+    api.world.home.imports.mkdir()
+    export(FolderStore(other.artifacts), manifest, api.world.home.imports / "carried", Papers(oci=True))
+    return manifest.id
+
+
+async def test_an_artifact_that_was_carried_here_is_taken_in_once(api: Api, tmp_path: Path):
+    assert (await api.get("/imports"))["items"] == []
+    artifact = carried(api, tmp_path)
+    (api.world.home.imports / "nothing").mkdir()
+    found = {one["name"]: one for one in (await api.get("/imports"))["items"]}
+    assert (found["carried"]["artifact"], found["carried"]["there"]) == (artifact, False)
+    assert "is no OCI image layout" in found["nothing"]["problem"]
+    taken = await api.post("/imports", {"name": "carried"}, 201)
+    assert (taken["artifact"], taken["published"]) == (artifact, False)
+    assert (await api.post("/imports", {"name": "carried"}, 201))["digest"] == taken["digest"]
+    entries = [row for row in api.world.registry.audit.trail(10) if row.action == "artifact.import"]
+    assert [row.subject for row in entries] == [artifact], "what was here already is no event"
+    assert {one["name"]: one["there"] for one in (await api.get("/imports"))["items"]}["carried"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "absent", "carried/model", "/etc", "../home", "CARRIED"])
+async def test_no_folder_outside_is_taken_in(api: Api, tmp_path: Path, name: str):
+    carried(api, tmp_path)
+    problem = await api.post("/imports", {"name": name}, 404)
+    assert "holds no folder called" in problem["detail"]
+
+
+async def test_bytes_that_were_changed_on_the_way_are_not_taken_in(api: Api, tmp_path: Path):
+    artifact = carried(api, tmp_path)
+    (api.world.home.imports / "carried" / "model" / "model.bin").write_bytes(b"ELSEWHERE")
+    problem = await api.post("/imports", {"name": "carried"}, 500)
+    assert "is not what its manifest says" in problem["detail"]
+    assert artifact not in {one["artifact"] for one in (await api.get("/artifacts"))["items"]}
+
+
+@pytest.mark.browser
+@NEEDS_CHROMIUM
+async def test_an_artifact_is_imported_and_a_release_says_who_gets_which(api: Api, tmp_path: Path):
+    artifact = carried(api, tmp_path)
+    async with at(api, tmp_path) as page:
+        await go(page, "#/artifacts", "Built elsewhere")
+        await page.until(shows(artifact))
+        await press(page, "Import")
+        assert "It changes no device" in await page.run("document.querySelector('dialog[open]').textContent")
+        await press(page, "Import", "dialog[open]")
+        await page.until(shows("here already"))
+        await api.post("/releases", {"release": "autumn", "artifacts": [api.world.manifest.id]}, 201)
+        await page.run("location.reload()")
+        await page.until(shows("Who gets which"))
+        await press(page, "Who gets which")
+        await page.until(shows(f"3 devices: iot-x86, {api.world.manifest.id}"))
+        assert await serious(page) == []
 
 
 @pytest.mark.browser
