@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.contract.manifest import Precision, Quality, Target, Toolchain
+from agent.contract.manifest import Precision, Target, Toolchain
 from bench.figures import Figure
 from fleet.core.rules import toolchains_for
 from fleet.profiles_loader import load_profile
@@ -58,16 +58,22 @@ def figures() -> list[Figure]:
     found = []
     for case in CASES:
         measured, size, seconds = _measure(case)
-        slowest = max(slowest, seconds)
+        slowest, lost = max(slowest, seconds), measured.quality
+        foreign = (
+            f"{measured.foreign.kl_divergence:.4f} +-{measured.foreign.kl_divergence_se:.4f}"
+            if measured.foreign
+            else "-"
+        )
         name = " ".join(part for part in (case.toolchain.value, case.precision.value.upper(), case.label) if part)
         found.append(
             Figure(
                 name,
-                measured.kl_divergence, "nats", "Q4_0", base.kl_divergence,
-                measured.kl_divergence / base.kl_divergence,
+                lost.kl_divergence, "nats", "Q4_0", base.quality.kl_divergence,
+                lost.kl_divergence / base.quality.kl_divergence,
                 at_most=case.at_most,
-                note=f"{size:.1f} MB; +-{measured.kl_divergence_se:.4f}; p99 {measured.kl_divergence_p99:.2f};"
-                f" perplexity x {measured.perplexity_ratio:.3f}; same top token {measured.same_top_token:.1%}",
+                note=f"{size:.1f} MB; +-{lost.kl_divergence_se:.4f}; foreign text {foreign};"
+                f" p99 {lost.kl_divergence_p99:.2f};"
+                f" perplexity x {lost.perplexity_ratio:.3f}; same top token {lost.same_top_token:.1%}",
             )
         )  # fmt: skip
         if case.megabytes is not None:
@@ -75,14 +81,15 @@ def figures() -> list[Figure]:
     return [*found, Figure("measuring one artifact, the slowest of these", slowest, "s", at_most=MEASURE_S)]
 
 
-def _measure(case: Case) -> tuple[Quality, float, float]:
+def _measure(case: Case) -> tuple[quality.Measured, float, float]:
     sample, cache = sample_checkpoint(), CACHE / "references"
     target, profile = Target.CPU, None
     if case.toolchain is T.ONNX_QNN:  # a static graph computes its whole context for every token
         target, profile = Target.QNN, load_profile("copilot-pc-qnn").model_copy(update={"context": 512})
     artifact = built(sample, case.toolchain, case.precision, target, profile, **case.options)
     manifest = artifact.manifest
-    quality.prepare(sample, manifest.model.source_digest, manifest.chat, quality.evaluation.bundled(), cache)
+    for one in (quality.evaluation.bundled(), quality.evaluation.foreign()):
+        quality.prepare(sample, manifest.model.source_digest, manifest.chat, one, cache)
     began = time.monotonic()
-    measured, _ = quality.measure(sample, artifact.files.parent, manifest, cache=cache)
+    measured = quality.measure(sample, artifact.files.parent, manifest, cache=cache)
     return measured, manifest.size / 1e6, time.monotonic() - began

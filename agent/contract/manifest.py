@@ -191,10 +191,11 @@ class Manifest(GrownModel):
     ] = None
     probes: tuple[Probe, ...] = ()
     quality: Quality | None = None
+    foreign: Annotated[Quality | None, Field(description="the loss on plain text that no model wrote")] = None
     speed: BuildSpeed | None = None
     files: Annotated[tuple[ArtifactFile, ...], Field(min_length=1)]
 
-    _later: ClassVar[frozenset[str]] = frozenset({"sampling"})
+    _later: ClassVar[frozenset[str]] = frozenset({"sampling", "foreign"})
 
     @property
     def sampling_defaults(self) -> dict[str, float | int]:

@@ -71,6 +71,9 @@ class QualityGate(_Strict):
 
     kl_divergence_max: Annotated[float, Field(gt=0, description="mean, nats per token")] | None = None
     perplexity_ratio_max: Annotated[float, Field(gt=0)] | None = None
+    foreign_kl_divergence_max: (
+        Annotated[float, Field(gt=0, description="on foreign plain text, nats per token")] | None
+    ) = None
 
 
 class Admission(_Strict):

@@ -236,6 +236,7 @@ def _artifacts(call: Call) -> list[dict[str, Any]]:
             "published": manifest.digest in published and manifest.digest not in withdrawn,
             "withdrawn": manifest.digest in withdrawn,
             "quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
+            "foreign": manifest.foreign.model_dump(mode="json") if manifest.foreign else None,
             "speed": manifest.speed.model_dump(mode="json") if manifest.speed else None,
             "license": manifest.model.license,
             "parameters": manifest.model.parameters,

@@ -210,6 +210,7 @@ class Artifact(Answer):
     published: bool
     withdrawn: bool
     quality: dict[str, Any] | None
+    foreign: Annotated[dict[str, Any] | None, Field(description="the loss on plain text that no model wrote")]
     speed: Annotated[dict[str, Any] | None, Field(description="as the build machine measured it")]
     license: str
     parameters: int

@@ -68,6 +68,8 @@ def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
         click.echo(f"{title:20} " + ", ".join(f"{name} {value}" for name, value in sorted(values.items())))
     if manifest.quality:
         click.echo(f"{'scored on':20} {manifest.quality.tokens} tokens of {manifest.quality.evaluation}")
+    if manifest.foreign:
+        click.echo(f"{'foreign text':20} {manifest.foreign.tokens} tokens of {manifest.foreign.evaluation}")
     if manifest.speed:
         click.echo(f"{'timed on':20} {manifest.speed.machine}")
 
@@ -222,6 +224,7 @@ def row(manifest: Manifest) -> dict[str, Any]:
         "target": manifest.target,
         "bytes": manifest.size,
         **{name: getattr(quality, name) if quality else None for name in measured},
+        "foreign_kl_divergence": manifest.foreign.kl_divergence if manifest.foreign else None,
         **{name: getattr(speed, name) if speed else None for name in timed},
         "profile": manifest.profile,
     }
@@ -237,15 +240,27 @@ def table(manifests: Any, *, edge: set[str] | None = None, best: str | None = No
     """Size, loss and speed, one line each; ``edge`` holds the ids on the frontier."""
     shown = Table(box=None)
     shown.add_column("id", no_wrap=True)
-    for name in ("MB", "KL divergence", "p99", "perplexity", "ratio", "same top", "TTFT ms", "TPOT ms", "MiB"):
+    for name in (
+        "MB",
+        "KL divergence",
+        "foreign",
+        "p99",
+        "perplexity",
+        "ratio",
+        "same top",
+        "TTFT ms",
+        "TPOT ms",
+        "MiB",
+    ):
         shown.add_column(name, justify="right", no_wrap=True)
     for one in manifests:
         quality, speed = one.quality, one.speed
         mark = (" [bold green]best[/]" if one.id == best else "") + (" *" if edge and one.id in edge else "")
-        loss = ["-"] * 5
+        loss = ["-"] * 6
         if quality:
             loss = [
-                f"{quality.kl_divergence:.4f} ± {quality.kl_divergence_se:.4f}", f"{quality.kl_divergence_p99:.2f}",
+                f"{quality.kl_divergence:.4f} ± {quality.kl_divergence_se:.4f}",
+                f"{one.foreign.kl_divergence:.4f}" if one.foreign else "-", f"{quality.kl_divergence_p99:.2f}",
                 f"{quality.perplexity:.2f}", f"{quality.perplexity_ratio:.3f}", f"{quality.same_top_token:.1%}",
             ]  # fmt: skip
         times = ["-"] * 3

@@ -175,7 +175,7 @@ class _Measured:
     def with_quality(self, outcome: Outcome) -> Outcome:
         """With loss and speed in the manifest, also on disk; or with the reason why they could not be had."""
         manifest = outcome.manifest
-        if manifest is None or (manifest.quality is not None and manifest.quality.evaluation == self.label):
+        if manifest is None or self._was(manifest):
             return outcome
         if why := unmeasurable(manifest.toolchain, manifest.precision):
             click.echo(f"{_title(outcome.request)}: not measured: {why}", err=True)
@@ -185,15 +185,22 @@ class _Measured:
         found = self.done[manifest.id]
         return replace(outcome, error=found) if isinstance(found, FleetError) else replace(outcome, manifest=found)
 
+    def _was(self, manifest: Manifest) -> bool:
+        """Whether it was measured before, on the same texts."""
+        foreign = manifest.foreign.evaluation if manifest.foreign else None
+        wanted = evaluation.foreign().label if manifest.context >= evaluation.PASSAGE_TOKENS else None
+        return manifest.quality is not None and manifest.quality.evaluation == self.label and foreign == wanted
+
     def _measure(self, manifest: Manifest, title: str) -> Manifest | FleetError:
         try:
-            quality, speed = _told(self.lines(title), lambda progress: measure_artifact(
+            found = _told(self.lines(title), lambda progress: measure_artifact(
                 self.checkpoint.path, self.home.artifacts / manifest.id, manifest, eval_text=self.text,
                 cache=self.home.root / "cache", progress=progress,
             ))  # fmt: skip
         except FleetError as error:
             return error
-        manifest = manifest.model_copy(update={"quality": quality, "speed": speed})
+        figures = {"quality": found.quality, "foreign": found.foreign, "speed": found.speed}
+        manifest = manifest.model_copy(update=figures)
         FolderStore(self.home.artifacts).save_manifest(manifest)
         return manifest
 
@@ -251,6 +258,7 @@ def _title(request: Request) -> str:
 def _as_text(manifest: Manifest, there: bool) -> str:
     verb = "already built" if there else "built"
     loss = f", KL divergence {manifest.quality.kl_divergence:.4f}" if manifest.quality else ""
+    loss += f" ({manifest.foreign.kl_divergence:.4f} on foreign text)" if manifest.foreign else ""
     return f"{verb} {manifest.id}: {manifest.size / 1e6:.1f} MB, digest {manifest.digest[:16]}{loss}"
 
 

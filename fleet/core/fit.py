@@ -34,21 +34,23 @@ def unmeasurable(toolchain: Toolchain, precision: Precision) -> str | None:
 
 def gate_incompatibilities(manifest: Manifest, profile: DeviceProfile) -> tuple[str, ...]:
     """Where the measured loss is past the profile's quality gate, or nothing was measured that it could be held to."""
-    gate, quality = profile.quality, manifest.quality
-    if quality is None:
-        if gate.kl_divergence_max is None and gate.perplexity_ratio_max is None:
-            return ()
+    gate, quality, foreign = profile.quality, manifest.quality, manifest.foreign
+    limits = (
+        ("KL divergence", gate.kl_divergence_max, quality.kl_divergence if quality else None),
+        ("perplexity ratio", gate.perplexity_ratio_max, quality.perplexity_ratio if quality else None),
+        ("KL divergence on foreign text", gate.foreign_kl_divergence_max, foreign.kl_divergence if foreign else None),
+    )
+    held = [(name, limit, found) for name, limit, found in limits if limit is not None]
+    missing = [name for name, _, found in held if found is None]
+    if missing:
         why = unmeasurable(manifest.toolchain, manifest.precision)
         advice = f"{why}, so that force alone is left" if why else "build it again without --no-measure"
-        return (f"its loss was not measured, and profile {profile.name} has a quality gate: {advice}",)
-    limits = (
-        ("KL divergence", gate.kl_divergence_max, quality.kl_divergence),
-        ("perplexity ratio", gate.perplexity_ratio_max, quality.perplexity_ratio),
-    )
+        what = "loss" if quality is None else " and ".join(missing)
+        return (f"its {what} was not measured, and profile {profile.name} has a quality gate: {advice}",)
     return tuple(
         f"its {name} of {found:.4g} is past the {limit:g} that profile {profile.name} allows"
-        for name, limit, found in limits
-        if limit is not None and not found <= limit  # NaN is no pass
+        for name, limit, found in held
+        if found is not None and not found <= limit  # NaN is no pass
     )
 
 

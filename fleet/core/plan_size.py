@@ -51,7 +51,7 @@ def in_order(table: Mapping[str, Any] | Iterable[Sequence[Any]] | None) -> Itera
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 #: Bytes and weights of a block (ggml's block_* structures).
-_GGML = {
+GGML_BLOCKS = {
     "F32": (4, 1), "F16": (2, 1), "BF16": (2, 1), "Q8_0": (34, 32), "Q4_0": (18, 32), "Q4_1": (20, 32),
     "Q5_0": (22, 32), "Q5_1": (24, 32), "IQ4_NL": (18, 32), "IQ4_XS": (136, 256),
     "Q4_K": (144, 256), "Q5_K": (176, 256), "Q6_K": (210, 256), "Q3_K": (110, 256), "Q2_K": (84, 256),
@@ -65,7 +65,7 @@ _BASE = {"Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K"}
 
 def block_of(kind: str) -> int:
     """Return weights that a block of this type has: rows are whole blocks."""
-    return _GGML[kind][1]
+    return GGML_BLOCKS[kind][1]
 
 
 def ggml_type(matrix: Matrix, shape: ModelShape, kind: str, options: Mapping[str, Any]) -> str:
@@ -129,8 +129,12 @@ def _gguf(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
     direct = {Precision.FP16: "F16", Precision.BF16: "BF16", Precision.FP32: "F32", Precision.INT8: "Q8_0"}
     kind = direct.get(recipe.precision) or str(options.get("type", "Q4_K_M"))
     total = 4 * shape.vectors
-    for matrix in [shape.embedding, *([shape.output] if shape.output else []), *shape.linears()]:
-        size, block = _GGML[ggml_type(matrix, shape, kind, options)]
+    matrices = [shape.embedding, *([shape.output] if shape.output else []), *shape.linears()]
+    if options.get("budget"):
+        total += int(options["budget"] * sum(matrix.weights for matrix in matrices) / 8)
+        matrices = []
+    for matrix in matrices:
+        size, block = GGML_BLOCKS[ggml_type(matrix, shape, kind, options)]
         total += matrix.weights // block * size
     words = shape.vocabulary
     tokens = words.text_bytes + 12 * shape.vocabulary_size + words.merge_bytes + 8 * words.merges
@@ -253,6 +257,8 @@ def _mlx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
     else:
         group = int(options.get("group_size", 64))
         quantized = sum(_mlx_bytes(one, shape, recipe, options, group) for one in matrices)
+        if options.get("budget"):
+            quantized = options["budget"] * sum(one.weights for one in matrices) / 8
         weights = 2 * shape.vectors + int(quantized)
     tensors = shape.layers * (26 if shape.block is Block.PHIMOE else 16) + 6
     return weights + shape.vocabulary.file_bytes + _SMALL_FILES + 180 * tensors

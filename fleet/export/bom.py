@@ -117,9 +117,8 @@ def _package(name: str, version: str) -> dict[str, Any]:
 
 
 def _datasets(manifest: Manifest) -> dict[str, Any]:
-    named = []
-    if manifest.quality is not None:
-        named.append((manifest.quality.evaluation, "what the loss was measured on"))
+    named: list[tuple[str, str]] = []
+    named += [(one.evaluation, "what the loss was measured on") for one in (manifest.quality, manifest.foreign) if one]
     if calibration := manifest.recipe.get("calibration"):
         named.append((str(calibration), "what the quantization was calibrated on"))
     if not named:
@@ -130,8 +129,9 @@ def _datasets(manifest: Manifest) -> dict[str, Any]:
 def metrics(manifest: Manifest) -> list[dict[str, Any]]:
     """Return what was measured, as CycloneDX has it: values are texts, intervals are of 95%."""
     found: list[dict[str, Any]] = [{"type": "bytes", "value": str(manifest.size)}]
-    if (quality := manifest.quality) is not None:
-        found += [_metric(quality, name) for name in Quality.model_fields if f"{name}_se" in Quality.model_fields]
+    for quality in (manifest.quality, manifest.foreign):
+        if quality is not None:
+            found += [_metric(quality, name) for name in Quality.model_fields if f"{name}_se" in Quality.model_fields]
     if (speed := manifest.speed) is not None:
         found += [
             {"type": name, "value": f"{value:.6g}", "slice": speed.machine}

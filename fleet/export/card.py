@@ -101,6 +101,9 @@ def _quality(manifest: Manifest) -> list[str]:
         f"{quality.tokens} tokens of {_plain(quality.evaluation)}, against the checkpoint in FP32, in the artifact's "
         "own runtime."
     )
+    if (foreign := manifest.foreign) is not None:
+        figures = f"{foreign.kl_divergence:.4f} ± {foreign.kl_divergence_se:.4f}"
+        rows.append((f"mean KL divergence on foreign text ({foreign.tokens} tokens)", figures))
     return [text, "", *_table(("measure", "value ± standard error"), rows)]
 
 

@@ -22,6 +22,7 @@ from agent.contract.manifest import (
     ModelFacts,
     Precision,
     Probe,
+    Quality,
     SamplingDefaults,
     Target,
     Toolchain,
@@ -110,6 +111,14 @@ EXAMPLES: dict[str, WireModel] = {
     "manifest": MANIFEST,
     "manifest_sampling": MANIFEST.model_copy(
         update={"sampling": SamplingDefaults(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.1)}
+    ),
+    "manifest_foreign": MANIFEST.model_copy(
+        update={
+            "foreign": Quality(
+                kl_divergence=0.1, kl_divergence_p99=1.0, perplexity=9.0, perplexity_ratio=1.1, same_top_token=0.9,
+                tokens=2000, evaluation="phifleet-foreign-1:0123",
+            )
+        }
     ),
     "manifest_special": MANIFEST.model_copy(
         update={"chat": Chat(template="{{ messages }}", stop=("<|end|>",), special=("<|end|>", "<|user|>"))}

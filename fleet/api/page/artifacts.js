@@ -41,9 +41,9 @@ export function Artifacts({ me }) {
   const names = Object.fromEntries(items.map((one) => [one.digest, one.artifact]));
   return html`<h1>Artifacts</h1><${Problem} error=${artifacts.error}/><${Frontier} artifacts=${items}/>
     ${artifacts.data ? html`<${Table} label="Artifacts" empty=${html`There is no artifact yet. On the controller run <code>phifleet build --model MODEL --profile PROFILE</code>, or import one that was built elsewhere.`}
-      columns=${[{ name: "Artifact" }, { name: "Model" }, { name: "For" }, { name: "Size", right: true }, { name: "Loss (nats)", right: true }, { name: "ms a token", right: true }, { name: "Licence" }, { name: "Signed" }, { name: "" }]}
+      columns=${[{ name: "Artifact" }, { name: "Model" }, { name: "For" }, { name: "Size", right: true }, { name: "Loss (nats)", right: true }, { name: "on foreign text", right: true }, { name: "ms a token", right: true }, { name: "Licence" }, { name: "Signed" }, { name: "" }]}
       rows=${items.map((one) => ({ key: one.digest, cells: [html`<span title=${one.digest}>${one.artifact}</span>`, one.model, `${one.profile}: ${one.toolchain} ${one.precision}`, bytes(one.size),
-        one.quality ? html`<span title=${`${one.quality.evaluation}, ${one.quality.tokens} tokens`}>${number(one.quality.kl_divergence, 3)}</span>` : "not measured",
+        one.quality ? html`<span title=${`${one.quality.evaluation}, ${one.quality.tokens} tokens`}>${number(one.quality.kl_divergence, 3)}</span>` : "not measured", number(one.foreign?.kl_divergence, 3),
         one.speed ? html`<span title=${`on ${one.speed.machine}`}>${number(one.speed.tpot_ms)}</span>` : "-", one.license,
         html`<${State} name=${one.withdrawn ? "withdrawn" : one.published ? "published" : "not yet"}/>`,
         !may(me, "releaser") ? "" : one.withdrawn ? html`<${Action} label="Reinstate" what=${`Lets orders publish ${one.artifact} again.`} act=${() => call("POST", at`/artifacts/${one.digest}/reinstate`)}/>`

@@ -103,7 +103,7 @@ class ToolchainDriver(Protocol):
         ...
 
 
-#: What a recovery computes with, in every toolchain that has one.
+#: What a recovery, or a choice of widths, computes with, in every toolchain that has one.
 RECOVERY_PACKAGES = ("torch",)
 
 
@@ -115,7 +115,8 @@ def installed_versions(driver: ToolchainDriver, options: Mapping[str, Any]) -> d
         BuildError: one is not installed; names the extra.
     """
     found, missing = {}, []
-    needed = (*driver.packages, *(RECOVERY_PACKAGES if options.get("recover") else ()), "phifleet")
+    computed = options.get("recover") or options.get("budget")
+    needed = (*driver.packages, *(RECOVERY_PACKAGES if computed else ()), "phifleet")
     for package in dict.fromkeys(needed):
         try:
             found[package] = version(package)

@@ -7,12 +7,14 @@ import ctypes
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core.allocation import Allocation
 from fleet.core.plan_shape import ModelShape
 from fleet.core.plan_size import block_of
 from fleet.errors import BuildError, ProfileError
@@ -20,15 +22,21 @@ from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.checkpoint.phi3_writer import write_json
 from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
+from fleet.toolchains.drivers.llamacpp_budget import choose_types
 from fleet.toolchains.drivers.llamacpp_session import Session
-from fleet.toolchains.drivers.options import Option, check_all_used, complete
+from fleet.toolchains.drivers.options import Option, check_all_used, check_budget, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.sensitivity import sensitivities, sensitivity_bytes
 
 ENTRY = "model.gguf"
 INT4_TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL")
 #: Of single tensors; ggml's names.
 TENSOR_TYPES = (None, "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "F16")
+#: Bits a weight, on average, that types can be chosen within.
+BUDGETS = (4.25, 8.5)
+#: What a budget chooses.
+_CHOSEN = ("type", "embedding_type", "output_type", "tensor_types")
 _INT4_OPTIONS: dict[str, Option] = {
     "type": ("Q4_K_M", INT4_TYPES),
     "calibration": (None, (None, str)),
@@ -36,6 +44,8 @@ _INT4_OPTIONS: dict[str, Option] = {
     "output_type": (None, TENSOR_TYPES),
     # Regular expression of tensor names to type, the first that matches wins.
     "tensor_types": ({}, (dict,)),
+    # Bits a weight on average, over all matrices: each matrix gets the type with which all together lose the least.
+    "budget": (None, (None, float, int)),
 }
 _DIRECT = {Precision.FP32: "f32", Precision.FP16: "f16", Precision.BF16: "bf16"}
 _TARGETS = (Target.CPU, Target.CUDA, Target.METAL)
@@ -61,12 +71,18 @@ class LlamaCpp:
         for pattern, kind in options["tensor_types"].items():
             _check_override(what, pattern, kind)
         _check_edges(what, options, model.shape)
+        if options["budget"] is not None:
+            given = options | {"type": recipe.options.get("type")}  # its default is no choice of anybody's
+            check_budget(what, options["budget"], BUDGETS, given, _CHOSEN, model)
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """The converter maps the weights and writes tensor by tensor; a calibration loads the whole model."""
         calibrated = model.weights_bytes if recipe.options.get("calibration") else 0
-        return model.weights_bytes // 2 + calibrated + 3 * 2**30 // 2
+        converting = model.weights_bytes // 2 + calibrated + 3 * 2**30 // 2
+        if not recipe.options.get("budget"):
+            return converting
+        return max(converting, sensitivity_bytes(model.facts.parameters, model.shape.embedding.weights))
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Convert, calibrate if asked, quantize."""
@@ -161,6 +177,12 @@ def _quantize(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
             matrix = measure(whole, job.calibration, job.threads, progress)
             _give_matrix(params, matrix.values, keep)
             notes["imatrix"] = {"tensors": len(matrix.values), "tokens": matrix.tokens}
+            if job.options["budget"]:
+                information = sensitivities(job.source, job.calibration, threads=job.threads, progress=progress)
+                found = choose_types(whole, job.options["budget"], information, matrix.values, progress)
+                _override_types(params, _as_options(found), keep)
+                kinds = Counter(choice.name for choice in found.chosen.values())
+                notes["allocated"] = {"types": dict(sorted(kinds.items())), "expected_kl": round(found.loss, 4)}
     _check_patterns(whole, job.options)
     lines: list[str] = []
     progress(Progress("quantizing", 0.0))
@@ -209,6 +231,16 @@ def _override_types(params: Any, options: dict[str, Any], keep: list[Any]) -> No
         table = (api.llama_model_tensor_override * (len(rows) + 1))(*rows, (None, api.GGML_TYPE_COUNT))
         keep.append(table)
         params.tt_overrides = ctypes.cast(table, ctypes.POINTER(ctypes.c_int32)) if _untyped(params) else table
+
+
+def _as_options(found: Allocation) -> dict[str, Any]:
+    """As a person would have written it: a pattern for each matrix, but for those that llama.cpp asks for by name."""
+    kinds = {name: choice.name for name, choice in found.chosen.items()}
+    return {
+        "embedding_type": kinds.pop("token_embd.weight"),
+        "output_type": kinds.pop("output.weight", None),
+        "tensor_types": {f"^{re.escape(name)}$": kind for name, kind in kinds.items()},
+    }
 
 
 def _untyped(params: Any) -> bool:

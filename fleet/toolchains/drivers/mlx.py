@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,20 +16,33 @@ from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.checkpoint.phi3_writer import write_json
 from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
+from fleet.toolchains.drivers.mlx_budget import choose_bits
 from fleet.toolchains.drivers.mlx_weights import names, replace
-from fleet.toolchains.drivers.options import Option, check_all_used, check_calibration, check_groups, complete
+from fleet.toolchains.drivers.options import (
+    Option,
+    check_all_used,
+    check_budget,
+    check_calibration,
+    check_groups,
+    complete,
+)
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery.gptq import Grid, Quantized
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
+from fleet.toolchains.recovery.sensitivity import sensitivities, sensitivity_bytes
 
 #: Bits of a weight by the share of the layers that mlx-lm thinks sensitive; ``v_proj`` matches all of ``qkv_proj``.
 MIXED = (None, "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+#: Bits a weight, on average, that widths can be chosen within.
+BUDGETS = (4.25, 9.0)
 _GROUPS: Option = (64, MLX_GROUPS)
 _INT4_OPTIONS: dict[str, Option] = {
     "group_size": _GROUPS,
     "mixed": (None, MIXED),
     # Part of a matrix's name to its bits, where they are not 4: the first that is found wins.
     "bits_of": ({}, (dict,)),
+    # Bits a weight on average, scales and all: each matrix gets the width with which all together lose the least.
+    "budget": (None, (None, float, int)),
     # Quantize anew on the calibration text, see ``recovery``, into what mlx-lm laid out.
     "recover": (False, (True, False)),
     "calibration": (None, (None, str)),
@@ -54,13 +68,19 @@ class Mlx:
         options = complete(what, recipe.options, known)
         _check(what, options)
         check_recovery(what, options, model)
-        check_calibration(what, options, ("recover",))
+        if options.get("budget") is not None:
+            check_budget(what, options["budget"], BUDGETS, options, ("mixed", "bits_of"), model)
+        check_calibration(what, options, ("recover", "budget"))
         check_groups(what, model.shape, options.get("group_size", -1), MLX_GROUPS)
         return options
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """Estimate the memory: weights are read lazily; what is written is held. A recovery has a copy of its own."""
-        return model.weights_bytes + 2 * model.facts.parameters + 2**30 + recovery_bytes(recipe, model, output=True)
+        converting = model.weights_bytes + 2 * model.facts.parameters + 2**30
+        if recipe.options.get("budget"):
+            largest = model.shape.embedding.weights
+            converting = max(converting, sensitivity_bytes(model.facts.parameters, largest))
+        return converting + recovery_bytes(recipe, model, output=True)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Convert with mlx-lm."""
@@ -69,20 +89,23 @@ class Mlx:
         notes = _bake_short_factors(source / "config.json", job.context)
         from mlx_lm.convert import convert
 
+        options = job.options
+        if options.get("budget"):
+            options, notes["allocated"] = _within_budget(job, source, progress)
         bits = _BITS.get(job.precision)
         out = job.scratch / "mlx"
         progress(Progress("quantizing" if bits else "converting"))
-        choose = _Chosen(job.options) if job.options.get("bits_of") else None
+        choose = _Chosen(options) if options.get("bits_of") else None
         convert(
             str(source), mlx_path=str(out), quantize=bits is not None, q_bits=bits,
             q_group_size=job.options.get("group_size"), dtype=_DTYPES.get(job.precision, "float16"),
             quant_predicate=job.options.get("mixed") or choose,
         )  # fmt: skip
-        if choose:
+        if choose and not options.get("budget"):
             named = {name: name.rpartition(".")[2] for name in choose.asked}
             check_all_used("mlx: bits_of", job.options["bits_of"], lambda part, name: part in name, named)
         if job.options.get("recover"):
-            notes["recovered"] = replace(out, _recovered(job, source, out, progress))
+            notes["recovered"] = replace(out, _recovered(job, options, source, out, progress))
         _keep(out, job.out)
         recipe = Recipe(toolchain=job.toolchain, precision=job.precision, target=job.target)
         return Converted(entry=".", kv_element_bytes=kv_element_bytes(recipe), notes=notes)
@@ -133,9 +156,21 @@ class _Chosen:
         return {"group_size": self._options["group_size"], "bits": _bits(self._options, name)}
 
 
-def _recovered(job: ConvertJob, source: Path, made: Path, progress: ProgressCallback) -> dict[str, Quantized]:
+def _within_budget(job: ConvertJob, source: Path, progress: ProgressCallback) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options with the bits of each matrix, and what the manifest says of them."""
+    information = sensitivities(source, job.calibration, threads=job.threads, progress=progress)
+    found = choose_bits(source, job.options["budget"], job.options["group_size"], information, progress)
+    bits_of = {name: int(choice.name) for name, choice in found.chosen.items()}
+    counts = Counter(choice.name for choice in found.chosen.values())
+    notes = {"bits": dict(sorted(counts.items())), "expected_kl": round(found.loss, 4)}
+    return job.options | {"bits_of": bits_of}, notes
+
+
+def _recovered(
+    job: ConvertJob, options: dict[str, Any], source: Path, made: Path, progress: ProgressCallback
+) -> dict[str, Quantized]:
     def grid(name: str) -> Grid:
-        return Grid(_bits(job.options, name), job.options["group_size"], "affine")
+        return Grid(_bits(options, name), options["group_size"], "affine")
 
     # The last product is a matrix of its own, or the embedding's.
     wanted = Wanted(grid, output=grid("lm_head" if "lm_head.scales" in names(made) else "model.embed_tokens"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from fleet.core.plan_shape import ModelShape
 from fleet.errors import ProfileError
+from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 
 #: An option's default, and its allowed values; a type allows all of it, None beside it allows None too.
 Option = tuple[Any, tuple[Any, ...]]
@@ -38,6 +39,26 @@ def check_calibration(what: str, options: Mapping[str, Any], users: Sequence[str
     """
     if options.get("calibration") and not any(options[name] for name in users):
         raise ProfileError(f"{what}: nothing uses the calibration; leave it out, or set {' or '.join(users)}")
+
+
+def check_budget(
+    what: str, budget: float, bounds: tuple[float, float], options: Mapping[str, Any], chosen: Sequence[str],
+    model: Checkpoint,
+) -> None:  # fmt: skip
+    """Whether widths can be chosen within a budget of bits a weight; ``chosen`` are the options that it stands for.
+
+    Raises:
+        ProfileError: out of bounds, beside an option that it stands for, without calibration, or for another network.
+    """
+    low, high = bounds
+    if not low <= budget <= high:
+        raise ProfileError(f"{what}: budget is bits a weight, from {low:g} to {high:g}, not {budget:g}")
+    if named := [name for name in chosen if options.get(name)]:
+        raise ProfileError(f"{what}: budget chooses for every matrix; leave out {', '.join(named)}")
+    if not options["calibration"]:
+        raise ProfileError(f"{what}: budget needs a calibration: 'bundled', or a text file")
+    if model.facts.architecture != "Phi3ForCausalLM":
+        raise ProfileError(f"{what}: budget is for Phi3ForCausalLM, not for {model.facts.architecture}")
 
 
 def check_groups(what: str, shape: ModelShape, group: int, offered: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""What artifacts are scored on: the bundled prompts, continued by the reference model, or a text of the operator's."""
+"""What artifacts are scored on: prompts that the reference continues or an operator's text, and foreign plain text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from agent.contract.base import canonical_json, sha256_hex
 from fleet.errors import UsageError
 
-PROMPTS = Path(__file__).resolve().parents[2] / "data" / "evaluation" / "prompts.toml"
+_DATA = Path(__file__).resolve().parents[2] / "data" / "evaluation"
+PROMPTS, FOREIGN = _DATA / "prompts.toml", _DATA / "foreign.toml"
 #: Tokens that the reference model adds to each prompt, at most; it may end its answer earlier.
 CONTINUATION_TOKENS = 96
 #: A text is cut into pieces of so many tokens; the first half of each is context, the second half is scored.
@@ -21,17 +22,20 @@ MAX_PIECES = 12
 MIN_PIECES = 4
 #: Under this a percentile means nothing, and a piece is no context.
 MIN_TEXT_TOKENS = 256
+#: Of a passage of foreign text, from its beginning; of which the first part is context.
+PASSAGE_TOKENS, PASSAGE_CONTEXT = 256, 16
 _MAX_TEXT_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Either ``prompts`` (to be put through the chat template and continued) or ``text`` (to be scored as it is)."""
+    """One of ``prompts`` (put through the chat template and continued), ``text`` (scored in pieces), ``passages``."""
 
     name: str
     digest: str
     prompts: tuple[str, ...] = ()
     text: str = ""
+    passages: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -45,6 +49,14 @@ def bundled() -> Evaluation:
     prompts = tuple(prompt for part in document.values() if isinstance(part, dict) for prompt in part["prompts"])
     digest = sha256_hex(canonical_json([CONTINUATION_TOKENS, *prompts]))
     return Evaluation(f"phifleet-eval-{document['version']}", digest, prompts=prompts)
+
+
+def foreign() -> Evaluation:
+    """Return passages of plain text that no model wrote: prose in five languages, code and data, without a template."""
+    document = tomllib.loads(FOREIGN.read_text(encoding="utf-8"))
+    passages = tuple(str(one["text"]).lstrip("\n") for one in document["passages"])
+    digest = sha256_hex(canonical_json([PASSAGE_TOKENS, PASSAGE_CONTEXT, *passages]))
+    return Evaluation(f"phifleet-foreign-{document['version']}", digest, passages=passages)
 
 
 def from_text(path: Path) -> Evaluation:

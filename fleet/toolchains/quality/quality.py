@@ -7,6 +7,7 @@ a process of its own, as builds do.
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,37 +27,54 @@ from fleet.toolchains.quality.reference import SEED, ReferenceJob
 _KEEP_REFERENCES = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an artifact loses on the set that was asked for and on ``foreign`` text, and how fast it is here.
+
+    ``foreign`` is None where the artifact's context is too short for a passage.
+    """
+
+    quality: Quality
+    foreign: Quality | None
+    speed: BuildSpeed
+
+
 def measure(
     checkpoint_dir: Path, artifact_dir: Path, manifest: Manifest, *, eval_text: Path | None = None, cache: Path,
-    progress: ProgressCallback = silent, threads: int | None = None,
-) -> tuple[Quality, BuildSpeed]:  # fmt: skip
+    progress: ProgressCallback = silent, threads: int | None = None, foreign: bool = True,
+) -> Measured:  # fmt: skip
     """Loss, and speed on this machine, of an artifact whose files are in ``artifact_dir`` (or in its ``files/``).
 
     ``cache`` is a folder for references; they are kept by the model's digest and the text's. An artifact for a device
     that is not here is run on the CPU: its weights, and so its loss, are the same, and its speed is the CPU's.
+    ``foreign`` False: on the one set alone.
 
     Raises:
         BuildError: the runtime is missing, does not load the artifact, or crashed; or too little memory.
         UsageError: the evaluation text is empty, binary or too short.
     """
     chosen = evaluation.from_text(eval_text) if eval_text else evaluation.bundled()
+    sets = [chosen, *([evaluation.foreign()] if foreign else ())]
     threads = threads or process.cores()
-    against = prepare(
-        checkpoint_dir, manifest.model.source_digest, manifest.chat, chosen, cache, progress=progress, threads=threads
-    )
+    against = {
+        one.label: prepare(
+            checkpoint_dir, manifest.model.source_digest, manifest.chat, one, cache, progress=progress, threads=threads
+        )
+        for one in sets
+    }
     folders = (artifact_dir / name for name in (BESIDE, "files"))
     files = next((folder for folder in folders if folder.is_dir()), artifact_dir)
     job = MeasureJob(
         toolchain=manifest.toolchain, target=manifest.target, folder=files.resolve(), entry=manifest.entry,
         context=manifest.context, threads=threads, source=checkpoint_dir.resolve(), against=against,
-        evaluation=chosen.label,
     )  # fmt: skip
     answer = process.run("measure", job, cache / f"measure-{manifest.id}.log", progress)
     speed = BuildSpeed(
         machine=machine(), ttft_ms=answer["ttft_ms"], tpot_ms=answer["tpot_ms"],
         peak_memory_bytes=answer["peak_memory_bytes"],
     )  # fmt: skip
-    return Quality.model_validate(answer["quality"]), speed
+    found = {label: Quality.model_validate(one) for label, one in answer["qualities"].items()}
+    return Measured(found[chosen.label], found.get(sets[1].label) if foreign else None, speed)
 
 
 def prepare(
@@ -77,7 +95,7 @@ def prepare(
     cache.mkdir(parents=True, exist_ok=True)
     job = ReferenceJob(
         source=checkpoint_dir.resolve(), prompts=tuple(render(chat, prompt) for prompt in chosen.prompts),
-        text=chosen.text, out=path, threads=threads or process.cores(),
+        text=chosen.text, passages=chosen.passages, out=path, threads=threads or process.cores(),
     )  # fmt: skip
     process.run("reference", job, cache / f"reference-{key[:32]}.log", progress)
     _forget_old(cache)

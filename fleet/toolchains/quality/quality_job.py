@@ -26,7 +26,10 @@ _ENOUGH_S = 5.0
 
 
 class MeasureJob(BaseModel):
-    """Score ``folder``/``entry`` against the file ``against``, which ``ReferenceJob`` made of ``source``."""
+    """Score ``folder``/``entry`` against each file of ``against``, by the label of its evaluation set.
+
+    ``ReferenceJob`` made them of ``source``. Sets after the first are left out where the context is too short for them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,8 +40,7 @@ class MeasureJob(BaseModel):
     context: int
     threads: int
     source: Path
-    against: Path
-    evaluation: str
+    against: dict[str, Path]
 
 
 def run(kind: str, job: dict[str, Any], progress: ProgressCallback) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def run(kind: str, job: dict[str, Any], progress: ProgressCallback) -> dict[str,
 def _measure(job: MeasureJob, progress: ProgressCallback) -> dict[str, Any]:
     # NumPy's matrix products: a second thread wins little, and loses ten times where others hold the cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    scored = reference.read(job.against)
+    sets = {label: reference.read(path) for label, path in job.against.items()}
+    scored = next(iter(sets.values()))
     longest = max(len(one.ids) for one in scored)
     if longest > job.context:
         raise UsageError(
@@ -71,14 +74,19 @@ def _measure(job: MeasureJob, progress: ProgressCallback) -> dict[str, Any]:
     peak = peak_memory_bytes()
     scorer.prepare_logits()
     logits_of = reference.output_layer(job.source)
-    losses = []
-    for done, one in enumerate(scored):
-        progress(Progress("measuring the loss", done / len(scored)))
-        found = scorer.logits(one.ids, one.start)
-        losses.append(divergence.compare(logits_of(one.hidden), found, one.ids[one.start :]))
-    quality = divergence.summarise(losses, job.evaluation)
+    fit = {label: texts for label, texts in sets.items() if max(len(one.ids) for one in texts) <= job.context}
+    steps, done = sum(map(len, fit.values())), 0
+    qualities = {}
+    for label, texts in fit.items():
+        losses = []
+        for one in texts:
+            progress(Progress("measuring the loss", done / steps))
+            found = scorer.logits(one.ids, one.start)
+            losses.append(divergence.compare(logits_of(one.hidden), found, one.ids[one.start :]))
+            done += 1
+        qualities[label] = divergence.summarise(losses, label).model_dump(mode="json")
     return {
-        "quality": quality.model_dump(mode="json"),
+        "qualities": qualities,
         "ttft_ms": min(timing.ttft_ms for timing in times),
         "tpot_ms": min(timing.tpot_ms for timing in times),
         "peak_memory_bytes": peak,

@@ -20,20 +20,21 @@ from fleet.errors import BuildError, ModelError
 from fleet.toolchains.checkpoint.safetensors_scan import Tensor, read_tensors
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.quality.evaluation import CONTINUATION_TOKENS, pieces
+from fleet.toolchains.quality.evaluation import CONTINUATION_TOKENS, PASSAGE_CONTEXT, PASSAGE_TOKENS, pieces
 
 SEED = 20
 _BATCH = 20
 
 
 class ReferenceJob(BaseModel):
-    """Make ``out`` for the checkpoint in ``source``: of ``prompts``, already in the chat template, or of ``text``."""
+    """Make ``out`` for the checkpoint in ``source``: of ``prompts`` in the chat template, ``text``, or ``passages``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Path
     prompts: tuple[str, ...] = ()
     text: str = ""
+    passages: tuple[str, ...] = ()
     out: Path
     threads: int
 
@@ -64,6 +65,8 @@ def write(job: ReferenceJob, progress: ProgressCallback) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in job.prompts]
     cut = pieces(tokenizer(job.text, add_special_tokens=False).input_ids) if job.text else []
+    for passage in job.passages:
+        cut.append((tokenizer(passage, add_special_tokens=False).input_ids[:PASSAGE_TOKENS], PASSAGE_CONTEXT))
     model = load_float32(job.source)
     with torch.inference_mode():
         if tokens:

@@ -122,6 +122,16 @@ def test_the_quality_gate_names_figure_and_limit() -> None:
     assert "KL divergence of nan" in reason
 
 
+def test_the_loss_on_foreign_text_has_a_limit_of_its_own() -> None:
+    gated = profile(quality={"foreign_kl_divergence_max": 0.15})
+    well = make_manifest(quality=quality(), foreign=quality(kl_divergence=0.15))
+    assert gate_incompatibilities(well, gated) == ()
+    (reason,) = gate_incompatibilities(make_manifest(quality=quality(), foreign=quality(kl_divergence=0.16)), gated)
+    assert reason == "its KL divergence on foreign text of 0.16 is past the 0.15 that profile box allows"
+    (reason,) = gate_incompatibilities(make_manifest(quality=quality()), gated)
+    assert "its KL divergence on foreign text was not measured" in reason
+
+
 def test_what_was_not_measured_passes_no_gate() -> None:
     (reason,) = gate_incompatibilities(make_manifest(), profile(quality={"kl_divergence_max": 0.05}))
     assert "its loss was not measured, and profile box has a quality gate: build it again without" in reason

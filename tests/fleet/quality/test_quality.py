@@ -47,9 +47,12 @@ def made_reference(tiny_dir: Path, cache: Path, text: Path) -> Path:
 def test_an_artifact_is_measured_on_a_text_and_the_reference_is_made_once(
     tiny_dir: Path, tiny_artifact: Built, cache: Path, text: Path
 ) -> None:
-    first, speed = quality.measure(
+    measured = quality.measure(
         tiny_dir, tiny_artifact.files, tiny_artifact.manifest, eval_text=text, cache=cache, threads=2
     )
+    first, speed = measured.quality, measured.speed
+    assert measured.foreign is not None and measured.foreign.evaluation.startswith("phifleet-foreign-1:")
+    assert 1500 < measured.foreign.tokens < 2500 and 0 < measured.foreign.kl_divergence < 1
     assert first.evaluation.startswith("text-pumps.txt:")
     assert 0 < first.kl_divergence < 1
     assert first.kl_divergence_p99 > first.kl_divergence
@@ -57,10 +60,10 @@ def test_an_artifact_is_measured_on_a_text_and_the_reference_is_made_once(
     assert speed.ttft_ms > 0
     assert speed.peak_memory_bytes > tiny_artifact.manifest.size
     made = {path: path.stat().st_ino for path in cache.glob("*.npz")}
-    again, _ = quality.measure(
+    again = quality.measure(
         tiny_dir, tiny_artifact.files.parent, tiny_artifact.manifest, eval_text=text, cache=cache, threads=2
     )
-    assert again == first
+    assert (again.quality, again.foreign) == (first, measured.foreign)
     assert {path: path.stat().st_ino for path in cache.glob("*.npz")} == made
     assert not list(cache.glob("*.log"))
 
@@ -73,7 +76,10 @@ def test_a_recovered_artifact_loses_less_than_a_rounded_one(
     lost = []
     for options in ({}, {"recover": True, "calibration": "bundled"}):
         one = built(tiny_dir, toolchain, **options)
-        lost.append(quality.measure(tiny_dir, one.files, one.manifest, eval_text=text, cache=cache, threads=2)[0])
+        found = quality.measure(
+            tiny_dir, one.files, one.manifest, eval_text=text, cache=cache, threads=2, foreign=False
+        )
+        lost.append(found.quality)
     rounded, recovered = lost
     assert recovered.kl_divergence < rounded.kl_divergence
 
@@ -177,7 +183,9 @@ def test_the_sample_is_measured_and_the_plan_knew_its_memory(
     manifest: Manifest = sample_artifact.manifest
     facts, chat = manifest.model.source_digest, manifest.chat
     quality.prepare(sample_dir, facts, chat, quality.evaluation.bundled(), cache)
-    found, speed = quality.measure(sample_dir, sample_artifact.files, manifest, cache=cache)
+    measured = quality.measure(sample_dir, sample_artifact.files, manifest, cache=cache)
+    found, foreign, speed = measured.quality, measured.foreign, measured.speed
+    assert foreign is not None and 0.2 < foreign.kl_divergence < 0.7
     assert found.tokens > 2000
     assert 0.2 < found.kl_divergence < 0.7
     assert found.kl_divergence_se < 0.1 * found.kl_divergence
@@ -201,7 +209,9 @@ def test_the_plan_knew_the_memory_of_the_others(
     artifact = built(sample_dir, toolchain)
     few = tmp_path / "few.txt"  # memory is looked at before the text is scored
     few.write_text(TEXT[:2000], encoding="utf-8")
-    _, speed = quality.measure(sample_dir, artifact.files, artifact.manifest, eval_text=few, cache=cache)
+    speed = quality.measure(
+        sample_dir, artifact.files, artifact.manifest, eval_text=few, cache=cache, foreign=False
+    ).speed
     assert speed.peak_memory_bytes == pytest.approx(planned_memory(sample_dir, artifact.manifest), rel=0.35)
 
 
@@ -209,7 +219,9 @@ def test_the_plan_knew_the_memory_of_the_others(
 def test_the_plan_knew_the_memory_of_mlx(tiny_dir: Path, cache: Path, text: Path) -> None:
     """On the tiny model, since MLX is slow on a CPU: the runtime alone, with no tokenizer and no PyTorch in it."""
     artifact = built(tiny_dir, Toolchain.MLX)
-    _, speed = quality.measure(tiny_dir, artifact.files, artifact.manifest, eval_text=text, cache=cache)
+    speed = quality.measure(
+        tiny_dir, artifact.files, artifact.manifest, eval_text=text, cache=cache, foreign=False
+    ).speed
     planned = planned_memory(tiny_dir, artifact.manifest)
     assert 0.4 * planned < speed.peak_memory_bytes < planned
 
@@ -230,7 +242,9 @@ def test_llamacpps_recipes_rank_as_its_own_perplexity_tool_ranks_them(
     losses = []
     for precision, options in recipes:
         artifact = built(sample_dir, Toolchain.LLAMACPP, precision, **options)
-        found, _ = quality.measure(sample_dir, artifact.files, artifact.manifest, eval_text=text, cache=cache)
-        losses.append(found.kl_divergence)
+        found = quality.measure(
+            sample_dir, artifact.files, artifact.manifest, eval_text=text, cache=cache, foreign=False
+        )
+        losses.append(found.quality.kl_divergence)
     assert losses == sorted(losses)
     assert losses[0] < 0.02

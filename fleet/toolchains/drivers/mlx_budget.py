@@ -1,0 +1,65 @@
+"""How many bits each matrix gets in MLX, so that a budget of bits loses the least (see ``recovery.sensitivity``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleet.core.allocation import Allocation, Choice, allocate, least_bytes
+from fleet.errors import BuildError
+from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.sensitivity import chosen_rows, expected_loss
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: That MLX has kernels for, of four and more.
+WIDTHS = (4, 5, 6, 8)
+#: Rows of a matrix that are quantized for the estimate.
+_ROWS = 1024
+
+
+def choose_bits(
+    source: Path, bits: float, group: int, information: Mapping[str, NDArray[Any]], progress: ProgressCallback
+) -> Allocation:
+    """Return a width, as text, for each matrix of the checkpoint: ``bits`` a weight on average with their scales.
+
+    Raises:
+        BuildError: the budget is less than four bits with their scales take.
+    """
+    choices: dict[str, list[Choice]] = {}
+    weights = 0
+    for done, (name, values) in enumerate(_matrices(source, set(information))):
+        progress(Progress("measuring what each width costs", done / len(information)))
+        choices[name.removesuffix(".weight")] = list(_choices(values, group, information[name]))
+        weights += values.size
+    found = allocate(choices, int(bits * weights / 8))
+    if found is None:
+        least = 8 * least_bytes(choices) / weights
+        raise BuildError(f"a budget of {bits:g} bits a weight is too small: four bits and their scales are {least:.2f}")
+    return found
+
+
+def _matrices(source: Path, names: set[str]) -> Iterator[tuple[str, Any]]:
+    import mlx.core as mx
+
+    for file in sorted(source.glob("*.safetensors")):
+        loaded = mx.load(str(file))
+        assert isinstance(loaded, dict)  # noqa: S101 - what it returns for a .safetensors
+        for name in sorted(names & set(loaded)):
+            yield name, loaded[name]
+
+
+def _choices(values: Any, group: int, information: NDArray[Any]) -> Iterator[Choice]:
+    import mlx.core as mx
+    import numpy as np
+
+    rows = chosen_rows(information, _ROWS)
+    numbers, weight = np.array(list(rows)), np.array(list(rows.values()))[:, None]
+    some = values[mx.array(numbers)].astype(mx.float32)
+    weighed = information[numbers] * weight
+    for bits in WIDTHS:
+        back = mx.dequantize(*mx.quantize(some, group_size=group, bits=bits), group_size=group, bits=bits)
+        size = values.size * bits // 8 + values.size // group * 4
+        yield Choice(str(bits), size, expected_loss(weighed, np.array(back - some)))
