@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import statistics
 import tempfile
 import time
@@ -100,6 +101,12 @@ async def _opened(page: Page) -> float:
     await page.call("Page.reload", ignoreCache=True)
     await page.until(_WALK[-1][1])
     return 1000 * (time.perf_counter() - began)
+
+
+async def _pressed(page: Page, step: str) -> float:
+    """Milliseconds; a person looks at what is there before pressing again."""
+    await asyncio.sleep(random.uniform(0.5, 1.5))
+    return float(await page.run(step))
 
 
 async def _heap(page: Page) -> float:

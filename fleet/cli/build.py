@@ -16,16 +16,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agent.contract.manifest import Manifest, Precision, Target, Toolchain
 from agent.contract.profile import DeviceProfile, Recipe
+from agent.platform.resources import available_bytes
 from fleet.cli import completion
 from fleet.cli.artifacts import HasHome, row, table, wide_console
 from fleet.core.fit import unmeasurable
 from fleet.core.frontier import choose
 from fleet.core.plan import choose_recipes, describe, first_legal, judge, recipe_number
-from fleet.errors import FleetError, ProfileError, UsageError
+from fleet.errors import BuildError, FleetError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.store.folder import FolderStore
 from fleet.toolchains import progress as work
+from fleet.toolchains.build.build import plan_build
 from fleet.toolchains.build.jobs import Outcome, Request, build_all
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint, resolve_model
 from fleet.toolchains.checkpoint.sample_model import SampleReport, make_sample
@@ -157,8 +159,30 @@ def _legal(checkpoint: Checkpoint, profile: DeviceProfile, recipes: list[Recipe]
         judge(checkpoint.shape, profile, recipe, lambda one: driver_of(one.toolchain).resolve(one, checkpoint))
         for recipe in recipes
     )
-    first = first_legal(judged)
-    return [one.recipe for one in judged if one.legal] if everything else [first.recipe]
+    first_legal(judged)
+    legal = [one.recipe for one in judged if one.legal]
+    return legal if everything else [_first_for_here(checkpoint, profile, legal)]
+
+
+def _first_for_here(checkpoint: Checkpoint, profile: DeviceProfile, legal: list[Recipe]) -> Recipe:
+    """Return the first recipe that this machine can build, or the first, whose error then says why not.
+
+    Those before it are told: a smaller loss may be worth another machine.
+    """
+    free, passed = available_bytes(), []
+    for recipe in legal:
+        try:
+            need = plan_build(checkpoint, profile, recipe).peak_memory_bytes
+        except BuildError as error:
+            passed.append(f"{describe(recipe)}: not taken: {error}")
+            continue
+        if need <= free:
+            for line in passed:
+                click.echo(line, err=True)
+            return recipe
+        passed.append(f"{describe(recipe)}: not taken: building it takes about {need / 2**30:.1f} GiB of memory, and "
+                      f"{free / 2**30:.1f} GiB are available")  # fmt: skip
+    return legal[0]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from agent.contract.manifest import Toolchain
 from agent.platform.files import is_disk_full
 from fleet.errors import BuildError, FleetError
-from fleet.toolchains.drivers.base import DISK_FULL, ConvertJob, SpeakJob
+from fleet.toolchains.drivers.base import DISK_FULL, ConvertJob, SpeakJob, computes_with_torch
 from fleet.toolchains.progress import Progress
 
 
@@ -61,7 +61,7 @@ def _run(request: dict[str, Any], tell: Any) -> dict[str, Any]:
 
     if request["kind"] == "convert":
         job = ConvertJob.model_validate(request["job"])
-        if job.toolchain is Toolchain.MLX and not job.options.get("recover"):
+        if job.toolchain is Toolchain.MLX and not computes_with_torch(job.options):
             _hide_torch()
         return driver_of(job.toolchain).convert(job, tell).model_dump(mode="json")
     speak = SpeakJob.model_validate(request["job"])

@@ -107,6 +107,11 @@ class ToolchainDriver(Protocol):
 RECOVERY_PACKAGES = ("torch",)
 
 
+def computes_with_torch(options: Mapping[str, Any]) -> bool:
+    """Whether a conversion with these options runs the checkpoint in torch, whatever the toolchain itself needs."""
+    return bool(options.get("recover") or options.get("budget"))
+
+
 def installed_versions(driver: ToolchainDriver, options: Mapping[str, Any]) -> dict[str, str]:
     """Package to version of everything that decides the driver's output: phifleet, which drives and mends, too.
     Which packages those are may depend on the recipe's ``options``.
@@ -115,8 +120,7 @@ def installed_versions(driver: ToolchainDriver, options: Mapping[str, Any]) -> d
         BuildError: one is not installed; names the extra.
     """
     found, missing = {}, []
-    computed = options.get("recover") or options.get("budget")
-    needed = (*driver.packages, *(RECOVERY_PACKAGES if computed else ()), "phifleet")
+    needed = (*driver.packages, *(RECOVERY_PACKAGES if computes_with_torch(options) else ()), "phifleet")
     for package in dict.fromkeys(needed):
         try:
             found[package] = version(package)

@@ -20,8 +20,8 @@ from fleet.errors import UsageError
 from fleet.toolchains.checkpoint.chat import conversation
 
 BUNDLED = "bundled"
-_DATA = Path(__file__).resolve().parents[2] / "data" / "calibration"
-_CONVERSATIONS, _PLAIN = _DATA / "conversations.jsonl", _DATA / "plain.toml"
+DATA = Path(__file__).resolve().parents[2] / "data" / "calibration"
+_CONVERSATIONS, _PLAIN = DATA / "conversations.jsonl", DATA / "plain.toml"
 #: Characters of one piece of an operator's text: some 500 tokens.
 _PIECE_CHARACTERS = 2000
 _MAX_PIECES = 64

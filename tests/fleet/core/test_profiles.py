@@ -28,7 +28,7 @@ WRONG = [
     ("system = ", 'system = "beos" #', ["system", "'linux'", "'any'"]),
     ('device_class = "iot"', 'device_class = "iott"', ["device_class", "'iot'", "'mobile'", "'server'"]),
     ("memory_bytes =", "memory_byte =", ["memory_bytes is missing", "memory_byte is unknown", "did you mean"]),
-    ('toolchain = "llamacpp"', 'toolchain = "llama"', ["recipes.1.toolchain", "'llamacpp'", "'mlx'"]),
+    ('toolchain = "llamacpp"', 'toolchain = "llama"', ["recipes.0.toolchain", "'llamacpp'", "'mlx'"]),
     ('precision = "int4"', 'precision = "int3"', ["recipes.0.precision", "'int4'", "'fp32'"]),
     ('target = "cpu"', 'target = "cuda"', ["recipe target cuda", "accelerators"]),
     ("context = 4096", 'context = "long"', ["context", "'long'"]),

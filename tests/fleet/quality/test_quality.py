@@ -18,7 +18,7 @@ from fleet.toolchains.quality import quality, reference
 from fleet.toolchains.quality.evaluation import Evaluation, from_text
 from fleet.toolchains.quality.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes, timings
 from fleet.toolchains.quality.scorers import Timing
-from tests.models import Built, built, checkpoint
+from tests.models import Built, built, checkpoint, few_texts
 
 TEXT = (
     "The pump in hall seven runs at twelve bar. When the valve closes, the pressure rises and the alarm sounds. " * 40
@@ -74,7 +74,7 @@ def test_a_recovered_artifact_loses_less_than_a_rounded_one(
     tiny_dir: Path, cache: Path, text: Path, toolchain: Toolchain
 ) -> None:
     lost = []
-    for options in ({}, {"recover": True, "calibration": "bundled"}):
+    for options in ({}, {"recover": True, "calibration": few_texts()}):
         one = built(tiny_dir, toolchain, **options)
         found = quality.measure(
             tiny_dir, one.files, one.manifest, eval_text=text, cache=cache, threads=2, foreign=False

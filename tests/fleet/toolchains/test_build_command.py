@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from agent.contract.manifest import Manifest
+from agent.contract.manifest import Manifest, Toolchain
 from fleet.cli.build import build, describe_sample, sample_model
 from fleet.errors import BuildError, ModelError, ProfileError, UsageError
 from fleet.export.export import Papers, export
@@ -20,6 +20,7 @@ from fleet.home import Home
 from fleet.profiles_loader import profile_paths
 from fleet.store import FolderStore
 from fleet.toolchains.checkpoint.sample_model import SampleReport
+from fleet.toolchains.drivers.llamacpp import LlamaCpp
 from tests.models import Built
 
 
@@ -44,10 +45,28 @@ def test_it_tells_what_was_there_already(home: Home, tiny_dir: Path, tiny_artifa
     found = json.loads(answer.stdout)
     assert (found["id"], found["reused"]) == (tiny_artifact.manifest.id, True)
     assert (found["bytes"], found["kl_divergence"]) == (tiny_artifact.manifest.size, None)
-    assert set(found) >= set(Manifest.model_fields) - {"chat", "size"}, "every figure of the manifest"
+    assert set(found) >= set(Manifest.model_fields) - {"chat", "size", "foreign"}, "every figure of the manifest"
     assert found["model"] == tiny_artifact.manifest.model.name, "as it was in 0.1"
     assert found["source"] == tiny_artifact.manifest.model.model_dump(mode="json")
     assert [set(one) for one in found["files"]] == [{"path", "size", "sha256"}] * len(tiny_artifact.manifest.files)
+
+
+def test_the_first_recipe_that_this_machine_can_build_is_taken_and_those_before_it_are_told(
+    home: Home, tiny_dir: Path, tiny_artifact: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaCpp, "packages", ("llama-of-tomorrow",))
+    arguments = ["--model", str(tiny_dir), "--profile", "iot-x86", "--no-measure", "--json"]
+    answer = CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
+    assert json.loads(answer.stdout)["id"] == tiny_artifact.manifest.id
+    assert "llamacpp int4 cpu (budget=5.25, calibration=bundled): not taken: toolchain llamacpp needs" in answer.stderr
+    monkeypatch.undo()
+    needs = {Toolchain.LLAMACPP: 2**34, Toolchain.ONNX_GENAI: 2**30}
+    need = property(lambda plan: needs[plan.recipe.toolchain])
+    monkeypatch.setattr("fleet.toolchains.build.build.BuildPlan.peak_memory_bytes", need)
+    monkeypatch.setattr("fleet.cli.build.available_bytes", lambda: 2**33)
+    answer = CliRunner().invoke(build, arguments, obj=Context(home), catch_exceptions=False)
+    assert json.loads(answer.stdout)["id"] == tiny_artifact.manifest.id
+    assert "takes about 16.0 GiB of memory, and 8.0 GiB are available" in answer.stderr
 
 
 def test_a_licence_that_was_added_to_the_checkpoints_card_reaches_what_was_built_before(
@@ -131,7 +150,7 @@ def test_best_tells_every_failed_build_and_every_profile_without_one(
     arguments = ["--model", str(model), "--profile", "iot-x86", "--profile", "raspberry-pi-5", "--best"]
     answer = CliRunner().invoke(build, [*arguments, "--toolchain", "llamacpp"], obj=Context(home))
     assert isinstance(answer.exception, BuildError)
-    assert answer.stderr.count("error: llamacpp did not convert") == 1, "one is raised, the other told"
+    assert answer.stderr.count("error: llamacpp did not convert") == 2, "one of three is raised, the others told"
     for profile in ("iot-x86", "raspberry-pi-5"):
         assert f"error: no artifact was built for profile {profile}" in answer.stderr
 
@@ -165,8 +184,8 @@ def test_what_cannot_be_measured_here_is_built_and_said(tiny_dir: Path, tmp_path
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     (["--profile", "iot-x86", "--best", "--no-measure"], UsageError, "leave --no-measure out"),
     (["--profile", "no-such"], ProfileError, "no profile is named 'no-such'"),
-    (["--profile", "iot-x86", "--toolchain", "mlx"], ProfileError, "has no recipe for mlx; it has 1: onnx_genai int4"),
-    (["--profile", "iot-x86", "--recipe", "99"], ProfileError, "has no recipe 99; it has 1: onnx_genai int4"),
+    (["--profile", "iot-x86", "--toolchain", "mlx"], ProfileError, "has no recipe for mlx; it has 1: llamacpp int4"),
+    (["--profile", "iot-x86", "--recipe", "99"], ProfileError, "has no recipe 99; it has 1: llamacpp int4 cpu"),
     (["--profile", "iot-x86", "--recipe", "1", "--all"], UsageError, "names one recipe of one profile: leave out"),
     (["--profile", "iot-x86", "--profile", "ios-phone", "--recipe", "1"], UsageError, "name one --profile"),
     (["--profile", "iot-x86", "--model", "/nowhere"], ModelError, "does not exist"),

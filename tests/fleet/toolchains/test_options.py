@@ -93,6 +93,29 @@ REFUSED: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], str]] = {
     ),
     "GGUF for DirectML": (T.LLAMACPP, P.INT4, D.DML, {}, "does not build for dml"),
     "MLX on CUDA": (T.MLX, P.INT4, D.CUDA, {}, "MLX runs on metal and cpu"),
+    "a budget of no bits": (
+        T.LLAMACPP,
+        P.INT4,
+        D.CPU,
+        {"budget": 3, "calibration": "bundled"},
+        "from 4.25 to 8.5, not 3",
+    ),
+    "a budget of text": (T.LLAMACPP, P.INT4, D.CPU, {"budget": "5"}, "budget cannot be '5'"),
+    "a budget and a type": (
+        T.LLAMACPP,
+        P.INT4,
+        D.CPU,
+        {"budget": 5.2, "calibration": "bundled", "type": "Q4_0", "embedding_type": "Q8_0"},
+        "leave out type, embedding_type",
+    ),
+    "a budget and bits": (
+        T.MLX,
+        P.INT4,
+        D.CPU,
+        {"budget": 5.2, "calibration": "bundled", "bits_of": {"embed": 5}},
+        "leave out bits_of",
+    ),
+    "a budget without a text": (T.MLX, P.INT4, D.CPU, {"budget": 5.2}, "budget needs a calibration"),
     "bits that are none": (T.MLX, P.INT4, D.CPU, {"bits_of": {"embed": 7}}, "bits_of can be"),
     "mixed and bits": (T.MLX, P.INT4, D.CPU, {"mixed": "mixed_4_6", "bits_of": {"embed": 5}}, "mixed goes neither"),
     "groups that NNCF would change": (
@@ -160,7 +183,11 @@ def test_the_calibration_is_in_the_id_and_not_in_the_evaluation(tiny_dir: Path, 
 
     model = checkpoint(tiny_dir)
     found = calibration.load("bundled", model.chat)
-    assert len(found.texts) > 60 and all("<|im_start|>assistant" in text for text in found.texts)
+    chats = [text for text in found.texts if "<|im_start|>assistant" in text]
+    assert len(chats) > 60 and len(found.texts) > len(chats) + 20, "chats and plain text"
+    assert 0.4 < sum(map(len, chats)) / sum(map(len, found.texts)) < 0.7
+    some = found.texts[::8]
+    assert 0 < sum(text in chats for text in some) < len(some), "whoever reads some reads both"
     assert not any(prompt in text for prompt in evaluation.bundled().prompts for text in found.texts)
     own = tmp_path / "own.txt"
     own.write_text("words and more words " * 200)

@@ -19,10 +19,10 @@ from fleet.profiles_loader import load_profile
 from fleet.toolchains.build.build import build
 from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 from fleet.toolchains.drivers.onnx_graph import OnnxGraph
-from tests.models import Built, built, checkpoint
+from tests.models import Built, built, checkpoint, few_texts
 
 T, P, D = Toolchain, Precision, Target
-TEXT = {"calibration": "bundled"}
+TEXT = {"calibration": few_texts()}
 
 #: Name: toolchain, precision, target, options, and what the manifest's recipe must say that came of it.
 RECIPES: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], dict[str, Any]]] = {
@@ -90,6 +90,15 @@ RECIPES: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], dict[str,
         {"recover": True, "bits_of": {"embed_tokens": 5}, **TEXT},
         {"recovered": 9},
     ),
+    "mlx within a budget": (T.MLX, P.INT4, D.METAL, {"budget": 5.5, **TEXT}, {"budget": 5.5}),
+    "mlx within a budget, recovered": (
+        T.MLX,
+        P.INT4,
+        D.METAL,
+        {"budget": 5.5, "recover": True, **TEXT},
+        {"recovered": 9},
+    ),
+    "llamacpp within a budget": (T.LLAMACPP, P.INT4, D.CPU, {"budget": 5.5, **TEXT}, {"budget": 5.5}),
     "mlx int8": (T.MLX, P.INT8, D.METAL, {}, {}),
     "mlx fp16": (T.MLX, P.FP16, D.METAL, {}, {}),
 }
