@@ -102,7 +102,7 @@ def checkpoint(folder: Path) -> Checkpoint:
 
 
 def few_texts() -> str:
-    """A file for recipes that are calibrated, some 3,000 tokens: enough for the tiny checkpoint, at a tenth of the time."""
+    """A file of some 3,000 tokens for calibrated recipes: enough for the tiny checkpoint, at a tenth of the time."""
     path = CACHE / "few-texts.txt"
     passages = tomllib.loads((calibration.DATA / "plain.toml").read_text(encoding="utf-8"))["passages"]
     text = "".join(str(one["text"]) for one in passages[::2])[:10_000]

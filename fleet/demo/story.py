@@ -90,9 +90,12 @@ class Stage:
 
 @contextlib.contextmanager
 def staged(
-    folder: Path, devices: int, slower: float, seed: int, say: Callable[[str], None], api: str | None = None
-) -> Iterator[Stage]:
+    folder: Path, devices: int, slower: float, seed: int, say: Callable[[str], None], api: str | None = None,
+    before: Callable[[Fleet], None] | None = None,
+) -> Iterator[Stage]:  # fmt: skip
     """Enrol simulated devices, and let all of them serve a model; ``api``: host and port of the controller's.
+
+    ``before`` is called when the controller has begun and no device is there yet.
 
     Raises:
         StoryError: something did not happen in time.
@@ -102,6 +105,8 @@ def staged(
     Repository(Home(settings.home)).init()
     old, new = (make_artifact(Home(settings.home), name) for name in ("phi-old", "phi-new"))
     with Fleet(settings) as fleet, _controller(settings, folder) as controller:
+        if before is not None:
+            before(fleet)
         names = _enrol(fleet, devices)
         behaviour = Behaviour(
             seed=seed,
@@ -112,9 +117,10 @@ def staged(
         drawn = [SimulatedDevice(name, profile, behaviour) for name, profile in names.items()]
         with simulated(settings, drawn):
             wait = _Wait(controller, say)
-            wait.until(lambda: _connected(fleet) == devices, f"{devices} devices are connected")
+            wait.until(lambda: _connected(fleet, names) == devices, f"{devices} devices are connected")
             actor = Actor("story", datetime.now(UTC))
-            deploy(fleet, [old], fleet.registry.devices.all(), DeployOptions(probation_s=1.0), actor)
+            rows = [row for row in fleet.registry.devices.all() if row.id in names]
+            deploy(fleet, [old], rows, DeployOptions(probation_s=1.0), actor)
             wait.until(lambda: _serving(fleet, old.digest) == devices, f"all serve {old.id}")
             wait.until(lambda: _measured(fleet, names) == devices, "all have been measured")
             yield Stage(fleet, old, new, wait.until)
@@ -222,8 +228,8 @@ def make_artifact(home: Home, name: str) -> Manifest:
     return manifest
 
 
-def _connected(fleet: Fleet) -> int:
-    return sum(row.online and row.facts is not None for row in fleet.registry.devices.all())
+def _connected(fleet: Fleet, names: dict[str, str]) -> int:
+    return sum(row.online and row.facts is not None for row in fleet.registry.devices.all() if row.id in names)
 
 
 def _serving(fleet: Fleet, digest: str) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tuf.api.metadata import Metadata, Root
 
 from agent.contract.base import sha256_hex
 from agent.contract.director import DirectorKeys
@@ -24,6 +25,7 @@ from agent.core.ports import Trust
 from agent.errors import TrustError
 from agent.trust import orders, requests
 from agent.trust.client import TrustClient
+from fleet.trust.repository import Repository
 from tests.agent.trust.conftest import IMPATIENT, MakeWorld, World
 from tests.simulators.link import Faults
 from tests.simulators.repository import make_desired, make_manifest, ref
@@ -226,3 +228,23 @@ def test_a_directors_key_that_cannot_be_read_is_said(world: World) -> None:
     keyid = str(payload.signatures[0]["keyid"])
     with pytest.raises(TrustError, match="a key of the director cannot be read"):
         orders.verified_order(payload, DirectorKeys(keys={keyid: {"keytype": "ed25519"}}))
+
+
+@pytest.mark.parametrize("signed_by", ["a stranger", "a stranger, with a signature of the trusted root beside"])
+async def test_a_root_that_the_one_before_did_not_sign_brings_no_director(world: World, signed_by: str) -> None:
+    """Somebody who can write the device's folder puts a whole fleet of their own after the trusted root."""
+    await world.client.refresh()
+    strangers = Repository(world.strangers_home(), world.clock.now)
+    strangers.rotate("targets")
+    theirs = world.folder / "strangers" / "tuf"
+    newest = max(theirs.rglob("*.targets.json"), key=lambda path: int(path.name.partition(".")[0]))
+    forged = Metadata[Root].from_bytes(next(theirs.rglob("2.root.json")).read_bytes())
+    if "beside" in signed_by:
+        forged.signatures |= Metadata[Root].from_bytes(world.identity.root).signatures
+    folder = world.identity.trust_folder
+    (folder / "metadata" / "root_history" / "2.root.json").write_bytes(forged.to_bytes())
+    (folder / "metadata" / "targets.json").write_bytes(newest.read_bytes())
+    (folder / "targets" / "director.json").write_bytes(next(theirs.rglob("*.director.json")).read_bytes())
+    order = strangers.sign_desired(make_desired(world.clock))
+    with pytest.raises(TrustError):
+        world.reboot().verify_desired(order, 0)

@@ -17,16 +17,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from agent.contract.manifest import Precision, Toolchain
+from agent.contract.profile import Recipe
 from fleet.core.checkpoint_tensors import Fusion, expected, read
 from fleet.core.phi_variants import VARIANTS
 from fleet.errors import ModelError
+from fleet.home import Home
+from fleet.profiles_loader import load_profile
+from fleet.toolchains.build.build import build
 from fleet.toolchains.checkpoint.checkpoint import inspect
 from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.checkpoint.whole import as_network
+from tests.models import built, tiny_npu_artifact
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, Any]
+#: Of the artifact for Qualcomm's NPU that the tests share, what is not the default.
+OPTIONS_OF_THE_NPU = ("share_weights", "recover")
 
 
 @pytest.fixture
@@ -252,6 +260,23 @@ def test_what_is_exactly_the_same_network_is_put_right_byte_for_byte(
         again = inspect(whole.path)
         assert again.reading.as_stored and again.shape.tied
     assert not (tmp_path / "scratch").exists() or not list((tmp_path / "scratch").iterdir()), "nothing is left"
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("toolchain", Toolchain)
+def test_every_toolchain_makes_the_same_bytes_of_what_was_joined(
+    tiny_dir: Path, copy: Path, tmp_path: Path, toolchain: Toolchain
+):
+    """As of the checkpoint that had it in one piece: nothing was invented, dropped or put in another order."""
+    plain = tiny_npu_artifact() if toolchain is Toolchain.ONNX_QNN else built(tiny_dir, toolchain, Precision.INT8)
+    SAME["both"](copy)
+    manifest = plain.manifest
+    profile = load_profile("iot-x86").model_copy(update={"context": manifest.context})
+    options = {name: value for name, value in manifest.recipe.items() if name in OPTIONS_OF_THE_NPU}
+    recipe = Recipe(toolchain=toolchain, precision=manifest.precision, target=manifest.target, options=options)
+    with as_network(inspect(copy), tmp_path / "scratch") as whole:
+        joined = build(whole, profile, recipe, Home(tmp_path / "home"))
+    assert {file.path: file.sha256 for file in joined.files} == {file.path: file.sha256 for file in manifest.files}
 
 
 def test_a_whole_checkpoint_is_used_as_it_lies(copy: Path, tmp_path: Path):
