@@ -53,13 +53,15 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.made
 dist: $(VENV)/.made
 	@rm -f dist/phifleet-*.whl; $(PIP) wheel --quiet --no-deps --wheel-dir dist . && ls dist/phifleet-*.whl
 
-# Debian packages that the tests use: the broker, a browser for the pages, and a database server.
+# Debian packages that the tests use: the broker, a browser for the pages, a database server, an OCI tool, and what stands
+# between a device and its broker.
 .PHONY: debian
 debian:
 	@missing=; \
 	PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || missing="mosquitto"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
-	command -v skopeo >/dev/null || missing="$$missing skopeo"; \
+	for tool in skopeo tinyproxy microsocks; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	PATH="$$PATH:/usr/sbin" command -v nginx >/dev/null || missing="$$missing nginx-light"; \
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	if test -n "$$missing"; then \
 	  echo "installing from Debian: $$missing"; \

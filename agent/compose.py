@@ -116,6 +116,8 @@ def _link_settings(settings: AgentSettings, who: Identity, boot: Boot) -> LinkSe
         ca_file=who.broker_ca,
         cert_file=who.certificate,
         key_file=who.private_key,
+        proxy=settings.broker_proxy.get_secret_value() if settings.broker_proxy else None,
+        alpn=settings.broker_alpn,
         will=Will(topics.presence(who.device), will.to_json()),
         repeat_retained=True,  # these topics are this device's alone
     )

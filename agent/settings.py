@@ -56,7 +56,13 @@ class AgentSettings(BaseSettings):
     state_dir: Annotated[Path, Field(description="folder of artifacts, journal, trust and identity")] = Field(
         default_factory=_default_state
     )
-    broker: Annotated[str | None, Field(description="mqtt://host:port or mqtts://host:port; else the bundle's")] = None
+    broker: Annotated[
+        str | None, Field(description="mqtt, mqtts, ws or wss://host:port, ws and wss with a path; else the bundle's")
+    ] = None
+    broker_proxy: Annotated[
+        SecretStr | None, Field(description="http, socks5 or socks5h://[user:password@]host:port; none: directly")
+    ] = None
+    broker_alpn: Annotated[str | None, Field(description="what TLS offers as the protocol, such as mqtt")] = None
     host: Annotated[str, Field(description="address the endpoint listens on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the endpoint; 0 takes a free one")] = 8600
     unix_socket: Annotated[Path | None, Field(description="listen on this Unix socket instead of TCP")] = None

@@ -16,6 +16,7 @@ import platformdirs
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from agent.contract.bundle import BROKER_SCHEMES
 from agent.platform import settings as layered
 from agent.platform.config_files import system_file
 from fleet.errors import UsageError
@@ -44,7 +45,11 @@ class FleetSettings(BaseSettings):
     home: Annotated[Path, Field(description="folder of keys, TUF repository, artifacts and database")] = Field(
         default_factory=_default_home
     )
-    broker: Annotated[str, Field(description="embedded, or mqtt://host:port, or mqtts://host:port")] = EMBEDDED
+    broker: Annotated[str, Field(description="embedded, or mqtt, mqtts, ws or wss://host:port")] = EMBEDDED
+    broker_proxy: Annotated[
+        SecretStr | None, Field(description="http, socks5 or socks5h://[user:password@]host:port; none: directly")
+    ] = None
+    broker_alpn: Annotated[str | None, Field(description="what TLS offers as the protocol, such as mqtt")] = None
     broker_ca: Annotated[Path | None, Field(description="PEM file; none: the system's authorities")] = None
     broker_cert: Annotated[Path | None, Field(description="PEM file of the controller's client certificate")] = None
     broker_key: Annotated[Path | None, Field(description="PEM file of that certificate's private key")] = None
@@ -97,11 +102,11 @@ class FleetSettings(BaseSettings):
             return url
         try:
             parts = urlsplit(url)
-            usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and parts.port != 0
+            usable = parts.scheme in BROKER_SCHEMES and parts.hostname and parts.port != 0
         except ValueError:
             usable = False
         if not usable:
-            raise ValueError("must be embedded, mqtt://host:port or mqtts://host:port")
+            raise ValueError("must be embedded, or mqtt, mqtts, ws or wss://host:port")
         if parts.username or parts.password:
             raise ValueError("must not hold a password; use broker_username and broker_password")
         return url

@@ -12,6 +12,9 @@ from agent.contract.base import DeviceId, MalformedMessageError, Timestamp, Wire
 
 BUNDLE_VERSION = 1
 
+#: Of a broker's URL; ws and wss are MQTT within WebSocket.
+BROKER_SCHEMES = ("mqtt", "mqtts", "ws", "wss")
+
 
 class Bundle(WireModel):
     """What ``phifleet device add --bundle FILE`` writes and the agent imports. Holds a private key: mode 0600."""
@@ -41,8 +44,8 @@ class Bundle(WireModel):
             port = parts.port
         except ValueError:
             port = -1
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port == -1:
-            raise ValueError("must be mqtt://host:port or mqtts://host:port")
+        if parts.scheme not in BROKER_SCHEMES or not parts.hostname or port == -1:
+            raise ValueError("must be mqtt://host:port or mqtts://host:port, or with ws or wss for WebSocket")
         return url
 
     @field_validator("broker_ca", "certificate", "private_key")

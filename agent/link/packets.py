@@ -14,7 +14,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.core.ports import Message
-from agent.link.settings import Address, LinkSettings, tls_context
+from agent.link.settings import Address, LinkSettings, Proxy, parse_proxy, tls_context
 
 Done = Callable[[str | None], None]
 """Called once on the link's thread: None, or why it failed."""
@@ -89,7 +89,12 @@ def make_client(settings: LinkSettings, address: Address) -> LeanClient:
         settings.client_id,
         protocol=MQTTProtocolVersion.MQTTv5,
         manual_ack=True,  # the link says when: at once, or when the handler has made the message safe
+        transport="tcp" if address.path is None else "websockets",
     )
+    if address.path is not None:
+        client.ws_set_options(path=address.path)
+    if settings.proxy is not None:
+        client.proxy_set(**_proxy_arguments(parse_proxy(settings.proxy)))
     client.max_packet_bytes = settings.max_packet_bytes
     client.connect_timeout = settings.connect_timeout_s
     client.max_inflight_messages = 0  # counted here: paho does not know the broker's receive maximum
@@ -123,8 +128,22 @@ def _connect_properties(settings: LinkSettings) -> Properties:
     return properties
 
 
+def _proxy_arguments(proxy: Proxy) -> dict[str, Any]:
+    import socks  # PySocks, with which paho speaks to proxies
+
+    return {
+        "proxy_type": socks.HTTP if proxy.scheme == "http" else socks.SOCKS5,
+        "proxy_addr": proxy.host,
+        "proxy_port": proxy.port,
+        "proxy_rdns": proxy.looks_up,
+        "proxy_username": proxy.username,
+        "proxy_password": proxy.password,
+    }
+
+
 def _no_delay(_client: Client, _data: Any, sock: Any) -> None:
-    # paho leaves Nagle on, which holds small packets back for up to 40 ms.
+    # paho leaves Nagle on, which holds small packets back for up to 40 ms. Its WebSocket keeps the socket within.
+    sock = getattr(sock, "_socket", sock) if not isinstance(sock, socket.socket) else sock
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

@@ -10,6 +10,9 @@ import re
 import socket
 import ssl
 
+from paho.mqtt.client import WebsocketConnectionError
+from socks import ProxyError
+
 #: Names that OpenSSL gives to the alerts of a peer (RFC 8446, section 6) and to its own failures.
 _TLS = {
     "CERTIFICATE_REQUIRED": "the broker asks for a client certificate, and none was sent",
@@ -46,20 +49,30 @@ NO_WORD = (
 
 def of_exception(error: Exception, host: str, port: int) -> str:
     """Return the text for what connecting raised."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        check = _CHECK.get(error.verify_code, "")
-        text = error.verify_message or error.reason or error
-        return f"TLS fails: the broker's certificate is refused: {text}{'; check ' if check else ''}{check}"
-    if isinstance(error, ssl.SSLError):
-        name = getattr(error, "reason", None) or ""
-        return of_log(str(error)) or f"TLS fails: {_of_name(name) or name or error}"
-    if isinstance(error, socket.gaierror):
-        return f"the name {host} cannot be resolved: {error.strerror or error}"
-    if isinstance(error, ConnectionRefusedError):
-        return f"nobody listens at {host}, port {port}: the connection was refused"
-    if isinstance(error, TimeoutError):
-        return f"no answer from {host}, port {port}, in time"
-    return f"{getattr(error, 'strerror', '') or error}"
+    match error:
+        case ssl.SSLCertVerificationError():
+            check = _CHECK.get(error.verify_code, "")
+            text = error.verify_message or error.reason or error
+            found = f"TLS fails: the broker's certificate is refused: {text}{'; check ' if check else ''}{check}"
+        case ssl.SSLError():
+            name = getattr(error, "reason", None) or ""
+            found = of_log(str(error)) or f"TLS fails: {_of_name(name) or name or error}"
+        case ProxyError():
+            found = f"the proxy does not connect to {host}, port {port}: {error}"
+        case WebsocketConnectionError():
+            found = (
+                f"what listens at {host}, port {port}, does not open a WebSocket: {error}; check the path in the"
+                " broker's URL, and that MQTT over WebSocket is served there"
+            )
+        case socket.gaierror():
+            found = f"the name {host} cannot be resolved: {error.strerror or error}"
+        case ConnectionRefusedError():
+            found = f"nobody listens at {host}, port {port}: the connection was refused"
+        case TimeoutError():
+            found = f"no answer from {host}, port {port}, in time"
+        case _:
+            found = f"{getattr(error, 'strerror', '') or error}"
+    return found
 
 
 def of_log(line: str) -> str | None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from agent.core.backoff import BackoffPolicy
 from agent.errors import LinkError
 
-_PORTS = {"mqtt": 1883, "mqtts": 8883}
+#: Of a broker's URL, with the port that it means. ws and wss are MQTT within WebSocket, which proxies let through.
+SCHEMES = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
+_WRITE = "write mqtt://host:port, mqtts://host:port, ws://host:port/path or wss://host:port/path"
+#: Of a proxy's URL; ``socks5h`` has the proxy look the broker's name up, as ``http`` always does.
+_PROXIES = {"http": 3128, "socks5": 1080, "socks5h": 1080}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +30,13 @@ class Will:
 class LinkSettings:
     """An MQTT 5 connection.
 
-    ``url`` is ``mqtt://host[:port]`` or ``mqtts://host[:port]``, with ``user:password@`` where the broker asks for
-    it. ``ca_file`` is the broker's CA (the system's, when None); ``cert_file`` and ``key_file`` are the client's, PEM.
-    ``receive_maximum`` bounds the QoS 1 messages that the broker may have under way to us. With ``repeat_retained``
-    the newest retained publication to each topic is sent again at each connect: right for what a device says of
-    itself, and wrong for what several controllers publish to the same topics.
+    ``url`` is ``mqtt://host[:port]``, ``mqtts://host[:port]``, or ``ws`` or ``wss://host[:port][/path]``, with
+    ``user:password@`` where the broker asks for it. ``proxy`` is ``http://``, ``socks5://`` or ``socks5h://host[:port]``,
+    with ``user:password@`` where it asks. ``alpn`` is what TLS offers as the application's protocol, such as ``mqtt``
+    where a broker shares port 443 with HTTPS. ``ca_file`` is the broker's CA (the system's, when None); ``cert_file``
+    and ``key_file`` are the client's, PEM. ``receive_maximum`` bounds the QoS 1 messages that the broker may have under
+    way to us. With ``repeat_retained`` the newest retained publication to each topic is sent again at each connect:
+    right for what a device says of itself, and wrong for what several controllers publish to the same topics.
     """
 
     url: str
@@ -39,6 +46,8 @@ class LinkSettings:
     key_file: Path | None = None
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+    proxy: str | None = field(default=None, repr=False)
+    alpn: str | None = None
     will: Will | None = None
     keepalive_s: int = 30
     session_expiry_s: int = 0
@@ -58,38 +67,87 @@ class Address:
     tls: bool
     username: str | None
     password: str | None = field(repr=False)
+    #: Of the WebSocket; None where MQTT is spoken on the connection itself.
+    path: str | None = None
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+        scheme = ("mqtts" if self.tls else "mqtt") if self.path is None else ("wss" if self.tls else "ws")
+        return f"{scheme}://{bracketed(self.host)}:{self.port}{self.path or ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy's URL, taken apart. ``looks_up``: it is given the broker's name and not its address."""
+
+    scheme: str
+    host: str
+    port: int
+    looks_up: bool
+    username: str | None
+    password: str | None = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{bracketed(self.host)}:{self.port}"
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
 
 
 def parse_url(url: str) -> Address:
     """Take a broker's URL apart.
 
     Raises:
-        agent.errors.LinkError: no ``mqtt://`` or ``mqtts://`` URL; the text says what is missing.
+        agent.errors.LinkError: no URL of a scheme in ``SCHEMES``; the text says what is missing.
     """
+    parts, port = _split("broker URL", url, SCHEMES, _WRITE)
+    websocket = parts.scheme in ("ws", "wss")
+    if parts.fragment or (not websocket and (parts.path not in ("", "/") or parts.query)):
+        raise LinkError(
+            f"broker URL ends in {parts.path or '?'!r}; write {parts.scheme}://host:port and nothing after it"
+        )
+    path = (parts.path or "/mqtt") + (f"?{parts.query}" if parts.query else "")
+    return Address(
+        host=str(parts.hostname),
+        port=port,
+        tls=parts.scheme in ("mqtts", "wss"),
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        path=path if websocket else None,
+    )
+
+
+def parse_proxy(url: str) -> Proxy:
+    """Take a proxy's URL apart.
+
+    Raises:
+        agent.errors.LinkError: no URL of a proxy; the text says what it can be.
+    """
+    parts, port = _split(
+        "proxy URL", url, _PROXIES, "write http://host:port, socks5://host:port or socks5h://host:port"
+    )
+    return Proxy(
+        scheme=parts.scheme,
+        host=str(parts.hostname),
+        port=port,
+        looks_up=parts.scheme != "socks5",
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+    )
+
+
+def _split(what: str, url: str, schemes: Mapping[str, int], write: str) -> tuple[SplitResult, int]:
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise LinkError(f"broker URL cannot be read: {error}; write mqtt://host:port or mqtts://host:port") from None
-    if parts.scheme not in _PORTS:
-        raise LinkError(f"broker URL has the scheme {parts.scheme!r}; write mqtt://host:port or mqtts://host:port")
+        raise LinkError(f"{what} cannot be read: {error}; {write}") from None
+    if parts.scheme not in schemes:
+        raise LinkError(f"{what} has the scheme {parts.scheme!r}; {write}")
     if not parts.hostname:
-        raise LinkError(f"broker URL names no host; write {parts.scheme}://host:port")
-    if parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise LinkError(
-            f"broker URL ends in {parts.path or '?'!r}; write {parts.scheme}://host:port and nothing after it"
-        )
-    return Address(
-        host=parts.hostname,
-        port=_PORTS[parts.scheme] if port is None else port,
-        tls=parts.scheme == "mqtts",
-        username=unquote(parts.username) if parts.username else None,
-        password=unquote(parts.password) if parts.password else None,
-    )
+        raise LinkError(f"{what} names no host; write {parts.scheme}://host:port")
+    return parts, schemes[parts.scheme] if port is None else port
 
 
 def tls_context(settings: LinkSettings) -> ssl.SSLContext:
@@ -103,6 +161,8 @@ def tls_context(settings: LinkSettings) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise LinkError(f"the broker's CA certificate cannot be read: {settings.ca_file}: {error}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.alpn is not None:
+        context.set_alpn_protocols([settings.alpn])
     load_certificate(context, settings)
     return context
 

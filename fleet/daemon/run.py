@@ -125,6 +125,8 @@ def link_settings(settings: FleetSettings, role: str) -> LinkSettings:
         key_file=settings.broker_key,
         username=settings.broker_username,
         password=settings.broker_password.get_secret_value() if settings.broker_password else None,
+        proxy=settings.broker_proxy.get_secret_value() if settings.broker_proxy else None,
+        alpn=settings.broker_alpn,
         keepalive_s=KEEPALIVE_S,
         receive_maximum=BATCH,
     )

@@ -183,7 +183,7 @@ def make_bundle(fleet: Fleet, device: str, profile: str, broker: str | None) -> 
         RepositoryError: there is no root of trust, or no device CA.
     """
     values = bundle_values(fleet, device, profile, broker)
-    if str(values["broker"]).startswith("mqtts://"):
+    if str(values["broker"]).startswith(("mqtts://", "wss://")):
         identity = fleet.ca.enrol(device)
         values |= {"certificate": identity.certificate, "private_key": identity.private_key}
     try:

@@ -122,7 +122,7 @@ def enrol(
         return state, None
     device = fleet.registry.devices.get(wanted.device)
     values = bundle_values(fleet, wanted.device, device.profile, None)
-    if str(values["broker"]).startswith("mqtts://"):
+    if str(values["broker"]).startswith(("mqtts://", "wss://")):
         values["certificate"] = _certified(fleet, wanted.device, wanted.csr)
     values["issued_at"] = values["issued_at"].isoformat()
     return state, values
