@@ -54,7 +54,7 @@ def cli(ctx: click.Context, /, file: Path | None, **flags: Any) -> None:
     "--bundle", type=click.Path(path_type=Path), help="From `phifleet device add`; needed at the first start."
 )
 @local.state_dir_option
-@click.option("--broker", help="mqtt://host:port or mqtts://host:port; else the bundle's.")
+@click.option("--broker", help="mqtt, mqtts, ws or wss://host:port; else the bundle's.")
 @click.option("--host", help="Address the endpoint listens on.")
 @click.option("--port", type=int, help="TCP port of the endpoint; 0 takes a free one.")
 @click.option("--unix-socket", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")

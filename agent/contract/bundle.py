@@ -22,7 +22,7 @@ class Bundle(WireModel):
     version: int = BUNDLE_VERSION
     device: DeviceId
     profile: str
-    broker: Annotated[str, Field(description="mqtt://host:port or mqtts://host:port")]
+    broker: Annotated[str, Field(description="mqtt, mqtts, ws or wss://host:port")]
     broker_ca: Annotated[str | None, Field(description="PEM; None: the system's authorities")] = None
     root: Annotated[str, Field(repr=False, description="TUF root metadata, JSON text: the root of trust")]
     certificate: Annotated[str | None, Field(repr=False, description="PEM of the device's client certificate")] = None

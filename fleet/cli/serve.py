@@ -21,7 +21,7 @@ from fleet.settings import FleetSettings
 
 
 @click.command()
-@click.option("--broker", help="embedded, mqtt://host:port or mqtts://host:port.")
+@click.option("--broker", help="embedded, or mqtt, mqtts, ws or wss://host:port.")
 @click.option("--broker-port", type=click.IntRange(1, 65535), help="TCP port of the embedded broker, on loopback.")
 @click.option("--database", help="sqlite:///... or postgresql://user@host/name.")
 @click.option("--api", help="host:port of the HTTP API; with api_cert and api_key off loopback.")

@@ -103,6 +103,17 @@ class Runner:
             raise self.unavailable()
         return manifest
 
+    async def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of ``text`` for the model that serves now.
+
+        Raises:
+            ApiError: it cannot be counted: no model serves, or its process has ended.
+        """
+        try:
+            return await self._inference.count_tokens(text)
+        except InferenceError as error:
+            raise from_inference(error) from None
+
     def unavailable(self) -> ApiError:
         """503, with the model host's reason and when to try again."""
         stats = self._stats()

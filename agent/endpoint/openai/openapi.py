@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from agent.endpoint.openai.response_shapes import (
     AddItemsRequest,
     ConversationRequest,
+    InputTokensRequest,
     ResponseRequest,
     UpdateConversationRequest,
 )
@@ -21,6 +22,7 @@ _POSTS: dict[str, tuple[type[ApiModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation, at once or as server-sent events."),
     "/v1/completions": (CompletionRequest, "Continue a text, without a chat template."),
     "/v1/responses": (ResponseRequest, "Answer items, going on from a stored response or a conversation."),
+    "/v1/responses/input_tokens": (InputTokensRequest, "Count the tokens of what would be asked."),
     "/v1/conversations": (ConversationRequest, "Begin a conversation that responses can add to."),
     "/v1/conversations/{id}": (UpdateConversationRequest, "Set a conversation's metadata."),
     "/v1/conversations/{id}/items": (AddItemsRequest, "Add items to a conversation."),
@@ -32,6 +34,7 @@ _GETS = {
     "/v1/responses/{id}/input_items": "What a stored response was asked.",
     "/v1/conversations/{id}": "A conversation.",
     "/v1/conversations/{id}/items": "What a conversation holds.",
+    "/v1/conversations/{id}/items/{item}": "One item of a conversation.",
     "/props": "The signed facts of what serves, and what was measured here.",
     "/health/live": "This process answers.",
     "/health/ready": "A model serves.",
@@ -85,7 +88,7 @@ def description(names: tuple[str, ...] = (), *, strict: bool = False) -> dict[st
     paths["/v1/embeddings"] = {"post": _embeddings()}
     for path, text in _GETS.items():
         paths.setdefault(path, {})["get"] = _operation(path, text)
-    for path in ("/v1/responses/{id}", "/v1/conversations/{id}"):
+    for path in ("/v1/responses/{id}", "/v1/conversations/{id}", "/v1/conversations/{id}/items/{item}"):
         paths[path]["delete"] = _operation(path, "Forget it.")
     paths["/metrics"] = {"get": _operation("/metrics", "Prometheus metrics.", "text/plain")}
     return {

@@ -176,3 +176,9 @@ class ResponseRequest(ApiModel):
     safety_identifier: Annotated[str, Field(description="ignored")] | None = None
     prompt_cache_key: Annotated[str, Field(description="ignored: prefixes are reused by their text")] | None = None
     reasoning: Annotated[dict[str, Any], Field(description="ignored: these models do not reason apart")] | None = None
+
+
+class InputTokensRequest(ResponseRequest):
+    """``POST /v1/responses/input_tokens``: what would be asked. Without a model, of the one that serves."""
+
+    model: Annotated[str, Field(max_length=256)] = ""

@@ -52,6 +52,28 @@ async def items(request: web.Request) -> web.Response:
     return json_reply(page_of(find(request, request.match_info["id"]).entries, request.query))
 
 
+async def item(request: web.Request) -> web.Response:
+    """``GET /v1/conversations/{id}/items/{item}``."""
+    conversation = find(request, request.match_info["id"])
+    return json_reply(_item(conversation, request.match_info["item"]))
+
+
+async def delete_item(request: web.Request) -> web.Response:
+    """``DELETE /v1/conversations/{id}/items/{item}``; the conversation as it is then."""
+    conversation = find(request, request.match_info["id"])
+    gone = _item(conversation, request.match_info["item"])
+    left = dataclasses.replace(conversation, entries=tuple(one for one in conversation.entries if one is not gone))
+    keep(request, left)
+    return json_reply(left.to_dict())
+
+
+def _item(conversation: Conversation, identifier: str) -> Entry:
+    for entry in conversation.entries:
+        if entry["id"] == identifier:
+            return entry
+    raise ApiError(404, f"conversation {conversation.id} has no item {identifier[:128]!r}", code="not_found")
+
+
 async def add_items(request: web.Request) -> web.Response:
     """``POST /v1/conversations/{id}/items``."""
     asked = await read_request(request, AddItemsRequest)

@@ -18,7 +18,7 @@ from agent.endpoint.openai.items import page_of
 from agent.endpoint.openai.models import check_model
 from agent.endpoint.openai.replay import replay
 from agent.endpoint.openai.response_job import ResponseJob, ResponseStream, WholeResponse, encoded
-from agent.endpoint.openai.response_shapes import ResponseRequest
+from agent.endpoint.openai.response_shapes import InputTokensRequest, ResponseRequest
 from agent.endpoint.openai.responses import conversation_id
 from agent.endpoint.openai.stored import Conversation, Entry, StoredResponse
 from agent.endpoint.routes import conversations as conversation_route
@@ -42,6 +42,20 @@ async def responses(request: web.Request) -> web.StreamResponse:
     if asked.stream:
         return await reply_stream(request, [job.request], info.digest, "input", ResponseStream(job, keep))
     return await reply_whole(request, [job.request], info.digest, "input", WholeResponse(job, keep))
+
+
+async def input_tokens(request: web.Request) -> web.Response:
+    """``POST /v1/responses/input_tokens``: how many tokens the same request would be, and nothing is generated."""
+    context = request.app[CONTEXT]
+    asked = await read_request(request, InputTokensRequest)
+    info = context.runner.model()
+    if asked.model:
+        check_model(asked.model, info, context.names())
+    before, who = _before(request, asked), request[REQUEST_CONTEXT].program
+    job = ResponseJob.prepare(asked, info, context.runner.manifest(), before, client=who, created=0)
+    return json_reply(
+        {"object": "response.input_tokens", "input_tokens": await context.runner.count_tokens(job.request.prompt)}
+    )
 
 
 async def retrieve(request: web.Request) -> web.StreamResponse:

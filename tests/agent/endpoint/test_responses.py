@@ -36,6 +36,21 @@ async def test_text(endpoint: Endpoint):
     assert endpoint.inference.requests[0].prompt == "<|system|>Be brief.<|end|><|user|>hello<|end|><|assistant|>"
 
 
+async def test_the_tokens_of_a_request_are_counted_and_nothing_is_generated(endpoint: Endpoint):
+    count = endpoint.openai.responses.input_tokens.count
+    counted = await count(model=MODEL, input="hello there", instructions="Be brief.")
+    whole = await endpoint.openai.responses.create(model=MODEL, input="hello there", instructions="Be brief.")
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == await endpoint.inference.count_tokens(endpoint.inference.requests[-1].prompt)
+    assert len(endpoint.inference.requests) == 1
+    more = await count(input="and now?", previous_response_id=whole.id)
+    assert more.input_tokens > counted.input_tokens
+    with pytest.raises(openai.NotFoundError):
+        await count(model="another", input="hello")
+    with pytest.raises(openai.BadRequestError):
+        await count(input="hello", previous_response_id="resp_never")
+
+
 async def test_streamed(endpoint: Endpoint):
     async with endpoint.openai.responses.stream(model=MODEL, input="hello") as stream:
         events = [event async for event in stream]
@@ -186,6 +201,16 @@ async def test_a_conversation_that_the_client_made(endpoint: Endpoint):
     assert len(added.data) == 1
     assert (await conversations.update(conversation.id, metadata={"who": "you"})).metadata == {"who": "you"}
     assert (await conversations.retrieve(conversation.id)).created_at == conversation.created_at
+    one = await conversations.items.retrieve(listed[0].id or "", conversation_id=conversation.id)
+    assert one == listed[0]
+    left = await conversations.items.delete(listed[0].id or "", conversation_id=conversation.id)
+    assert left.id == conversation.id
+    for gone in (listed[0].id or "", "msg_never"):
+        with pytest.raises(openai.NotFoundError, match="has no item"):
+            await conversations.items.retrieve(gone, conversation_id=conversation.id)
+        with pytest.raises(openai.NotFoundError, match="has no item"):
+            await conversations.items.delete(gone, conversation_id=conversation.id)
+    assert len([item async for item in conversations.items.list(conversation.id)]) >= 1
     await conversations.delete(conversation.id)
     with pytest.raises(openai.NotFoundError):
         await conversations.retrieve(conversation.id)
