@@ -109,6 +109,8 @@ class DoneEvent:
     tpot_ms: float = 0.0
     error: str = ""
     error_kind: str = ""
+    #: The stop string that ended it; empty where the model ended by itself.
+    stop: str = ""
 
 
 GenerationEvent = TokenEvent | DoneEvent

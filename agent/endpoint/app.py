@@ -11,6 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from agent.core.names import Names
 from agent.core.ports import Inference
+from agent.endpoint.anthropic.messages import error_body
 from agent.endpoint.http.auth import Cors, Keyring, check_host, is_open
 from agent.endpoint.http.config import EndpointConfig
 from agent.endpoint.http.connections import SERVER, GuardedConnection
@@ -25,6 +26,7 @@ from agent.endpoint.openai.strictness import UNUSED_HEADER, header_value
 from agent.endpoint.routes import chat as chat_route
 from agent.endpoint.routes import completions as completion_route
 from agent.endpoint.routes import conversations as conversation_route
+from agent.endpoint.routes import messages as message_route
 from agent.endpoint.routes import operations as ops_routes
 from agent.endpoint.routes import page as page_routes
 from agent.endpoint.routes import responses as response_route
@@ -32,6 +34,8 @@ from agent.endpoint.routes import responses as response_route
 _LOG = structlog.get_logger(component="endpoint")
 #: What proxies count a client as that went away before its answer.
 _GONE = 499
+#: Of Anthropic's API, whose clients know errors of another shape.
+_MESSAGES = "/v1/messages"
 _STATUS_MESSAGES = {
     404: "there is nothing at {method} {path}: the API is under /v1",
     405: "{method} is not allowed at {path}",
@@ -85,6 +89,8 @@ def _routes(router: web.UrlDispatcher) -> None:
     router.add_get("/v1/models", ops_routes.models)
     router.add_get("/v1/models/{name}", ops_routes.model)
     router.add_post("/v1/chat/completions", chat_route.chat_completions)
+    router.add_post(_MESSAGES, message_route.messages)
+    router.add_post(f"{_MESSAGES}/count_tokens", message_route.count_tokens)
     router.add_post("/v1/completions", completion_route.completions)
     router.add_post("/v1/responses", response_route.responses)
     router.add_post("/v1/responses/input_tokens", response_route.input_tokens)
@@ -127,7 +133,7 @@ def _gate(config: EndpointConfig) -> Middleware:
         except ConnectionError:
             raise
         except Exception as error:
-            response = error_reply(_failure(request, error))
+            response = _error_reply(request, _failure(request, error))
             status = response.status
         finally:
             context.budget.give(request_context.taken)
@@ -160,6 +166,14 @@ async def _admitted(
     request_context.client = holder.key.name
     with holder.request():
         return await handler(request)
+
+
+def _error_reply(request: web.Request, error: ApiError) -> web.Response:
+    """In the shape that the clients of the route know."""
+    response = error_reply(error)
+    if request.path == _MESSAGES or request.path.startswith(f"{_MESSAGES}/"):
+        response.body = error_body(error, request[REQUEST_CONTEXT].id)
+    return response
 
 
 def _failure(request: web.Request, error: Exception) -> ApiError:

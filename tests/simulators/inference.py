@@ -186,7 +186,10 @@ class SimulatedInference:
             if self.delay_s:
                 await asyncio.sleep(self.delay_s)
             yield self._token(request, piece)
-        yield DoneEvent(request.id, reason, ttft_ms=1.0, tpot_ms=1.0)
+        text = self.answer if isinstance(self.answer, str) else ""
+        found = [(at, stop) for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
+        stop = min(found)[1] if found and reason is FinishReason.STOP else ""
+        yield DoneEvent(request.id, reason, ttft_ms=1.0, tpot_ms=1.0, stop=stop)
 
     def _pieces(self, request: GenerationRequest) -> tuple[list[str], FinishReason]:
         answer = self.answer(request) if callable(self.answer) else self.answer

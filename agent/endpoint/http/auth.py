@@ -38,6 +38,8 @@ class Keyring:
         if not self._holders:
             return None
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if not scheme and (key := request.headers.get("X-Api-Key")):  # as Anthropic's clients send it
+            scheme, token = "bearer", key
         holder = self._holders.get(hashlib.sha256(token.strip().encode(errors="surrogateescape")).digest())
         if scheme.lower() != "bearer" or holder is None:
             raise ApiError(

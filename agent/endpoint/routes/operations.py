@@ -78,7 +78,7 @@ async def props(request: web.Request) -> web.Response:
 async def openapi(request: web.Request) -> web.Response:
     """``GET /openapi.json``: the API's own description."""
     # Made when it is asked for: few ask, and its schemas take memory.
-    from agent.endpoint.openai.openapi import description
+    from agent.endpoint.http.openapi import description
 
     context = request.app[CONTEXT]
     info, strict = context.inference.active(), context.config.unknown_parameters is Strictness.REFUSE

@@ -101,6 +101,7 @@ class Generation:
             tpot_ms=(self._last - self._first) * 1e3 / spread if spread > 0 else 0.0,
             error=error,
             error_kind=kind,
+            stop=self._stop.matched or "" if reason is FinishReason.STOP else "",
         )
 
 

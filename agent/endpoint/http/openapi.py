@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from agent.endpoint.anthropic.shapes import CountRequest, MessagesRequest
 from agent.endpoint.openai.response_shapes import (
     AddItemsRequest,
     ConversationRequest,
@@ -21,6 +22,8 @@ _REF = "#/components/schemas/{model}"
 _POSTS: dict[str, tuple[type[ApiModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation, at once or as server-sent events."),
     "/v1/completions": (CompletionRequest, "Continue a text, without a chat template."),
+    "/v1/messages": (MessagesRequest, "Answer a conversation, as Anthropic's API has it."),
+    "/v1/messages/count_tokens": (CountRequest, "Count the tokens of such a conversation."),
     "/v1/responses": (ResponseRequest, "Answer items, going on from a stored response or a conversation."),
     "/v1/responses/input_tokens": (InputTokensRequest, "Count the tokens of what would be asked."),
     "/v1/conversations": (ConversationRequest, "Begin a conversation that responses can add to."),
@@ -69,6 +72,21 @@ _ERROR_SCHEMA: dict[str, Any] = {
     },
 }
 
+#: Of Anthropic's API.
+_MESSAGE_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
+    },
+}
+
 
 @lru_cache(maxsize=4)
 def description(names: tuple[str, ...] = (), *, strict: bool = False) -> dict[str, Any]:
@@ -96,7 +114,7 @@ def description(names: tuple[str, ...] = (), *, strict: bool = False) -> dict[st
         "info": {"title": "phifleet endpoint", "version": _version()},
         "paths": paths,
         "components": {
-            "schemas": {**shared["$defs"], "Error": _ERROR_SCHEMA},
+            "schemas": {**shared["$defs"], "Error": _ERROR_SCHEMA, "MessageError": _MESSAGE_ERROR_SCHEMA},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],
@@ -130,7 +148,8 @@ def _body(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _operation(path: str, text: str, kind: str = "application/json") -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    name = "MessageError" if path.startswith("/v1/messages") else "Error"
+    error = {"application/json": {"schema": {"$ref": _REF.format(model=name)}}}
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": {kind: {"schema": {}}}}}
     responses |= {status: {"description": words, "content": error} for status, words in _ERRORS.items()}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
