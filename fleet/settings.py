@@ -106,7 +106,7 @@ class FleetSettings(BaseSettings):
         except ValueError:
             usable = False
         if not usable:
-            raise ValueError("must be embedded, or mqtt, mqtts, ws or wss://host:port")
+            raise ValueError("must be embedded, mqtt://host:port, or the same with mqtts, ws or wss")
         if parts.username or parts.password:
             raise ValueError("must not hold a password; use broker_username and broker_password")
         return url
