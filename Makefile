@@ -103,7 +103,7 @@ test-bare: $(VENV)/.dev
 	  $(SUDO)env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap systemd-container >/dev/null; }
 	@$(SUDO)env PHIFLEET_BARE_TESTS=1 $(BIN)/python -m pytest -p no:cacheprovider tests/bare $(PYTEST_ARGS)
 
-# Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each.
+# Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each kind of network.
 test-variants: export PHIFLEET_VARIANTS ?= all
 test-variants: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m variants tests/fleet/quality/test_variants.py tests/agent/runtimes/test_onnx_qnn.py

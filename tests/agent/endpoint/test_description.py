@@ -57,7 +57,7 @@ async def test_it_holds(serve: Serve, tmp_path: Path):
         f"{endpoint.url}/openapi.json",
         "--checks=" + ",".join(CHECKS),
         "--phases=coverage,fuzzing",
-        "--max-examples=8",
+        "--max-examples=5",
         "--seed=1",
         "--generation-database=none",
         "--no-color",

@@ -213,7 +213,7 @@ async def test_what_does_not_let_it_through_is_named(
         settings = web.settings(url.format(**ports), proxy=proxy.format(**ports) if proxy else None)
         async with MqttLink(replace(settings, connect_timeout_s=3.0)) as link:
             with pytest.raises(LinkError, match=f"(?i){words}"):
-                await link.wait_connected(4)
+                await link.wait_connected(1.5)
 
 
 async def test_tls_offers_the_protocol_that_shares_port_443(web: Web) -> None:

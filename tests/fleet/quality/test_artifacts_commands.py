@@ -21,7 +21,7 @@ from tests.simulators.repository import make_manifest
 
 FIELDS = [
     "id", "model", "toolchain", "precision", "target", "bytes", "kl_divergence", "kl_divergence_p99", "perplexity",
-    "perplexity_ratio", "same_top_token", "ttft_ms", "tpot_ms", "peak_memory_bytes", "profile",
+    "perplexity_ratio", "same_top_token", "foreign_kl_divergence", "ttft_ms", "tpot_ms", "peak_memory_bytes", "profile",
 ]  # fmt: skip
 
 

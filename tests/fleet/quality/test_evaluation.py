@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.errors import UsageError
+from fleet.toolchains.quality.calibration import DATA
 from fleet.toolchains.quality.evaluation import (
     MAX_PIECES,
     MIN_PIECES,
     MIN_TEXT_TOKENS,
     PIECE_TOKENS,
     bundled,
+    foreign,
     from_text,
     pieces,
 )
@@ -30,11 +32,18 @@ def test_the_bundled_prompts_are_of_four_kinds_and_their_digest_is_known() -> No
 
 
 def test_what_is_scored_is_not_what_calibrations_see() -> None:
-    folder = Path(__file__).resolve().parents[3] / "fleet" / "data" / "calibration"
-    lines = [line for path in folder.iterdir() for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) >= 64
-    seen = "\n".join(text for line in lines for text in json.loads(line).values())
-    assert not [prompt for prompt in bundled().prompts if prompt in seen]
+    seen = "\n".join(path.read_text(encoding="utf-8") for path in DATA.iterdir())
+    assert len(seen) > 60_000
+    assert not [prompt for prompt in bundled().prompts if json.dumps(prompt)[1:-1] in seen or prompt in seen]
+    lines = [line for passage in foreign().passages for line in passage.splitlines() if len(line) > 40]
+    assert len(lines) > 80 and not [line for line in lines if line in seen]
+
+
+def test_the_foreign_passages_are_of_many_kinds_and_their_digest_is_known() -> None:
+    found = foreign()
+    assert len(found.passages) == 10 and all(len(one) > 700 for one in found.passages)
+    # Manifests name it: a changed passage is another evaluation, with another version and so another label.
+    assert found.label == "phifleet-foreign-1:34292c596759427e"
 
 
 @pytest.mark.parametrize(

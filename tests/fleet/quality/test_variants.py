@@ -54,7 +54,7 @@ ROUTED = 5
 def chosen(one: Cell) -> bool:
     if EVERYTHING:
         return True
-    if one.variant.name == "phi-3.5-mini":  # the network of phi-3-mini-128k
+    if one.variant.name in ("phi-3.5-mini", "phi-4"):  # the networks of phi-3-mini-128k, and of it with fewer keys
         return False
     if one.target is Target.NPU:  # OpenVINO's export is slow, and test_toolchains.py has one
         return False
