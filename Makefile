@@ -106,7 +106,7 @@ test-bare: $(VENV)/.dev
 # Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each kind of network.
 test-variants: export PHIFLEET_VARIANTS ?= all
 test-variants: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m variants tests/fleet/quality/test_variants.py tests/agent/runtimes/test_onnx_qnn.py
+	@$(BIN)/python -m pytest -m variants tests/fleet/quality tests/fleet/toolchains/test_whole_checkpoints.py tests/agent/runtimes/test_onnx_qnn.py
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -39,6 +40,12 @@ class Built:
     manifest: Manifest
     files: Path
     home: Home
+
+
+#: Beside the mark ``variants``: what takes so long that `make test` leaves it to `make test-variants`.
+MINUTES = pytest.mark.skipif(
+    os.environ.get("PHIFLEET_VARIANTS") != "all", reason="minutes: `make test-variants` runs it"
+)
 
 
 @functools.cache

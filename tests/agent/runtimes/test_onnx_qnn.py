@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from fleet.profiles_loader import load_profile
 from fleet.store.folder import BESIDE
 from fleet.toolchains.drivers.static_cpu import StaticCpu
 from tests.agent.runtimes.conftest import SIMULATED
-from tests.models import Built, built, sample_checkpoint, tiny_npu_artifact
+from tests.models import MINUTES, Built, built, sample_checkpoint, tiny_npu_artifact
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def _logprob(logits: Any, token: int) -> float:
 
 @pytest.mark.variants
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(os.environ.get("PHIFLEET_VARIANTS") != "all", reason="minutes: `make test-variants` runs it")
+@MINUTES
 async def test_the_sample_answers_paris_in_the_simulator() -> None:
     profile = load_profile("copilot-pc-qnn").model_copy(update={"context": 256})
     artifact = built(sample_checkpoint(), Toolchain.ONNX_QNN, Precision.INT8, Target.QNN, profile, share_weights=False)

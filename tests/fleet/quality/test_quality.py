@@ -18,7 +18,7 @@ from fleet.toolchains.quality import quality, reference
 from fleet.toolchains.quality.evaluation import Evaluation, from_text
 from fleet.toolchains.quality.quality_job import ANSWER_TOKENS, PROMPT_TOKENS, peak_memory_bytes, timings
 from fleet.toolchains.quality.scorers import Timing
-from tests.models import Built, built, checkpoint, few_texts
+from tests.models import MINUTES, Built, built, checkpoint, few_texts
 
 TEXT = (
     "The pump in hall seven runs at twelve bar. When the valve closes, the pressure rises and the alarm sounds. " * 40
@@ -227,6 +227,8 @@ def test_the_plan_knew_the_memory_of_mlx(tiny_dir: Path, cache: Path, text: Path
 
 
 @pytest.mark.toolchain
+@pytest.mark.variants
+@MINUTES
 @pytest.mark.timeout(1200)
 def test_llamacpps_recipes_rank_as_its_own_perplexity_tool_ranks_them(
     sample_dir: Path, cache: Path, tmp_path: Path

@@ -29,10 +29,12 @@ from fleet.toolchains.checkpoint.checkpoint import inspect
 from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.checkpoint.whole import as_network
-from tests.models import built, tiny_npu_artifact
+from tests.models import MINUTES, built, tiny_npu_artifact
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, Any]
+#: Whose builds of the joined checkpoint `make test-variants` has.
+SLOW = (Toolchain.OPENVINO, Toolchain.ONNX_QNN)
 #: Of the artifact for Qualcomm's NPU that the tests share, what is not the default.
 OPTIONS_OF_THE_NPU = ("share_weights", "recover")
 
@@ -263,7 +265,10 @@ def test_what_is_exactly_the_same_network_is_put_right_byte_for_byte(
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("toolchain", Toolchain)
+@pytest.mark.parametrize(
+    "toolchain",
+    [pytest.param(one, marks=[pytest.mark.variants, MINUTES] if one in SLOW else []) for one in Toolchain],
+)
 def test_every_toolchain_makes_the_same_bytes_of_what_was_joined(
     tiny_dir: Path, copy: Path, tmp_path: Path, toolchain: Toolchain
 ):
