@@ -167,8 +167,9 @@ def _properties(manifest: Manifest) -> list[dict[str, str]]:
         "memory-bytes-at-context": manifest.memory.at_context(manifest.context),
     }
     values |= {f"recipe:{name}": value for name, value in sorted(manifest.recipe.items())}
-    return [{"name": f"phifleet:{name}", "value": _text(value)} for name, value in values.items()]
+    return [{"name": f"phifleet:{name}", "value": as_text(value)} for name, value in values.items()]
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """An option of a recipe as people and documents have it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from agent.contract.manifest import Manifest, Precision, Toolchain
 from fleet.core.licenses import UNKNOWN
+from fleet.export.bom import as_text
 
 #: What a hub calls the library that loads the files; one that it does not know is left out.
 _LIBRARY = {
@@ -44,7 +45,7 @@ def model_card(manifest: Manifest) -> bytes:
         "",
         "## How it was made",
         "",
-        *_table(("option", "value"), [(name, _json(value)) for name, value in sorted(manifest.recipe.items())]),
+        *_table(("option", "value"), [(name, as_text(value)) for name, value in sorted(manifest.recipe.items())]),
         "",
         *_table(("package", "version"), sorted(manifest.versions.items())),
         "",
@@ -131,7 +132,3 @@ def _table(head: tuple[str, ...], rows: list[Any]) -> list[str]:
 def _plain(text: str) -> str:
     """``text`` so that a reader of Markdown shows it as it is, on one line."""
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-import platformdirs
-
 from fleet.errors import ModelError, StoreError
 from fleet.export.oci_layout import model_digest, unpack_layout
+from fleet.toolchains.checkpoint.sample_source import cache_folder
 
 #: What a model begins with that is in a layout.
 OCI_LAYOUT = "oci-layout:"
@@ -30,7 +28,7 @@ def from_layout(text: str) -> Path:
     if not layout.is_dir():
         raise ModelError(f"{OCI_LAYOUT}{text}: {layout} is no folder; pass {OCI_LAYOUT}DIR or {OCI_LAYOUT}DIR:TAG")
     try:
-        place = _cache() / model_digest(layout, tag) / _name(tag or layout.resolve().name)
+        place = cache_folder() / "oci" / model_digest(layout, tag) / _name(tag or layout.resolve().name)
         if not place.is_dir():
             _unpack(layout, tag, place)
     except StoreError as error:
@@ -38,10 +36,6 @@ def from_layout(text: str) -> Path:
     except OSError as error:
         raise ModelError(f"{layout}: cannot be unpacked: {error}") from None
     return place
-
-
-def _cache() -> Path:
-    return Path(platformdirs.user_cache_dir("phifleet", appauthor=False)) / "oci"
 
 
 def _name(text: str) -> str:
@@ -61,5 +55,4 @@ def _unpack(layout: Path, tag: str | None, place: Path) -> None:
             if not place.is_dir():  # another process was as quick: the same bytes
                 raise
     finally:
-        if os.path.lexists(half):
-            shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(half, ignore_errors=True)

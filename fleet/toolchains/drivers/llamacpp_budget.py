@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleet.core.allocation import Allocation, Choice, allocate, least_bytes
+from fleet.core.allocation import Allocation, Choice
 from fleet.core.plan_size import GGML_BLOCKS
 from fleet.errors import BuildError
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.sensitivity import chosen_rows, expected_loss
+from fleet.toolchains.recovery.sensitivity import expected_loss, sampled, spend
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 #: Of four bits and more, as INT4 is meant; a row that has no whole blocks of 256 has those of 32 alone.
 TYPES = ("IQ4_XS", "IQ4_NL", "Q4_K", "Q4_0", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q8_0")
-#: Rows of a matrix that are quantized for the estimate.
-_ROWS = 1024
 #: Of a GGUF's matrices, the names in the checkpoint.
 _NAMES = {
     "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
@@ -50,11 +48,7 @@ def choose_types(
     for done, (name, tensor) in enumerate(matrices.items()):
         progress(Progress("measuring what each width costs", done / len(matrices)))
         choices[name] = list(_choices(tensor, information[_in_checkpoint(name)], importance.get(name)))
-    found = allocate(choices, int(bits * weights / 8))
-    if found is None:
-        least = 8 * least_bytes(choices) / weights
-        raise BuildError(f"a budget of {bits:g} bits a weight is too small: the smallest types take {least:.2f}")
-    return found
+    return spend(choices, bits, weights)
 
 
 def _matrices(whole: Path) -> Iterator[tuple[str, Any]]:
@@ -80,11 +74,9 @@ def _choices(tensor: Any, information: NDArray[Any], importance: NDArray[Any] | 
     import numpy as np
     from gguf.quants import dequantize
 
-    rows = chosen_rows(information, _ROWS)
-    numbers, weight = np.array(list(rows)), np.array(list(rows.values()))[:, None]
+    numbers, weighed = sampled(information)
     columns = int(tensor.shape[0])
     values = np.ascontiguousarray(dequantize(tensor.data[numbers], tensor.tensor_type), dtype=np.float32)
-    weighed = information[numbers] * weight
     for kind in TYPES:
         size, block = GGML_BLOCKS[kind]
         if columns % block:

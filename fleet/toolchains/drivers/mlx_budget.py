@@ -6,18 +6,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleet.core.allocation import Allocation, Choice, allocate, least_bytes
-from fleet.errors import BuildError
+from fleet.core.allocation import Allocation, Choice
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.sensitivity import chosen_rows, expected_loss
+from fleet.toolchains.recovery.sensitivity import expected_loss, sampled, spend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: That MLX has kernels for, of four and more.
 WIDTHS = (4, 5, 6, 8)
-#: Rows of a matrix that are quantized for the estimate.
-_ROWS = 1024
 
 
 def choose_bits(
@@ -34,11 +31,7 @@ def choose_bits(
         progress(Progress("measuring what each width costs", done / len(information)))
         choices[name.removesuffix(".weight")] = list(_choices(values, group, information[name]))
         weights += values.size
-    found = allocate(choices, int(bits * weights / 8))
-    if found is None:
-        least = 8 * least_bytes(choices) / weights
-        raise BuildError(f"a budget of {bits:g} bits a weight is too small: four bits and their scales are {least:.2f}")
-    return found
+    return spend(choices, bits, weights)
 
 
 def _matrices(source: Path, names: set[str]) -> Iterator[tuple[str, Any]]:
@@ -55,10 +48,8 @@ def _choices(values: Any, group: int, information: NDArray[Any]) -> Iterator[Cho
     import mlx.core as mx
     import numpy as np
 
-    rows = chosen_rows(information, _ROWS)
-    numbers, weight = np.array(list(rows)), np.array(list(rows.values()))[:, None]
+    numbers, weighed = sampled(information)
     some = values[mx.array(numbers)].astype(mx.float32)
-    weighed = information[numbers] * weight
     for bits in WIDTHS:
         back = mx.dequantize(*mx.quantize(some, group_size=group, bits=bits), group_size=group, bits=bits)
         size = values.size * bits // 8 + values.size // group * 4

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleet.core.allocation import Allocation, Choice, allocate, least_bytes
 from fleet.errors import BuildError
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.progress import Progress, ProgressCallback
@@ -30,6 +31,8 @@ BLOCK = 32
 #: Tokens of a sequence, and sequences, at most. A matrix's figure is a mean over its weights: few texts are enough.
 SEQUENCE, SEQUENCES = 128, 24
 _SEED = 7
+#: Rows of a matrix that are quantized for an estimate.
+ROWS = 1024
 
 
 def sensitivities(
@@ -96,6 +99,28 @@ def expected_loss(information: NDArray[Any], errors: NDArray[Any]) -> float:
 def sensitivity_bytes(parameters: int, largest: int) -> int:
     """Return the memory that measuring takes: the model, the gradient of its largest matrix, sums and activations."""
     return 4 * parameters + 4 * parameters // BLOCK + 12 * largest + 2**30
+
+
+def sampled(information: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the rows to quantize for an estimate, and their information weighed by the rows that each stands for."""
+    import numpy as np
+
+    rows = chosen_rows(information, ROWS)
+    numbers = np.array(list(rows))
+    return numbers, information[numbers] * np.array(list(rows.values()))[:, None]
+
+
+def spend(choices: Mapping[str, Sequence[Choice]], bits: float, weights: int) -> Allocation:
+    """Return the allocation of ``bits`` a weight, on average and at most.
+
+    Raises:
+        BuildError: it is less than the smallest choices take.
+    """
+    found = allocate(choices, int(bits * weights / 8))
+    if found is None:
+        least = 8 * least_bytes(choices) / weights
+        raise BuildError(f"a budget of {bits:g} bits a weight is too small: the smallest widths take {least:.2f}")
+    return found
 
 
 def chosen_rows(information: NDArray[Any], count: int) -> Mapping[int, float]:
