@@ -71,7 +71,9 @@ async def _looked_at(stage: Stage, url: str, profile: Path, minutes: float) -> l
         await page.until(_WALK[-1][1], 30)
         opened = [await _opened(page) for _ in range(OPENED)]
         pressed = [
-            await page.run(_PRESS.format(place=place, there=there)) for _ in range(ROUNDS) for place, there in _WALK
+            await _pressed(page, _PRESS.format(place=place, there=there))
+            for _ in range(ROUNDS)
+            for place, there in _WALK
         ]
         heap = [await _heap(page)]
         while len(heap) < 1 + minutes * 2:

@@ -99,7 +99,7 @@ class Api:
             once = route.method == "POST" and route.role is not None
             key = request.headers.get("Idempotency-Key") if once else None
             if key is None:
-                return _response(await asyncio.to_thread(route.handler, call))
+                return await asyncio.to_thread(lambda: _response(route.handler(call)))
             return await asyncio.to_thread(self._once, route, call, key, _digest(request, raw))
 
         return handle

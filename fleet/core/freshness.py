@@ -49,19 +49,26 @@ def is_running(pulse: ControllerPulse, now: datetime) -> bool:
     return not pulse.stopped and not is_stale(pulse.seen_at, pulse.interval_s, now)
 
 
-def presence(online: bool, received_at: datetime | None, pulses: Iterable[ControllerPulse], now: datetime) -> Presence:
-    """Return what is known of a device's connection.
+def confirmed_from(pulses: Iterable[ControllerPulse], now: datetime) -> datetime | None:
+    """Return the moment from which a presence that was received says how things are now; None where none does.
 
     Presence is retained at the broker, and its will is the broker's: it holds as long as a controller is connected
     to the broker that it was received from. A record from before that connection says nothing about now.
     """
     since = [pulse.connected_since for pulse in pulses if pulse.connected_since and is_running(pulse, now)]
-    if not since:
+    return min(since) - CONNECT_GRACE if since else None
+
+
+def presence(online: bool, received_at: datetime | None, confirmed: datetime | None) -> Presence:
+    """Return what is known of a device's connection; ``confirmed`` is ``confirmed_from`` the controllers.
+
+    The registry says the same to a database (``inventory.presence_column``).
+    """
+    if confirmed is None:
         return Presence.UNKNOWN
     if not online:
         return Presence.OFFLINE
-    confirmed = received_at is not None and any(received_at >= moment - CONNECT_GRACE for moment in since)
-    return Presence.ONLINE if confirmed else Presence.UNKNOWN
+    return Presence.ONLINE if received_at is not None and received_at >= confirmed else Presence.UNKNOWN
 
 
 def next_interval_s(before: float | None, gap_s: float) -> float:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row
 
 from fleet.core.deployments import WAITING, Stage
-from fleet.core.freshness import Presence, age_s, is_stale, presence
+from fleet.core.freshness import Presence, age_s, is_stale
 from fleet.core.rollouts import STATES, State
-from fleet.operations.views import pulses
+from fleet.operations.views import confirmed
 from fleet.registry import Registry
-from fleet.registry.inventory import FIGURES
+from fleet.registry.inventory import FIGURES, Figures
 from fleet.registry.models import RolloutRow
 from fleet.registry.rollouts import read
 
@@ -27,6 +26,7 @@ _WAITS_FOR = {
     Stage.WAITING_SPACE: "waits for room on its disk",
 }
 _ENDED_BADLY = {Stage.FAILED: "failed", Stage.ROLLED_BACK: "was rolled back"}
+_UNSAID = "no reason was reported"
 _WAITS = {
     State.APPROVING: "waits for a person to approve its next wave",
     State.PAUSED: "is paused",
@@ -47,28 +47,27 @@ def overview(
     Raises:
         RegistryError: the database cannot be used.
     """
-    alive = pulses(registry)
-    devices = [
-        _Device(row, presence(row.online, row.presence_received_at, alive, at), at)
-        for row in registry.inventory.figures(names)
-    ]
-    columns: dict[str, Any] = {"at": at.isoformat(), "devices": [one.row.id for one in devices]}
+    devices = registry.inventory.figures(confirmed(registry, at), names)
+    stale = [is_stale(one.health_at, one.health_interval_s, at) for one in devices]
+    columns: dict[str, Any] = {"at": at.isoformat(), "devices": [one.device for one in devices]}
     for column, values in (
-        ("profile", [one.row.profile for one in devices]),
-        ("artifact", [one.row.serves or "" for one in devices]),
-        ("state", [one.row.stage or "none" for one in devices]),
+        ("profile", [one.profile for one in devices]),
+        ("artifact", [one.serves for one in devices]),
+        ("state", [one.stage for one in devices]),
     ):
         known = {value: place for place, value in enumerate(sorted(set(values)))}
         columns[f"{column}s"], columns[column] = list(known), [known[value] for value in values]
-    columns["presence"] = [one.presence.value for one in devices]
-    for name in FIGURES:
-        columns[name] = [getattr(one.row, name) for one in devices]
-    columns["health_age_s"] = [age_s(one.row.health_at, at) for one in devices]
-    columns["stale"] = [one.stale for one in devices]
+    for name in ("presence", *FIGURES):
+        columns[name] = [getattr(one, name) for one in devices]
+    columns["health_age_s"] = [age and round(age, 1) for age in (age_s(one.health_at, at) for one in devices)]
+    columns["stale"] = stale
     found = [] if names is not None else list(_of_rollouts(registry.rollouts.page(None, 100), at))
     found[:0] = [{"kind": "ends", "text": text} for text in ending]
-    found += [entry for one in devices for entry in _of_device(one)]
-    return columns | {"attention": found[:LISTED], "attention_count": len(found)}
+    wrong = [(one.device, kind) for one, old in zip(devices, stale, strict=True) for kind in _wrong(one, old)]
+    listed = wrong[: max(0, LISTED - len(found))]
+    details = registry.inventory.details(list(dict.fromkeys(device for device, _ in listed)))
+    entries = [_entry(details[device], kind, at) for device, kind in listed if device in details]
+    return columns | {"attention": [*found[:LISTED], *entries], "attention_count": len(found) + len(wrong)}
 
 
 def _of_rollouts(rows: Iterable[RolloutRow], at: datetime) -> Iterator[dict[str, Any]]:
@@ -79,37 +78,39 @@ def _of_rollouts(rows: Iterable[RolloutRow], at: datetime) -> Iterator[dict[str,
             yield {"kind": "rollout", "text": text, "rollout": row.id, "age_s": age}
 
 
-@dataclass(frozen=True, slots=True)
-class _Device:
-    row: Row[Any]
-    presence: Presence
-    at: datetime
+def _wrong(device: Figures, stale: bool) -> Iterator[str]:
+    """What a person should know of a device, by kind."""
+    if device.cloned:
+        yield "cloned"
+    if device.stage in _ENDED_BADLY:
+        yield "failed"
+    if device.stage in WAITING:
+        yield "waiting"
+    if device.unpublished:
+        yield "unpublished"
+    if device.presence == Presence.OFFLINE and device.known:
+        yield "offline"
+    elif stale and device.health_at is not None and device.presence == Presence.ONLINE:
+        yield "silent"
+    if device.paused and device.stage in (Stage.QUEUED, Stage.PUBLISHED):
+        yield "held"
 
-    @property
-    def stale(self) -> bool:
-        return is_stale(self.row.health_at, self.row.health_interval_s, self.at)
+
+def _entry(row: Row[Any], kind: str, at: datetime) -> dict[str, Any]:
+    text, since = _TEXTS[kind](row)
+    return {"kind": kind, "text": f"{row.id} {text}", "device": row.id, "age_s": age_s(since, at)}
 
 
-def _of_device(device: _Device) -> Iterator[dict[str, Any]]:
-    row = device.row
-
-    def entry(kind: str, text: str, since: datetime | None) -> dict[str, Any]:
-        return {"kind": kind, "text": f"{row.id} {text}", "device": row.id, "age_s": age_s(since, device.at)}
-
-    if row.cloned_at is not None:
-        yield entry("cloned", "speaks from two machines: its identity was copied", row.cloned_at)
-    if row.stage in _ENDED_BADLY:
-        why = row.failure_message or "no reason was reported"
-        text = f"{_ENDED_BADLY[Stage(row.stage)]} with {row.artifact}: {why}"
-        yield entry("failed", text, row.finished_at or row.reported_at)
-    if row.stage in WAITING:
-        yield entry("waiting", f"{_WAITS_FOR[Stage(row.stage)]}: {row.failure_message}", row.reported_at)
-    if row.publish_error:
-        yield entry("unpublished", f"has an order that was not published: {row.publish_error}", None)
-    seen = row.last_seen or row.presence_at
-    if device.presence is Presence.OFFLINE and seen is not None:
-        yield entry("offline", "is offline", seen)
-    elif row.health_at is not None and device.stale and device.presence is Presence.ONLINE:
-        yield entry("silent", "is online and has stopped to report its health", row.health_at)
-    if row.paused and row.stage in (Stage.QUEUED, Stage.PUBLISHED):
-        yield entry("held", "holds its order back: the person at the device has paused it", None)
+#: By kind: what is said of a device, and since when it is so.
+_TEXTS: dict[str, Callable[[Row[Any]], tuple[str, datetime | None]]] = {
+    "cloned": lambda row: ("speaks from two machines: its identity was copied", row.cloned_at),
+    "failed": lambda row: (
+        f"{_ENDED_BADLY.get(row.stage, 'failed')} with {row.artifact}: {row.failure_message or _UNSAID}",
+        row.finished_at or row.reported_at,
+    ),
+    "waiting": lambda row: (f"{_WAITS_FOR.get(row.stage, 'waits')}: {row.failure_message}", row.reported_at),
+    "unpublished": lambda row: (f"has an order that was not published: {row.publish_error}", None),
+    "offline": lambda row: ("is offline", row.last_seen or row.presence_at),
+    "silent": lambda row: ("is online and has stopped to report its health", row.health_at),
+    "held": lambda row: ("holds its order back: the person at the device has paused it", None),
+}

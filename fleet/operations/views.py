@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from fleet.core.deployments import WAITING, Stage
-from fleet.core.freshness import ControllerPulse, Presence, age_s, is_running, is_stale, presence
+from fleet.core.freshness import ControllerPulse, Presence, age_s, confirmed_from, is_running, is_stale, presence
 from fleet.registry import Registry
 from fleet.registry.models import (
     AuditRow,
@@ -88,9 +87,9 @@ def fleet_view(registry: Registry, at: datetime, names: Sequence[str] = ()) -> F
     rows = registry.controllers.all()
     devices = registry.devices.some(names) if names else registry.devices.all()
     newest = registry.deployments.newest([row.id for row in devices] if names else None)
-    pulses = [_pulse(row) for row in rows]
+    confirmed = confirmed_from(map(_pulse, rows), at)
     views = [
-        DeviceView(row, newest.get(row.id), presence(row.online, row.presence_received_at, pulses, at), at)
+        DeviceView(row, newest.get(row.id), presence(row.online, row.presence_received_at, confirmed), at)
         for row in devices
     ]
     controllers = [ControllerView(row, is_running(_pulse(row), at), age_s(row.seen_at, at) or 0.0) for row in rows]
@@ -190,13 +189,13 @@ def age_text(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def pulses(registry: Registry) -> list[ControllerPulse]:
-    """Return the controllers' last signs of life.
+def confirmed(registry: Registry, at: datetime) -> datetime | None:
+    """Return the moment from which a presence that was received says how things are at ``at``.
 
     Raises:
         RegistryError: the database cannot be used.
     """
-    return [_pulse(row) for row in registry.controllers.all()]
+    return confirmed_from(map(_pulse, registry.controllers.all()), at)
 
 
 def _pulse(row: ControllerRow) -> ControllerPulse:
@@ -210,17 +209,15 @@ def _iso(at: datetime | None) -> str | None:
 def summarize(registry: Registry, at: datetime) -> dict[str, Any]:
     """Return the controllers, and how many devices there are in which state."""
     rows = registry.controllers.all()
-    pulses = [_pulse(row) for row in rows]
-    devices, states = registry.inventory.summary()
+    by_presence, by_state = registry.inventory.summary(confirmed_from(map(_pulse, rows), at))
     views = [ControllerView(row, is_running(_pulse(row), at), age_s(row.seen_at, at) or 0.0) for row in rows]
-    found = Counter(presence(online, received, pulses, at).value for _, online, received in devices)
     return {
         "at": at.isoformat(),
         "controller_running": any(view.running for view in views),
         "controllers": [describe_controller(view) for view in [one for one in views if one.running] or views[:1]],
-        "devices": len(devices),
-        "by_presence": dict(found),
-        "by_state": states,
+        "devices": sum(by_presence.values()),
+        "by_presence": by_presence,
+        "by_state": by_state,
     }
 
 

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, and_, func, or_, select, true
+from sqlalchemy import ColumnElement, Row, Select, and_, case, false, func, literal, or_, select, true
 
+from fleet.core.freshness import Presence
 from fleet.core.selectors import And, Compare, Facts, In, Or, Selector, matches
 from fleet.registry.database import Database
 from fleet.registry.models import ArtifactRow, DeploymentRow, DeviceRow, LabelRow
@@ -19,6 +20,12 @@ GIB = 2**30
 FIGURES = {"tpot_ms": "tpot_ms_p50", "ttft_ms": "ttft_ms_p50", "tokens_per_s": "tokens_per_s"}
 #: Rows that are read at a time where a limit may be reached before the last.
 _AT_A_TIME = 500
+_THERE = (DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None))
+#: How a device is joined to its newest order.
+_NEWEST = (
+    DeploymentRow,
+    and_(DeploymentRow.device == DeviceRow.id, DeploymentRow.sequence == DeviceRow.sequence),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,26 @@ class Found:
     profile: str
     facts: Facts
     served: str | None
+
+
+class Figures(NamedTuple):
+    """What an overview shows of one device; milliseconds, tokens a second. Empty or ``none`` where there is nothing."""
+
+    device: str
+    profile: str
+    presence: str
+    health_at: datetime | None
+    health_interval_s: float | None
+    serves: str
+    tpot_ms: float | None
+    ttft_ms: float | None
+    tokens_per_s: float | None
+    stage: str
+    paused: bool
+    cloned: bool
+    unpublished: bool
+    #: Whether it was ever heard of.
+    known: bool
 
 
 class Inventory:
@@ -47,11 +74,8 @@ class Inventory:
                 DeviceRow.id, DeviceRow.profile, DeviceRow.labels, DeviceRow.online, DeviceRow.agent_version,
                 DeviceRow.facts, DeviceRow.reported, DeploymentRow.stage, DeploymentRow.runtime,
             )
-            .outerjoin(
-                DeploymentRow,
-                and_(DeploymentRow.device == DeviceRow.id, DeploymentRow.sequence == DeviceRow.sequence),
-            )
-            .where(DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None), _narrowed(selector))
+            .outerjoin(*_NEWEST)
+            .where(*_THERE, _narrowed(selector))
             .where(DeviceRow.id > after if after is not None else true())
             .order_by(DeviceRow.id)
         )  # fmt: skip
@@ -65,62 +89,75 @@ class Inventory:
         """Return each device's profile, its artifact, its newest report, when that came, and its interval."""
         query = select(
             DeviceRow.profile, DeviceRow.reported, DeviceRow.health, DeviceRow.health_at, DeviceRow.health_interval_s
-        ).where(DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None))
+        ).where(*_THERE)
         with self._database.read() as session:
             rows = session.execute(query)
             return [(row[0], (row[1] or {}).get("artifact"), row[2], row[3], row[4]) for row in rows]
 
-    def figures(self, names: Sequence[str] | None = None) -> list[Row[Any]]:
-        """Return one row a device, by name: what an overview shows of it, and no more, so that 10,000 are cheap.
+    def figures(self, confirmed: datetime | None, names: Sequence[str] | None = None) -> list[Figures]:
+        """Return one row a device, by name: what an overview shows of each, and no more, so that 10,000 are cheap.
 
-        ``names``: these alone.
+        ``confirmed``: from when on a presence counts (``freshness.confirmed_from``); ``names``: these alone.
         """
         health, reported = DeviceRow.health, DeviceRow.reported
         query = (
             select(
-                DeviceRow.id, DeviceRow.profile, DeviceRow.online, DeviceRow.presence_received_at,
-                DeviceRow.presence_at, DeviceRow.last_seen, DeviceRow.cloned_at, DeviceRow.health_at,
-                DeviceRow.health_interval_s, reported["artifact"].as_string().label("serves"),
-                reported["paused"].as_boolean().label("paused"),
-                *(health[field].as_float().label(name) for name, field in FIGURES.items()),
-                DeploymentRow.stage, DeploymentRow.artifact, DeploymentRow.failure_message,
-                DeploymentRow.publish_error, DeploymentRow.finished_at, DeploymentRow.reported_at,
+                DeviceRow.id, DeviceRow.profile, presence_column(confirmed), DeviceRow.health_at,
+                DeviceRow.health_interval_s, func.coalesce(reported["artifact"].as_string(), ""),
+                *(health[field].as_float() for field in FIGURES.values()),
+                func.coalesce(DeploymentRow.stage, "none"),
+                func.coalesce(reported["paused"].as_boolean(), false()), DeviceRow.cloned_at.is_not(None),
+                func.coalesce(DeploymentRow.publish_error, "") != "",
+                or_(DeviceRow.last_seen.is_not(None), DeviceRow.presence_at.is_not(None)),
             )
-            .outerjoin(
-                DeploymentRow,
-                and_(DeploymentRow.device == DeviceRow.id, DeploymentRow.sequence == DeviceRow.sequence),
-            )
-            .where(DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None))
+            .outerjoin(*_NEWEST)
+            .where(*_THERE)
             .order_by(DeviceRow.id)
         )  # fmt: skip
+        return [Figures._make(row) for row in self._rows(query, names)]
+
+    def details(self, names: Sequence[str]) -> dict[str, Row[Any]]:
+        """Return what else there is to say of these devices and their newest orders, by device."""
+        query = select(
+            DeviceRow.id, DeviceRow.presence_at, DeviceRow.last_seen, DeviceRow.cloned_at, DeviceRow.health_at,
+            DeploymentRow.stage, DeploymentRow.artifact, DeploymentRow.failure_message, DeploymentRow.publish_error,
+            DeploymentRow.finished_at, DeploymentRow.reported_at,
+        ).outerjoin(*_NEWEST)  # fmt: skip
+        return {row.id: row for row in self._rows(query, names)}
+
+    def _rows(self, query: Select[*tuple[Any, ...]], names: Sequence[str] | None) -> Iterator[Row[*tuple[Any, ...]]]:
         with self._database.read() as session:
+            # Of the connection: what the session does for objects is half of the time where there are none.
+            connection = session.connection()
             if names is None:
-                return list(session.execute(query))
-            some = (names[start : start + _AT_A_TIME] for start in range(0, len(names), _AT_A_TIME))
-            return [row for part in some for row in session.execute(query.where(DeviceRow.id.in_(part)))]
+                yield from connection.execute(query).all()
+                return
+            for start in range(0, len(names), _AT_A_TIME):
+                yield from connection.execute(query.where(DeviceRow.id.in_(names[start : start + _AT_A_TIME])))
 
-    def summary(self) -> tuple[list[tuple[str, bool, datetime | None]], dict[str, int]]:
-        """Return each device's profile, whether it is online and since when that is known; and the count of each state.
+    def summary(self, confirmed: datetime | None) -> tuple[dict[str, int], dict[str, int]]:
+        """Return how many devices have which presence, and how many have which state of their newest order.
 
-        The state is that of the newest order: ``none`` where there is none.
+        The state is ``none`` where there is no order.
         """
-        there = (DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None))
-        states = (
-            select(func.coalesce(DeploymentRow.stage, "none"), func.count())
-            .select_from(DeviceRow)
-            .outerjoin(
-                DeploymentRow,
-                and_(DeploymentRow.device == DeviceRow.id, DeploymentRow.sequence == DeviceRow.sequence),
-            )
-            .where(*there)
-            .group_by(func.coalesce(DeploymentRow.stage, "none"))
-        )
+        # Grouped by label: a database cannot tell that two expressions are one whose values are bound apart.
+        known = select(presence_column(confirmed).label("found"), func.count()).where(*_THERE)
+        state = func.coalesce(DeploymentRow.stage, "none").label("found")
+        states = select(state, func.count()).select_from(DeviceRow).outerjoin(*_NEWEST).where(*_THERE)
         with self._database.read() as session:
-            devices = session.execute(
-                select(DeviceRow.profile, DeviceRow.online, DeviceRow.presence_received_at).where(*there)
-            )
-            counts = {row[0]: row[1] for row in session.execute(states)}
-            return [(row[0], row[1], row[2]) for row in devices], counts
+            by_presence, by_state = (session.execute(one.group_by("found")).all() for one in (known, states))
+            return {row[0]: row[1] for row in by_presence}, {row[0]: row[1] for row in by_state}
+
+
+def presence_column(confirmed: datetime | None) -> ColumnElement[str]:
+    """Return what ``freshness.presence`` says, for a database to work out."""
+    if confirmed is None:
+        return literal(Presence.UNKNOWN.value)
+    return case(
+        (DeviceRow.online.is_(False), Presence.OFFLINE.value),
+        (DeviceRow.presence_received_at >= confirmed, Presence.ONLINE.value),
+        else_=Presence.UNKNOWN.value,
+    )
 
 
 def _read(rows: Any, models: dict[str, str]) -> Iterator[Found]:

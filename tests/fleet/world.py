@@ -92,8 +92,11 @@ class World:
         return Facts(**(fields | changes))
 
 
-def controller_runs(world: World, seen_at: datetime | None = None) -> None:
-    """As a controller says that it is alive, and has been connected to the broker for a long time."""
+_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def controller_runs(world: World, seen_at: datetime | None = None, since: datetime = _LONG_AGO) -> None:
+    """As a controller says that it is alive, and has been connected to the broker ``since`` then."""
     beat = Heartbeat(
         id="controller-1",
         host="here",
@@ -102,7 +105,7 @@ def controller_runs(world: World, seen_at: datetime | None = None) -> None:
         started_at=world.clock.now(),
         interval_s=5.0,
         broker="mqtt://127.0.0.1:1",
-        connected_since=datetime(2000, 1, 1, tzinfo=UTC),
+        connected_since=since,
         broker_error=None,
     )
     world.registry.controllers.beat(beat, seen_at or datetime.now(UTC))

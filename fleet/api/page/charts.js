@@ -1,8 +1,12 @@
 // The heat map of the fleet on a canvas, and lines over time.
-import { bytes, html, quantile, useEffect, useLayoutEffect, useRef, useState } from "./parts.js";
+import { bytes, html, quantile, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./parts.js";
 
-const COLD = [38, 120, 178], HOT = [205, 62, 40];
-const mix = (share) => `rgb(${COLD.map((value, index) => Math.round(value + (HOT[index] - value) * share)).join(",")})`;
+// Cold to hot in steps, as a canvas keeps a pixel (red is the lowest byte).
+const COLD = [38, 120, 178], HOT = [205, 62, 40], STEPS = 64;
+const pixel = ([red, green, blue]) => 0xff000000 + blue * 65536 + green * 256 + red;
+const GREY = pixel([142, 153, 159]);
+const COLOURS = Uint32Array.from({ length: STEPS }, (_, step) =>
+  pixel(COLD.map((value, index) => Math.round(value + ((HOT[index] - value) * step) / (STEPS - 1)))));
 
 /** One cell a device, by profile; blue is fast, red is slow, grey has no fresh figure. */
 export function HeatMap({ overview }) {
@@ -15,28 +19,34 @@ export function HeatMap({ overview }) {
     watch.observe(canvas.current.parentElement);
     return () => watch.disconnect();
   }, []);
-  const fresh = overview.tpot_ms.filter((value, index) => value !== null && !overview.stale[index]);
-  const low = quantile(fresh, 0.05), high = quantile(fresh, 0.95);
-  const share = (value) => (high > low ? Math.min(1, Math.max(0, Math.log(value / low) / Math.log(high / low))) : 0);
+  const [some, low, high] = useMemo(() => {
+    const fresh = overview.tpot_ms.filter((value, index) => value !== null && !overview.stale[index]);
+    return [fresh.length > 0, quantile(fresh, 0.05), quantile(fresh, 0.95)];
+  }, [overview]);
+  // Pixels by hand: 10,000 rectangles cost a canvas more than the page may keep a person waiting.
   useEffect(() => {
-    const count = overview.devices.length || 1;
-    const side = Math.max(3, Math.min(22, Math.floor(Math.sqrt((width * 260) / count))));
-    const columns = Math.max(1, Math.floor(width / side));
-    const order = [...overview.devices.keys()].sort((a, b) => overview.profile[a] - overview.profile[b] || a - b);
-    layout.current = { side, columns, order };
-    const scale = window.devicePixelRatio || 1, height = Math.ceil(count / columns) * side;
-    canvas.current.width = width * scale;
-    canvas.current.height = height * scale;
-    canvas.current.style.height = `${height}px`;
-    const pen = canvas.current.getContext("2d");
-    pen.scale(scale, scale);
-    const gap = side > 6 ? 1 : 0.5;
-    order.forEach((device, place) => {
-      const value = overview.tpot_ms[device];
-      pen.fillStyle = value === null || overview.stale[device] || overview.presence[device] === "offline" ? "#8e999f" : mix(share(value));
-      pen.fillRect((place % columns) * side, Math.floor(place / columns) * side, side - gap, side - gap);
-    });
-  });
+    const count = overview.devices.length || 1, scale = window.devicePixelRatio || 1;
+    const side = Math.round(Math.max(3, Math.min(22, Math.floor(Math.sqrt((width * 260) / count)))) * scale);
+    const columns = Math.max(1, Math.floor((width * scale) / side)), rows = Math.ceil(count / columns);
+    const order = byProfile(overview.profile, overview.profiles.length);
+    layout.current = { side: side / scale, columns, order };
+    const wide = columns * side;
+    canvas.current.width = wide;
+    canvas.current.height = rows * side;
+    canvas.current.style.width = `${wide / scale}px`;
+    canvas.current.style.height = `${(rows * side) / scale}px`;
+    const pen = canvas.current.getContext("2d"), image = pen.createImageData(wide, rows * side);
+    const pixels = new Uint32Array(image.data.buffer), filled = side - 1;
+    const slope = high > low ? (STEPS - 1) / Math.log(high / low) : 0;
+    for (let place = 0; place < order.length; place += 1) {
+      const device = order[place], value = overview.tpot_ms[device];
+      const grey = value === null || overview.stale[device] || overview.presence[device] === "offline";
+      const step = Math.min(STEPS - 1, Math.max(0, Math.round(slope * Math.log(value / low)))) || 0;
+      const begin = Math.floor(place / columns) * side * wide + (place % columns) * side;
+      for (let row = 0; row < filled; row += 1) pixels.fill(grey ? GREY : COLOURS[step], begin + row * wide, begin + row * wide + filled);
+    }
+    pen.putImageData(image, 0, 0);
+  }, [overview, width]);
   function under(event) {
     const { side, columns, order } = layout.current;
     const column = Math.floor(event.offsetX / side), row = Math.floor(event.offsetY / side);
@@ -49,7 +59,7 @@ export function HeatMap({ overview }) {
     setSaid(`${overview.devices[device]}, ${overview.profiles[overview.profile[device]]}: ` +
       (value === null ? "no figure yet" : `${value.toFixed(1)} ms a token${overview.stale[device] ? ", not fresh" : ""}`));
   }
-  const legend = fresh.length
+  const legend = some
     ? `blue ${low.toFixed(1)} ms a token, red ${high.toFixed(1)} ms; grey: offline, or no fresh figure`
     : "no device has reported a figure yet";
   return html`<figure class="heat"><div><canvas ref=${canvas} role="img"
@@ -57,6 +67,16 @@ export function HeatMap({ overview }) {
       onMouseMove=${say} onMouseLeave=${() => setSaid("")}
       onClick=${(event) => { const device = under(event); if (device !== undefined) location.hash = `#/devices/${overview.devices[device]}`; }}></canvas></div>
     <figcaption class="quiet">${said || legend}</figcaption></figure>`;
+}
+
+/** The places of the devices, sorted by profile. */
+function byProfile(profile, profiles) {
+  const next = new Uint32Array(profiles + 1);
+  for (const one of profile) next[one + 1] += 1;
+  for (let one = 0; one < profiles; one += 1) next[one + 1] += next[one];
+  const order = new Uint32Array(profile.length);
+  profile.forEach((one, device) => { order[next[one]] = device; next[one] += 1; });
+  return order;
 }
 
 const DARK = matchMedia("(prefers-color-scheme: dark)");

@@ -9,9 +9,13 @@ export const may = (me, role) => ROLES.indexOf(me.role) >= ROLES.indexOf(role);
 
 const changed = new EventTarget();
 /** Say that something in the fleet has changed, so that what is shown is read again. */
-export const announce = () => changed.dispatchEvent(new Event("changed"));
+export function announce() {
+  for (const one of kept.values()) one.at = -Infinity;
+  changed.dispatchEvent(new Event("changed"));
+}
 
-// What a page showed last, so that who comes back sees it at once while it is read again.
+// What a page showed last and when that was read, so that who comes back sees it at once. It is read again when it is
+// as old as it would have become on the screen, or when the fleet has changed meanwhile.
 const kept = new Map();
 /** Forget what was shown, as when somebody else signs in. */
 export const forget = () => kept.clear();
@@ -19,7 +23,7 @@ export const forget = () => kept.clear();
 /** Read something now, every `every` milliseconds, and when the fleet has changed. The last good data stays shown.
  *  `name`: keep it under this name for the next time that the page is looked at. */
 export function useData(load, keys, every = 10000, name = null) {
-  const [found, setFound] = useState({ data: kept.get(name) ?? null, error: null });
+  const [found, setFound] = useState({ data: kept.get(name)?.data ?? null, error: null });
   const state = useRef({ busy: false, again: false, current: 0 });
   const read = useCallback(async () => {
     const mine = state.current.current;
@@ -27,7 +31,7 @@ export function useData(load, keys, every = 10000, name = null) {
     state.current.busy = true;
     try {
       const data = await load();
-      if (name !== null) kept.set(name, data);
+      if (name !== null) kept.set(name, { data, at: performance.now() });
       if (mine === state.current.current) setFound({ data, error: null });
     } catch (error) {
       if (mine === state.current.current) setFound((before) => ({ ...before, error }));
@@ -38,12 +42,14 @@ export function useData(load, keys, every = 10000, name = null) {
   useEffect(() => {
     state.current = { busy: false, again: false, current: state.current.current + 1 };
     setFound((before) => ({ data: before.data, error: null }));
-    read();
-    let soon = null;
+    let soon = null, timer = null;
+    const wait = (time) => { timer = setTimeout(() => { if (!document.hidden) read(); wait(every); }, time); };
+    const left = kept.has(name) ? kept.get(name).at + every - performance.now() : 0;
+    if (left > 0) wait(left);
+    else { read(); wait(every); }
     const heard = () => { soon ??= setTimeout(() => { soon = null; read(); }, 1000); };
-    const timer = setInterval(() => { if (!document.hidden) read(); }, every);
     changed.addEventListener("changed", heard);
-    return () => { state.current.current += 1; clearInterval(timer); clearTimeout(soon); changed.removeEventListener("changed", heard); };
+    return () => { state.current.current += 1; clearTimeout(timer); clearTimeout(soon); changed.removeEventListener("changed", heard); };
   }, [read, every]);
   return { ...found, reload: read };
 }
@@ -68,15 +74,12 @@ export const bytes = (count) =>
   count >= 1e9 ? `${(count / 1e9).toFixed(2)} GB` : count >= 1e6 ? `${(count / 1e6).toFixed(1)} MB` : `${count} B`;
 export const number = (value, digits = 1) => (value === null || value === undefined ? "-" : value.toFixed(digits));
 export const plural = (count, one) => `${count.toLocaleString()} ${one}${count === 1 ? "" : "s"}`;
-export function median(values) {
-  if (!values.length) return null;
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.floor((sorted.length - 1) / 2)];
-}
+export const median = (values) => quantile(values, 0.5);
+/** The least of the values that has this share of them at or below it; null of none. */
 export function quantile(values, share) {
   if (!values.length) return null;
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
+  const sorted = Float64Array.from(values).sort();
+  return sorted[Math.max(0, Math.ceil(share * sorted.length) - 1)];
 }
 
 export const Problem = ({ error }) =>

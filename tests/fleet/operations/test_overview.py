@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.contract.messages import HealthReport, State
+from fleet.core.freshness import presence
 from fleet.operations.overview import LISTED, overview
+from fleet.operations.views import confirmed, summarize
 from fleet.registry import Received, Recorder
 from tests.fleet.registry.conftest import fresh_postgresql, postgresql, url
 from tests.fleet.world import World, controller_runs, make_world, topic_of
@@ -75,3 +78,20 @@ def test_a_long_list_is_counted_and_cut(world: World):
     shown = overview(world.registry, world.clock.now())
     assert (len(shown["attention"]), shown["attention_count"]) == (LISTED, LISTED + 5)
     assert "was rolled back" in shown["attention"][0]["text"]
+
+
+@pytest.mark.parametrize("said", [None, True, False], ids=["never heard of", "online", "offline"])
+@pytest.mark.parametrize("connected", [None, 3600.0, 5.0, -60.0], ids=["no controller", "long", "grace", "since"])
+def test_the_database_and_the_rule_agree_on_presence(world: World, said: bool | None, connected: float | None):
+    world.add("pi-1")
+    if said is not None:
+        say(world, world.presence("pi-1", online=said))
+    if connected is not None:
+        controller_runs(world, since=world.clock.now() - timedelta(seconds=connected))
+        world.clock.advance(seconds=1)
+    now = world.clock.now()
+    row = world.registry.devices.get("pi-1")
+    assert row is not None
+    expected = presence(row.online, row.presence_received_at, confirmed(world.registry, now))
+    assert overview(world.registry, now)["presence"] == [expected]
+    assert summarize(world.registry, now)["by_presence"] == {expected: 1}
