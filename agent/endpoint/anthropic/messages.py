@@ -17,6 +17,7 @@ from agent.endpoint.openai.chat_completions import ChatJob
 from agent.endpoint.openai.chunks import named_event
 from agent.endpoint.openai.errors import ApiError, from_validation, invalid
 from agent.endpoint.openai.prompting import checked
+from agent.endpoint.openai.reading import Piece, ThoughtDelta
 from agent.endpoint.openai.shapes import (
     CalledFunction,
     ChatRequest,
@@ -27,7 +28,7 @@ from agent.endpoint.openai.shapes import (
     ToolCall,
     ToolChoice,
 )
-from agent.endpoint.openai.tools import Delta, TextDelta
+from agent.endpoint.openai.tools import TextDelta
 
 #: Of our statuses, as Anthropic's error types; others are ``api_error``.
 _ERRORS = {
@@ -35,6 +36,7 @@ _ERRORS = {
     405: "invalid_request_error", 408: "timeout_error", 413: "request_too_large", 415: "invalid_request_error",
     429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
+_THOUGHTS = ("thinking", "redacted_thinking")
 #: What clients call the parameters that we name in messages.
 _PARAMETERS = {"stop": "stop_sequences", "max_completion_tokens": "max_tokens"}
 
@@ -110,7 +112,7 @@ def _turn(turn: Turn, at: int) -> Iterator[Message]:
                 raise invalid(f"{place}.name is missing", f"{place}.name")
             arguments = json.dumps(block.input or {}, ensure_ascii=False)
             calls.append(ToolCall(id=block.id, function=CalledFunction(name=block.name, arguments=arguments)))
-        else:
+        elif block.type not in _THOUGHTS or turn.role != "assistant":  # a model is not shown its own thoughts
             said.append(_text([block], place))
     if said or calls or turn.role == "assistant":
         yield Message(role=turn.role, content="".join(said), tool_calls=calls or None)
@@ -142,28 +144,26 @@ class _Answer:
 
     job: ChatJob
     stops: tuple[str, ...]
+    #: Whether thoughts were asked for; they are left out otherwise.
+    thoughts: bool
     content: list[dict[str, Any]] = field(default_factory=list)
     _open: int | None = None
     _arguments: str = ""
     _calls: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._parser = self.job.plan.parser()
+        self._reader = self.job.choices()[0].reader
         self.id = self.job.id.replace("chatcmpl-", "msg_")
         self.done: DoneEvent | None = None
 
     def token(self, event: TokenEvent) -> list[tuple[str, dict[str, Any]]]:
         """More text."""
-        deltas: list[Delta] = [TextDelta(event.text)] if event.text else []
-        if self._parser is not None:
-            deltas = self._parser.feed(event.text)
-        return [out for delta in deltas for out in self._delta(delta)]
+        return [out for piece in self._reader.token(event) for out in self._delta(piece)]
 
     def end(self, done: DoneEvent) -> list[tuple[str, dict[str, Any]]]:
         """The answer is over."""
         self.done = done
-        rest = self._parser.finish() if self._parser is not None else []
-        return [*(out for delta in rest for out in self._delta(delta)), *self._close()]
+        return [*(out for piece in self._reader.finish() for out in self._delta(piece)), *self._close()]
 
     @property
     def stop(self) -> tuple[str, str | None]:
@@ -191,8 +191,15 @@ class _Answer:
             "stop_reason": None, "stop_sequence": None, "usage": self.usage(), **changes,
         }  # fmt: skip
 
-    def _delta(self, delta: Delta) -> Iterator[tuple[str, dict[str, Any]]]:
-        if isinstance(delta, TextDelta):
+    def _delta(self, delta: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
+        if isinstance(delta, ThoughtDelta):
+            if not self.thoughts:
+                return
+            if self._open is None:
+                yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
+            self.content[-1]["thinking"] += delta.text
+            yield self._event("content_block_delta", delta={"type": "thinking_delta", "thinking": delta.text})
+        elif isinstance(delta, TextDelta):
             if self._open is None or self.content[self._open]["type"] != "text":
                 yield from self._begin({"type": "text", "text": ""})
             self.content[-1]["text"] += delta.text
@@ -235,8 +242,8 @@ def _object(text: str) -> dict[str, Any]:
 class WholeMessage:
     """The whole answer while it grows."""
 
-    def __init__(self, job: ChatJob, stops: Sequence[str]) -> None:
-        self._answer = _Answer(job, tuple(stops))
+    def __init__(self, job: ChatJob, stops: Sequence[str], *, thoughts: bool = False) -> None:
+        self._answer = _Answer(job, tuple(stops), thoughts)
 
     def add(self, index: int, event: GenerationEvent) -> None:
         """Take one event in.
@@ -258,8 +265,10 @@ class WholeMessage:
 class MessageStream:
     """The same as server-sent events. ``prompt_tokens`` are told with the first."""
 
-    def __init__(self, job: ChatJob, stops: Sequence[str], prompt_tokens: int, request_id: str) -> None:
-        self._answer = _Answer(job, tuple(stops))
+    def __init__(
+        self, job: ChatJob, stops: Sequence[str], prompt_tokens: int, request_id: str, *, thoughts: bool = False
+    ) -> None:
+        self._answer = _Answer(job, tuple(stops), thoughts)
         self._request_id = request_id
         begun = self._answer.message(usage={"input_tokens": prompt_tokens, "output_tokens": 0}, content=[])
         self._opening = _encoded([("message_start", {"type": "message_start", "message": begun})])

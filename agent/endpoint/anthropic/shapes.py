@@ -10,7 +10,7 @@ from agent.endpoint.openai.shapes import MAX_STOPS, ApiModel, Lenient, Name, Sto
 
 
 class Block(Lenient):
-    """A part of a message: ``text``, ``tool_use`` or ``tool_result``; the others are named in the refusal."""
+    """A part of a message: ``text``, ``tool_use``, ``tool_result`` or thoughts; others are named in the refusal."""
 
     type: Annotated[str, Field(max_length=64)]
     text: Text | None = None
@@ -56,6 +56,12 @@ class CountRequest(ApiModel):
     tool_choice: MessagesChoice | None = None
 
 
+class Thinking(Lenient):
+    """Whether thoughts are to be in the answer; how long a model thinks is its own, whatever the budget."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
 class MessagesRequest(CountRequest):
     """``POST /v1/messages``."""
 
@@ -65,5 +71,6 @@ class MessagesRequest(CountRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Whole, Field(ge=0, le=1_000_000)] | None = None
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    thinking: Thinking | None = None
     metadata: Annotated[dict[str, Any], Field(description="ignored")] | None = None
     service_tier: Annotated[str, Field(description="ignored")] | None = None

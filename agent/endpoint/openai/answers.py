@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.core.inference import DoneEvent, FinishReason, TokenEvent, TokenLogprob
-from agent.endpoint.openai.tools import CallDelta, Delta, TextDelta, ToolParser
+from agent.endpoint.openai.reading import AnswerReader, Piece, ThoughtDelta
+from agent.endpoint.openai.tools import CallDelta, TextDelta
 
 
 def new_id(prefix: str) -> str:
@@ -16,8 +17,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
-def usage(done: Sequence[DoneEvent], each: int = 1) -> dict[str, Any]:
-    """Counts over the sequences; a prompt counts once, however many choices (``each``) were made of it."""
+def usage(done: Sequence[DoneEvent], each: int = 1, thoughts: int = 0) -> dict[str, Any]:
+    """Counts over the sequences; a prompt counts once, however many choices (``each``) were made of it.
+
+    ``thoughts``: so many of the tokens were thoughts.
+    """
     prompts = done[::each]
     prompt = sum(one.prompt_tokens for one in prompts)
     completion = sum(one.completion_tokens for one in done)
@@ -26,6 +30,7 @@ def usage(done: Sequence[DoneEvent], each: int = 1) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
+        **({"completion_tokens_details": {"reasoning_tokens": thoughts}} if thoughts else {}),
     }
 
 
@@ -90,38 +95,43 @@ class CompletionLogprobs:
 class ChatChoice:
     """One choice while it grows."""
 
-    def __init__(self, index: int, parser: ToolParser | None, top_logprobs: int | None) -> None:
+    def __init__(self, index: int, reader: AnswerReader, top_logprobs: int | None) -> None:
         self.index = index
         self.text: list[str] = []
+        self.thoughts: list[str] = []
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.done: DoneEvent | None = None
-        self._parser = parser
+        self.reader = reader
         self._top = top_logprobs
 
-    def token(self, event: TokenEvent) -> tuple[list[Delta], list[dict[str, Any]]]:
-        """Take one in; what it adds to the answer, and its logprobs."""
+    @property
+    def thought_tokens(self) -> int:
+        """How many of its tokens were thoughts."""
+        return self.reader.thought_tokens
+
+    def token(self, event: TokenEvent) -> tuple[list[Piece], list[dict[str, Any]]]:
+        """Take one in; what it adds to the answer, and its logprobs, which thoughts have none of."""
         entries: list[dict[str, Any]] = []
-        if self._top is not None and (entry := chat_logprobs(event, self._top)):
+        pieces = self.reader.token(event)
+        if self._top is not None and not self.reader.thinking and (entry := chat_logprobs(event, self._top)):
             entries = [entry]
             self.logprobs.append(entry)
-        if self._parser is None:
-            deltas: list[Delta] = [TextDelta(event.text)] if event.text else []
-        else:
-            deltas = self._parser.feed(event.text)
-        self._take(deltas)
-        return deltas, entries
+        self._take(pieces)
+        return pieces, entries
 
-    def end(self, done: DoneEvent) -> list[Delta]:
+    def end(self, done: DoneEvent) -> list[Piece]:
         """Nothing more comes; what was held back."""
         self.done = done
-        deltas = self._parser.finish() if self._parser else []
-        self._take(deltas)
-        return deltas
+        pieces = self.reader.finish()
+        self._take(pieces)
+        return pieces
 
-    def _take(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            if isinstance(delta, TextDelta):
+    def _take(self, pieces: list[Piece]) -> None:
+        for delta in pieces:
+            if isinstance(delta, ThoughtDelta):
+                self.thoughts.append(delta.text)
+            elif isinstance(delta, TextDelta):
                 self.text.append(delta.text)
             elif delta.name is not None:
                 self.calls.append(
@@ -130,8 +140,10 @@ class ChatChoice:
             else:
                 self.calls[delta.index]["function"]["arguments"] += delta.arguments
 
-    def delta(self, delta: Delta) -> dict[str, Any]:
+    def delta(self, delta: Piece) -> dict[str, Any]:
         """As a stream's ``delta`` object."""
+        if isinstance(delta, ThoughtDelta):
+            return {"reasoning_content": delta.text}
         if isinstance(delta, TextDelta):
             return {"content": delta.text}
         return {"tool_calls": [self._call_delta(delta)]}
@@ -160,6 +172,8 @@ class ChatChoice:
             "content": text or (None if self.calls else ""),
             "refusal": None,
         }
+        if self.thoughts:
+            message["reasoning_content"] = "".join(self.thoughts)
         if self.calls:
             message["tool_calls"] = self.calls
         return {

@@ -63,7 +63,10 @@ class ChatJob:
 
     def choices(self) -> list[ChatChoice]:
         """Empty, one for each sequence."""
-        return [ChatChoice(index, self.plan.parser(), self.top_logprobs) for index in range(len(self.requests))]
+        return [
+            ChatChoice(index, self.plan.reader(request.prompt, request.sampling.guidance), self.top_logprobs)
+            for index, request in enumerate(self.requests)
+        ]
 
 
 class ChatCompletion:
@@ -148,7 +151,8 @@ class ChatStream:
 
 
 def _usage(choices: list[ChatChoice]) -> dict[str, Any]:
-    return usage([choice.done for choice in choices if choice.done], len(choices))
+    thoughts = sum(choice.thought_tokens for choice in choices)
+    return usage([choice.done for choice in choices if choice.done], len(choices), thoughts)
 
 
 def _part(choice: ChatChoice, delta: dict[str, Any], logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from agent.endpoint.openai.response_shapes import CallItem, CallOutputItem, Item
 from agent.endpoint.openai.shapes import CalledFunction, Message, ToolCall
 from agent.endpoint.openai.stored import Entry
 
-_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
+#: Of identifiers, by the type of item.
+PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
 
 
 def entries(given: str | Sequence[Item]) -> list[Entry]:
@@ -28,7 +29,7 @@ def _entry(item: Item) -> Entry:
     if isinstance(listed.get("content"), str):
         kind = "output_text" if listed.get("role") == "assistant" else "input_text"
         listed["content"] = [{"type": kind, "text": listed["content"]}]
-    return {"id": new_id(_PREFIXES[item.type]), "status": "completed", **listed}
+    return {"id": new_id(PREFIXES[item.type]), "status": "completed", **listed}
 
 
 def messages(history: Iterable[Entry]) -> list[Message]:

@@ -23,23 +23,27 @@ def replay(response: dict[str, Any], starting_after: int = -1) -> list[Event]:
         {"type": "response.in_progress", "response": opening},
     ]
     for index, item in enumerate(response["output"]):
-        events += _message(index, item) if item["type"] == "message" else _call(index, item)
+        events += _call(index, item) if item["type"] == "function_call" else _with_part(index, item)
     events.append({"type": f"response.{response['status']}", "response": response})
     numbered = [{**event, "sequence_number": number} for number, event in enumerate(events)]
     return [(event["type"], event) for event in numbered if event["sequence_number"] > starting_after]
 
 
-def _message(index: int, item: dict[str, Any]) -> list[dict[str, Any]]:
+def _with_part(index: int, item: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a message, or of thoughts."""
     part = item["content"][0]
     at = {"item_id": item["id"], "output_index": index, "content_index": 0}
-    logprobs = [{key: value for key, value in entry.items() if key != "bytes"} for entry in part["logprobs"]]
-    empty = {**part, "text": "", "logprobs": []}
+    kind, empty, said = f"response.{part['type']}", {**part, "text": ""}, {}
+    if "logprobs" in part:
+        empty["logprobs"] = []
+        plain = [{key: value for key, value in entry.items() if key != "bytes"} for entry in part["logprobs"]]
+        said = {"logprobs": plain}
     begun = {**item, "status": "in_progress", "content": []}
     return [
         {"type": "response.output_item.added", "output_index": index, "item": begun},
         {"type": "response.content_part.added", **at, "part": empty},
-        {"type": "response.output_text.delta", **at, "delta": part["text"], "logprobs": logprobs},
-        {"type": "response.output_text.done", **at, "text": part["text"], "logprobs": logprobs},
+        {"type": f"{kind}.delta", **at, "delta": part["text"], **said},
+        {"type": f"{kind}.done", **at, "text": part["text"], **said},
         {"type": "response.content_part.done", **at, "part": part},
         {"type": "response.output_item.done", "output_index": index, "item": item},
     ]

@@ -67,7 +67,7 @@ class ResponseJob:
         turns = [*plain_messages(system), *plain_messages(messages(before)), *plain_messages(messages(inputs), "input")]
         prompt = prompt_of(manifest, turns, plan.tools, "input")
         sampling = for_response(asked, info, plan.guidance or guidance)
-        builder = ResponseBuilder(asked, info, created, plan.parser())
+        builder = ResponseBuilder(asked, info, created, plan.reader(prompt, sampling.guidance))
         generation = sequence(builder.response["id"], 0, prompt, sampling, client)
         return cls(asked, info, generation, builder, inputs, (*before, *inputs), conversation_id(asked))
 

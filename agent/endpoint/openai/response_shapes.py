@@ -38,7 +38,7 @@ class CallOutputItem(Lenient):
 
 
 class ReasoningItem(Lenient):
-    """Handed back by clients that keep everything; these models have none, and it is left out."""
+    """Thoughts, handed back by clients that keep everything; a model is not shown its own, and they are left out."""
 
     type: Literal["reasoning"]
 
@@ -175,7 +175,7 @@ class ResponseRequest(ApiModel):
     service_tier: Annotated[str, Field(description="ignored")] | None = None
     safety_identifier: Annotated[str, Field(description="ignored")] | None = None
     prompt_cache_key: Annotated[str, Field(description="ignored: prefixes are reused by their text")] | None = None
-    reasoning: Annotated[dict[str, Any], Field(description="ignored: these models do not reason apart")] | None = None
+    reasoning: Annotated[dict[str, Any], Field(description="ignored: how long a model thinks is its own")] | None = None
 
 
 class InputTokensRequest(ResponseRequest):

@@ -10,9 +10,11 @@ from typing import Any
 
 from agent.core.inference import DoneEvent, FinishReason, ModelInfo, TokenEvent
 from agent.endpoint.openai.answers import chat_logprobs, new_id
+from agent.endpoint.openai.items import PREFIXES
+from agent.endpoint.openai.reading import AnswerReader, Piece, ThoughtDelta
 from agent.endpoint.openai.response_shapes import ConversationRef, FunctionChoice, ResponseRequest
 from agent.endpoint.openai.sampling import effective_defaults, response_logprobs, temperature_of
-from agent.endpoint.openai.tools import CallDelta, Delta, TextDelta, ToolParser
+from agent.endpoint.openai.tools import CallDelta, TextDelta
 
 Event = tuple[str, dict[str, Any]]
 
@@ -20,9 +22,9 @@ Event = tuple[str, dict[str, Any]]
 class ResponseBuilder:
     """Feed it the model's events; it keeps the response and gives the stream's events."""
 
-    def __init__(self, asked: ResponseRequest, info: ModelInfo, created: int, parser: ToolParser | None) -> None:
+    def __init__(self, asked: ResponseRequest, info: ModelInfo, created: int, reader: AnswerReader) -> None:
         self._asked = asked
-        self._parser = parser
+        self._reader = reader
         self._items: list[dict[str, Any]] = []
         self._calls: dict[int, int] = {}
         self._open: int | None = None
@@ -52,20 +54,15 @@ class ResponseBuilder:
 
     def token(self, event: TokenEvent) -> list[Event]:
         """More text."""
-        if self._top is not None and (entry := chat_logprobs(event, self._top)):
+        pieces = self._reader.token(event)
+        if self._top is not None and not self._reader.thinking and (entry := chat_logprobs(event, self._top)):
             self._logprobs.append(entry)
-        deltas: list[Delta]
-        if self._parser is not None:
-            deltas = self._parser.feed(event.text)
-        else:
-            deltas = [TextDelta(event.text)] if event.text else []
-        return [out for delta in deltas for out in self._delta(delta)]
+        return [out for piece in pieces for out in self._delta(piece)]
 
     def end(self, done: DoneEvent) -> list[Event]:
         """The answer is over."""
-        rest = self._parser.finish() if self._parser else []
-        events = [out for delta in rest for out in self._delta(delta)]
-        if not self._items:
+        events = [out for piece in self._reader.finish() for out in self._delta(piece)]
+        if all(item["type"] == "reasoning" for item in self._items):
             events += self._add_message()
         if self._open is not None and self._items[self._open]["type"] == "message":
             self._items[self._open]["content"][0]["logprobs"] += self._logprobs
@@ -75,7 +72,7 @@ class ResponseBuilder:
             status="incomplete" if cut else "completed",
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
             output=self._items,
-            usage=_usage(done),
+            usage=_usage(done, self._reader.thought_tokens),
         )
         name = "response.incomplete" if cut else "response.completed"
         return [*events, self._event(name, response=self.response)]
@@ -85,8 +82,14 @@ class ResponseBuilder:
         self.response.update(status="failed", error={"code": code, "message": message}, output=self._items)
         return [self._event("response.failed", response=self.response)]
 
-    def _delta(self, delta: Delta) -> Iterator[Event]:
-        if isinstance(delta, TextDelta):
+    def _delta(self, delta: Piece) -> Iterator[Event]:
+        if isinstance(delta, ThoughtDelta):
+            if self._open is None:
+                yield from self._add_part("reasoning", {"type": "reasoning_text", "text": ""}, summary=[])
+            item = self._current()
+            item["content"][0]["text"] += delta.text
+            yield self._on("response.reasoning_text.delta", item, content_index=0, delta=delta.text)
+        elif isinstance(delta, TextDelta):
             if self._open is None or self._items[self._open]["type"] != "message":
                 yield from self._add_message()
             yield self._text(delta.text)
@@ -96,15 +99,14 @@ class ResponseBuilder:
             yield self._arguments(delta)
 
     def _add_message(self) -> list[Event]:
-        item: dict[str, Any] = {
-            "id": new_id("msg_"),
-            "type": "message",
-            "status": "in_progress",
-            "role": "assistant",
-            "content": [],
-        }
-        events = [*self._close("completed"), self._added(item)]
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        return self._add_part("message", part, role="assistant")
+
+    def _add_part(self, kind: str, part: dict[str, Any], **fields: Any) -> list[Event]:
+        """Begin an item that has one part."""
+        identifier = new_id(PREFIXES[kind])
+        item = {"id": identifier, "type": kind, "status": "in_progress", **fields, "content": []}
+        events = [*self._close("completed"), self._added(item)]
         events.append(self._on("response.content_part.added", item, content_index=0, part=dict(part)))
         item["content"] = [part]
         return events
@@ -144,17 +146,16 @@ class ResponseBuilder:
             return []
         item = self._current()
         item["status"] = status
-        events = self._message_done(item) if item["type"] == "message" else [self._call_done(item)]
+        events = [self._call_done(item)] if item["type"] == "function_call" else self._part_done(item)
         events.append(self._event("response.output_item.done", output_index=self._open, item=dict(item)))
         self._open = None
         return events
 
-    def _message_done(self, item: dict[str, Any]) -> list[Event]:
+    def _part_done(self, item: dict[str, Any]) -> list[Event]:
         part = item["content"][0]
+        said = {"logprobs": _plain(part["logprobs"])} if item["type"] == "message" else {}
         return [
-            self._on(
-                "response.output_text.done", item, content_index=0, text=part["text"], logprobs=_plain(part["logprobs"])
-            ),
+            self._on(f"response.{part['type']}.done", item, content_index=0, text=part["text"], **said),
             self._on("response.content_part.done", item, content_index=0, part=dict(part)),
         ]
 
@@ -234,11 +235,11 @@ def _format(asked: ResponseRequest) -> dict[str, Any]:
     return asked.text.format.model_dump(by_alias=True, exclude_none=True)
 
 
-def _usage(done: DoneEvent) -> dict[str, Any]:
+def _usage(done: DoneEvent, thoughts: int) -> dict[str, Any]:
     return {
         "input_tokens": done.prompt_tokens,
         "input_tokens_details": {"cached_tokens": done.cached_tokens},
         "output_tokens": done.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": thoughts},
         "total_tokens": done.prompt_tokens + done.completion_tokens,
     }

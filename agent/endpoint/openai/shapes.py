@@ -166,7 +166,7 @@ class ChatRequest(Common):
     service_tier: Annotated[str, Field(description="ignored")] | None = None
     safety_identifier: Annotated[str, Field(description="ignored")] | None = None
     prompt_cache_key: Annotated[str, Field(description="ignored: prefixes are reused by their text")] | None = None
-    reasoning_effort: Annotated[str, Field(description="ignored: these models do not reason apart")] | None = None
+    reasoning_effort: Annotated[str, Field(description="ignored: how long a model thinks is its own")] | None = None
     verbosity: Annotated[str, Field(description="ignored")] | None = None
     modalities: list[Literal["text"]] | None = None
 

@@ -10,6 +10,7 @@ from typing import Any
 from agent.core.inference import Capabilities, Guidance, GuidanceKind
 from agent.endpoint.openai.errors import invalid, unsupported
 from agent.endpoint.openai.jsonschema import check_schema, inlined
+from agent.endpoint.openai.reading import AnswerReader, thought_begun
 from agent.endpoint.openai.shapes import Function, Tool, ToolChoice
 from agent.endpoint.openai.tools import ToolParser, calls_guidance
 
@@ -29,9 +30,10 @@ class ToolPlan:
     guidance: Guidance | None = None
     limit: int = 128
 
-    def parser(self) -> ToolParser | None:
-        """Return a new one for each choice."""
-        return ToolParser(self.names, self.limit) if self.names else None
+    def reader(self, prompt: str, guidance: Guidance | None) -> AnswerReader:
+        """Return a new one for each answer to ``prompt``; one that ``guidance`` constrains has no thoughts."""
+        parser = ToolParser(self.names, self.limit) if self.names else None
+        return AnswerReader(parser, begun=guidance is None and thought_begun(prompt))
 
 
 def plan_tools(

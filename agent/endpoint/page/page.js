@@ -7,6 +7,7 @@ let model = null;
 let context = 0;
 // The text of an answer that is being written.
 let partial = "";
+let thoughts = "";
 
 const key = () => $("key").value.trim();
 const headers = () => ({ "Content-Type": "application/json", ...(key() ? { Authorization: `Bearer ${key()}` } : {}) });
@@ -127,6 +128,20 @@ function render(item, text) {
   if (stuck) item.scrollIntoView({ block: "end" });
 }
 
+// What the model thinks before it speaks, closed unless a person opens it; text, and nothing but text.
+function think(item, thoughts) {
+  if (!thoughts) return;
+  let shown = item.querySelector(".thoughts");
+  if (!shown) {
+    shown = document.createElement("details");
+    shown.className = "thoughts";
+    shown.append(document.createElement("summary"), document.createElement("div"));
+    shown.firstChild.textContent = "Thoughts";
+    item.prepend(shown);
+  }
+  shown.lastChild.textContent = thoughts;
+}
+
 // The end of an answer: what can be copied, and why it is not whole.
 function close(item, turn) {
   for (const code of item.querySelectorAll("pre")) {
@@ -185,7 +200,7 @@ async function answer(item) {
   let usage = null;
   let reason = null;
   let drawing = null;
-  const draw = () => { drawing = null; render(item, partial); };
+  const draw = () => { drawing = null; think(item, thoughts); render(item, partial); };
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST", headers: headers(), signal: running.signal, body: JSON.stringify(request()),
@@ -193,12 +208,13 @@ async function answer(item) {
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const chunk of chunks(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      const text = chunk.choices[0]?.delta.content;
+      const { content: text, reasoning_content: thought } = chunk.choices[0]?.delta ?? {};
       reason = chunk.choices[0]?.finish_reason ?? reason;
-      if (text) {
+      if (text || thought) {
         first ??= performance.now();
         count += 1;
-        partial += text;
+        partial += text ?? "";
+        thoughts += thought ?? "";
         drawing ??= setTimeout(draw, 50);
       }
       usage = chunk.usage ?? usage;
@@ -235,7 +251,7 @@ async function ask(text) {
   bubble("user", text);
   const item = bubble("assistant waiting", "");
   let note = "";
-  partial = "";
+  partial = thoughts = "";
   busy(true);
   try {
     note = await answer(item);
@@ -244,11 +260,11 @@ async function ask(text) {
     if (error.name !== "AbortError") bubble("error", error.message);
   }
   item.classList.remove("waiting");
-  if (partial) {
-    turns.push({ role: "assistant", content: partial, note });
+  if (partial || thoughts) {
+    turns.push({ role: "assistant", content: partial, note, thoughts });
     close(item, turns.at(-1));
   } else { item.remove(); turns.pop(); }
-  partial = "";
+  partial = thoughts = "";
   running = null;
   keep();
   busy(false);
@@ -258,7 +274,7 @@ async function ask(text) {
 
 // A reload of the tab keeps the conversation; closing the tab forgets it.
 function keep() {
-  const said = partial ? [...turns, { role: "assistant", content: partial, note: "The page was left." }] : turns;
+  const said = partial || thoughts ? [...turns, { role: "assistant", content: partial, note: "The page was left.", thoughts }] : turns;
   try {
     sessionStorage.setItem("conversation", JSON.stringify({ turns: said, system: $("system").value }));
   } catch { /* no storage, or it is full: only a reload loses something */ }
@@ -277,7 +293,7 @@ function restore() {
   for (const turn of kept.turns) {
     turns.push(turn);
     const item = bubble(turn.role, turn.content);
-    if (turn.role === "assistant") close(item, turn);
+    if (turn.role === "assistant") { think(item, turn.thoughts); close(item, turn); }
   }
 }
 

@@ -19,10 +19,12 @@ async def messages(request: web.Request) -> web.StreamResponse:
     """Answer, at once or as a stream."""
     asked = await read_request(request, MessagesRequest)
     job, stops = _job(request, asked), asked.stop_sequences or ()
+    thoughts = asked.thinking is not None and asked.thinking.type != "disabled"
     if not asked.stream:
-        return await reply_whole(request, job.requests, job.info.digest, "messages", WholeMessage(job, stops))
+        whole = WholeMessage(job, stops, thoughts=thoughts)
+        return await reply_whole(request, job.requests, job.info.digest, "messages", whole)
     count = await request.app[CONTEXT].runner.count_tokens(job.requests[0].prompt)
-    stream = MessageStream(job, stops, count, request[REQUEST_CONTEXT].id)
+    stream = MessageStream(job, stops, count, request[REQUEST_CONTEXT].id, thoughts=thoughts)
     return await reply_stream(request, job.requests, job.info.digest, "messages", stream)
 
 

@@ -351,6 +351,29 @@ async def test_a_reload_keeps_the_conversation_and_its_system_prompt(serve: Serv
 
 @pytest.mark.browser
 @NEEDS_CHROMIUM
+async def test_thoughts_are_shown_closed_and_as_text(serve: Serve, tmp_path: Path):
+    endpoint = await serve(SimulatedInference(answer="<think>It is <b>Paris</b>.</think>**Paris**"))
+    async with at(endpoint, tmp_path) as page:
+        await page.until(READY)
+        await put(page, "Capital?")
+        for reloaded in (False, True):
+            shown = "document.querySelector('.turn.assistant .thoughts')"
+            assert await page.run(f"{shown}.open") is False
+            assert await page.run(f"{shown}.lastChild.textContent") == "It is <b>Paris</b>."
+            assert await page.run(f"{shown}.querySelector('b') === null")
+            assert await page.run("document.querySelector('.turn.assistant .body').innerText") == "Paris"
+            if not reloaded:
+                await page.call("Page.reload")
+                await page.until(
+                    "document.readyState === 'complete' && document.querySelectorAll('.turn').length === 2"
+                )
+        await put(page, "And then?")
+        await page.until("document.querySelectorAll('.turn.assistant').length === 2")
+        assert "It is" not in endpoint.inference.requests[-1].prompt
+
+
+@pytest.mark.browser
+@NEEDS_CHROMIUM
 async def test_an_answer_and_its_code_can_be_copied(serve: Serve, tmp_path: Path):
     endpoint = await serve(SimulatedInference(answer=list("Run **this**:\n\n```sh\nls -l\n```\n")))
     async with at(endpoint, tmp_path) as page:
