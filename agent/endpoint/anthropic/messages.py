@@ -85,7 +85,22 @@ def _chat(asked: CountRequest) -> ChatRequest:
         top_p=given.top_p if given else None,
         top_k=given.top_k if given else None,
         stop=given.stop_sequences or None if given else None,
+        continue_final_message=_begun(asked.messages),
     )
+
+
+def _begun(turns: Sequence[Turn]) -> bool:
+    """Return whether the answer is begun by the client: the last turn is the assistant's, and its words go on."""
+    last, where = turns[-1], f"messages[{len(turns) - 1}].content"
+    if last.role != "assistant":
+        return False
+    blocks = [Block(type="text", text=last.content)] if isinstance(last.content, str) else last.content
+    if any(block.type == "tool_use" for block in blocks):
+        raise invalid(f"{where}: calls of tools must be followed by their results", where)
+    text = "".join(block.text or "" for block in blocks)
+    if text != text.rstrip():
+        raise invalid(f"{where}: an answer that is to go on cannot end with white space", where)
+    return bool(text)
 
 
 def _system(system: str | Sequence[Block] | None) -> Iterator[Message]:

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,13 @@ def render(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    *,
+    continued: bool = False,
 ) -> str:
     """Return the prompt, special tokens written out; nothing needs to be added to it, a BOS neither.
 
     ``messages`` are ``{"role": ..., "content": str}`` and, for assistants, ``tool_calls``; ``tools`` are OpenAI's
-    ``{"type": "function", "function": {...}}``.
+    ``{"type": "function", "function": {...}}``. ``continued``: the last message is an answer that goes on.
 
     Raises:
         ChatTemplateError: the template refuses the messages, or is itself broken.
@@ -47,9 +49,27 @@ def render(
     chat = manifest.chat
     try:
         adapted = _adapt(chat, messages, tools)
+        if continued:
+            return _cut(
+                adapted, lambda begun: templates.render(chat, begun, now=_local_time, tools=tools, opened=False)
+            )
         return templates.render(chat, adapted, now=_local_time, tools=tools, opened=add_generation_prompt)
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise ChatTemplateError(f"the chat template of {manifest.id} refuses these messages: {error}") from None
+
+
+_HERE = "phifleet-here-7f3a"
+
+
+def _cut(messages: list[dict[str, Any]], rendered: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Return the prompt up to the end of the last message's words, without what closes its turn."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise ValueError("it does not show a system message before an answer that is to go on")
+    text, here, _ = rendered([*messages[:-1], {**last, "content": last["content"] + _HERE}]).rpartition(_HERE)
+    if not here:
+        raise ValueError("it does not show the answer that is to go on")
+    return text
 
 
 def _local_time() -> datetime:

@@ -9,7 +9,7 @@ from agent.contract.manifest import Manifest
 from agent.core.inference import DoneEvent, GenerationEvent, GenerationRequest, ModelInfo, TokenEvent
 from agent.endpoint.openai.answers import ChatChoice, new_id, usage
 from agent.endpoint.openai.chunks import DONE, ChunkEncoder, error_event
-from agent.endpoint.openai.errors import ApiError, invalid
+from agent.endpoint.openai.errors import ApiError, invalid, unsupported
 from agent.endpoint.openai.prompting import checked, plain_messages, prompt_of, sequence
 from agent.endpoint.openai.sampling import check_stream_options, for_chat, format_guidance
 from agent.endpoint.openai.shapes import ChatRequest
@@ -49,7 +49,8 @@ class ChatJob:
         if plan.guidance and guidance:
             raise invalid("a forced tool_choice and response_format exclude one another", "tool_choice")
         sampling = for_chat(asked, info, plan.guidance or guidance)
-        prompt = prompt_of(manifest, plain_messages(asked.messages), plan.tools)
+        continued = _continued(asked)
+        prompt = prompt_of(manifest, plain_messages(asked.messages), plan.tools, continued=continued)
         identifier = new_id("chatcmpl-")
         return cls(
             id=identifier,
@@ -67,6 +68,23 @@ class ChatJob:
             ChatChoice(index, self.plan.reader(request.prompt, request.sampling.guidance), self.top_logprobs)
             for index, request in enumerate(self.requests)
         ]
+
+
+def _continued(asked: ChatRequest) -> bool:
+    """Return whether the last message is an answer that is to go on, as other servers have it."""
+    opened, last = asked.add_generation_prompt, asked.messages[-1]
+    if not asked.continue_final_message:
+        if opened is False:
+            why = "an answer is always begun, unless continue_final_message is true"
+            raise unsupported("add_generation_prompt", why)
+        return False
+    if opened:
+        why = "add_generation_prompt and continue_final_message exclude one another"
+        raise invalid(why, "add_generation_prompt")
+    if last.role != "assistant" or last.tool_calls:
+        why = "continue_final_message: the last message must be an assistant's, without calls"
+        raise invalid(why, "continue_final_message")
+    return True
 
 
 class ChatCompletion:

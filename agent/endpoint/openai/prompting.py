@@ -25,8 +25,10 @@ def prompt_of(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
     param: str = "messages",
+    *,
+    continued: bool = False,
 ) -> str:
-    """Return the prompt that the manifest's chat template makes of ``messages``.
+    """Return the prompt that the manifest's chat template makes of ``messages``; ``continued``: the last one goes on.
 
     No text in them, nor in ``tools``, can play another role than its own: control tokens are broken up, at any depth.
 
@@ -35,7 +37,8 @@ def prompt_of(
     """
     try:
         special = manifest.chat.special
-        return render(manifest, neutralised(list(messages), special), neutralised(list(tools), special) or None)
+        told, described = neutralised(list(messages), special), neutralised(list(tools), special) or None
+        return render(manifest, told, described, continued=continued)
     except ChatTemplateError as error:
         raise invalid(str(error), param) from None
 

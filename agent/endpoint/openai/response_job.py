@@ -12,10 +12,26 @@ from agent.endpoint.openai.chunks import named_event
 from agent.endpoint.openai.errors import ApiError, invalid
 from agent.endpoint.openai.items import entries, messages
 from agent.endpoint.openai.prompting import checked, plain_messages, prompt_of, sequence
-from agent.endpoint.openai.response_shapes import FunctionChoice, FunctionTool, ResponseRequest, TextFormat
+from agent.endpoint.openai.response_shapes import (
+    AllowedFunctions,
+    FunctionChoice,
+    FunctionTool,
+    ResponseRequest,
+    TextFormat,
+)
 from agent.endpoint.openai.responses import Event, ResponseBuilder, conversation_id
 from agent.endpoint.openai.sampling import check_stream_options, for_response, format_guidance
-from agent.endpoint.openai.shapes import ChosenFunction, Function, JsonSchema, Message, ResponseFormat, Tool, ToolChoice
+from agent.endpoint.openai.shapes import (
+    AllowedChoice,
+    AllowedTools,
+    ChosenFunction,
+    Function,
+    JsonSchema,
+    Message,
+    ResponseFormat,
+    Tool,
+    ToolChoice,
+)
 from agent.endpoint.openai.stored import Entry
 from agent.endpoint.openai.toolplan import plan_tools
 
@@ -43,19 +59,19 @@ class ResponseJob:
         *,
         client: str,
         created: int,
+        dropped: int = 0,
     ) -> ResponseJob:
         """Check everything that can be checked before the sequence is started; ``created`` in seconds since 1970.
+
+        ``dropped``: so many of the oldest items are not put to the model; they are kept all the same.
 
         Raises:
             ApiError: 400 naming the parameter.
         """
         check_stream_options(asked)
-        choice = asked.tool_choice
         plan = plan_tools(
             [_tool(tool) for tool in asked.tools or ()],
-            ToolChoice(type="function", function=ChosenFunction(name=choice.name))
-            if isinstance(choice, FunctionChoice)
-            else choice,
+            _choice(asked.tool_choice),
             info.capabilities,
             parallel=asked.parallel_tool_calls is not False,
         )
@@ -64,12 +80,19 @@ class ResponseJob:
             raise invalid("a forced tool_choice and text.format exclude one another", "tool_choice")
         inputs = tuple(entries(asked.input))
         system = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
-        turns = [*plain_messages(system), *plain_messages(messages(before)), *plain_messages(messages(inputs), "input")]
+        old, new = before[dropped:], inputs[max(0, dropped - len(before)) :]
+        turns = [*plain_messages(system), *plain_messages(messages(old)), *plain_messages(messages(new), "input")]
         prompt = prompt_of(manifest, turns, plan.tools, "input")
         sampling = for_response(asked, info, plan.guidance or guidance)
         builder = ResponseBuilder(asked, info, created, plan.reader(prompt, sampling.guidance))
         generation = sequence(builder.response["id"], 0, prompt, sampling, client)
         return cls(asked, info, generation, builder, inputs, (*before, *inputs), conversation_id(asked))
+
+
+def droppable(history: tuple[Entry, ...]) -> list[int]:
+    """Return how many of the oldest items may be left out, ascending: whole turns, each from a user's message on."""
+    turns = (at for at, entry in enumerate(history) if entry["type"] == "message" and entry.get("role") == "user")
+    return [at for at in turns if at]
 
 
 class WholeResponse:
@@ -134,6 +157,15 @@ def _ended(builder: ResponseBuilder, done: DoneEvent, on_end: Callable[[], None]
 def encoded(events: list[Event]) -> bytes:
     """Return events as server-sent ones."""
     return b"".join(named_event(name, data) for name, data in events)
+
+
+def _choice(choice: str | FunctionChoice | AllowedFunctions | None) -> str | ToolChoice | AllowedChoice | None:
+    if isinstance(choice, FunctionChoice):
+        return ToolChoice(type="function", function=ChosenFunction(name=choice.name))
+    if isinstance(choice, AllowedFunctions):
+        named = [ToolChoice(type="function", function=ChosenFunction(name=one.name)) for one in choice.tools]
+        return AllowedChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=choice.mode, tools=named))
+    return choice
 
 
 def _tool(tool: FunctionTool) -> Tool:

@@ -110,6 +110,14 @@ class FunctionChoice(ApiModel):
     name: Name
 
 
+class AllowedFunctions(ApiModel):
+    """Some of the tools, and no others; ``required``: one of them must be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=128)]
+
+
 class TextFormat(ApiModel):
     """How the answer's text is constrained."""
 
@@ -162,10 +170,10 @@ class ResponseRequest(ApiModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     metadata: Metadata | None = None
     background: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_not)] | None = None
     user: Annotated[str, Field(max_length=512, description="ignored")] | None = None

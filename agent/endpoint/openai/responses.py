@@ -12,8 +12,9 @@ from agent.core.inference import DoneEvent, FinishReason, ModelInfo, TokenEvent
 from agent.endpoint.openai.answers import chat_logprobs, new_id
 from agent.endpoint.openai.items import PREFIXES
 from agent.endpoint.openai.reading import AnswerReader, Piece, ThoughtDelta
-from agent.endpoint.openai.response_shapes import ConversationRef, FunctionChoice, ResponseRequest
+from agent.endpoint.openai.response_shapes import ConversationRef, ResponseRequest
 from agent.endpoint.openai.sampling import effective_defaults, response_logprobs, temperature_of
+from agent.endpoint.openai.shapes import ApiModel
 from agent.endpoint.openai.tools import CallDelta, TextDelta
 
 Event = tuple[str, dict[str, Any]]
@@ -210,11 +211,11 @@ def _echo(asked: ResponseRequest, info: ModelInfo) -> dict[str, Any]:
         "store": asked.store is not False,
         "temperature": temperature_of(asked.temperature, info),
         "text": {"format": _format(asked)},
-        "tool_choice": choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
+        "tool_choice": choice.model_dump() if isinstance(choice, ApiModel) else choice or "auto",
         "tools": [_tool(tool.model_dump()) for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": effective_defaults(info).get("top_p", 1.0) if asked.top_p is None else asked.top_p,
-        "truncation": "disabled",
+        "truncation": asked.truncation or "disabled",
         "background": False,
         "user": asked.user,
     }

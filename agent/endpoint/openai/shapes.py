@@ -93,6 +93,20 @@ class ToolChoice(ApiModel):
     function: ChosenFunction
 
 
+class AllowedTools(ApiModel):
+    """Of all tools those that may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChoice], Field(min_length=1, max_length=128)]
+
+
+class AllowedChoice(ApiModel):
+    """Some of the tools, and no others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JsonSchema(ApiModel):
     """``schema`` under its OpenAI wrapper."""
 
@@ -158,7 +172,7 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     metadata: Annotated[dict[str, str], Field(description="ignored")] | None = None
@@ -169,6 +183,10 @@ class ChatRequest(Common):
     reasoning_effort: Annotated[str, Field(description="ignored: how long a model thinks is its own")] | None = None
     verbosity: Annotated[str, Field(description="ignored")] | None = None
     modalities: list[Literal["text"]] | None = None
+    continue_final_message: (
+        Annotated[bool, Field(description="the last message is an answer that is to go on")] | None
+    ) = None
+    add_generation_prompt: Annotated[bool, Field(description="false only with continue_final_message")] | None = None
 
 
 class CompletionRequest(Common):

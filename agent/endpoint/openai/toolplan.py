@@ -11,10 +11,10 @@ from agent.core.inference import Capabilities, Guidance, GuidanceKind
 from agent.endpoint.openai.errors import invalid, unsupported
 from agent.endpoint.openai.jsonschema import check_schema, inlined
 from agent.endpoint.openai.reading import AnswerReader, thought_begun
-from agent.endpoint.openai.shapes import Function, Tool, ToolChoice
+from agent.endpoint.openai.shapes import AllowedChoice, Function, Tool, ToolChoice
 from agent.endpoint.openai.tools import ToolParser, calls_guidance
 
-Choice = str | ToolChoice | None
+Choice = str | ToolChoice | AllowedChoice | None
 
 #: Of all tools of a request, as JSON: more than any context here holds.
 MAX_CHARACTERS = 1024 * 1024
@@ -44,6 +44,8 @@ def plan_tools(
     Raises:
         ApiError: 400, a tool is broken, the choice is none of them, or a call cannot be forced on this runtime.
     """
+    if isinstance(choice, AllowedChoice):
+        tools, choice = _allowed(tools or (), choice), choice.allowed_tools.mode
     wanted = choice.function.name if isinstance(choice, ToolChoice) else choice
     forced = wanted not in (None, "auto", "none")
     functions = _functions(tools or (), where, checked=forced)
@@ -64,6 +66,14 @@ def plan_tools(
         guidance=_forced(functions, capabilities, several=several) if forced else None,
         limit=128 if several else 1,
     )
+
+
+def _allowed(tools: Sequence[Tool], choice: AllowedChoice) -> list[Tool]:
+    names = [one.function.name for one in choice.allowed_tools.tools]
+    there = {tool.function.name for tool in tools}
+    if unknown := next((name for name in names if name not in there), None):
+        raise invalid(f"tool_choice allows {unknown!r}, which is not among the tools", "tool_choice")
+    return [tool for tool in tools if tool.function.name in names]
 
 
 def _functions(tools: Sequence[Tool], where: str, *, checked: bool) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import time
 
 from aiohttp import web
 
+from agent.core.inference import ModelInfo
 from agent.endpoint.http.answering import reply_stream, reply_whole
 from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_request
 from agent.endpoint.http.replies import json_reply
@@ -17,7 +18,7 @@ from agent.endpoint.openai.errors import ApiError, invalid
 from agent.endpoint.openai.items import page_of
 from agent.endpoint.openai.models import check_model
 from agent.endpoint.openai.replay import replay
-from agent.endpoint.openai.response_job import ResponseJob, ResponseStream, WholeResponse, encoded
+from agent.endpoint.openai.response_job import ResponseJob, ResponseStream, WholeResponse, droppable, encoded
 from agent.endpoint.openai.response_shapes import InputTokensRequest, ResponseRequest
 from agent.endpoint.openai.responses import conversation_id
 from agent.endpoint.openai.stored import Conversation, Entry, StoredResponse
@@ -30,14 +31,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
     asked = await read_request(request, ResponseRequest)
     info = context.runner.model()
     check_model(asked.model, info, context.names())
-    job = ResponseJob.prepare(
-        asked,
-        info,
-        context.runner.manifest(),
-        _before(request, asked),
-        client=request[REQUEST_CONTEXT].program,
-        created=int(time.time()),
-    )
+    job = await _fitting(request, asked, info)
     keep = functools.partial(_keep, request, job)
     if asked.stream:
         return await reply_stream(request, [job.request], info.digest, "input", ResponseStream(job, keep))
@@ -51,11 +45,37 @@ async def input_tokens(request: web.Request) -> web.Response:
     info = context.runner.model()
     if asked.model:
         check_model(asked.model, info, context.names())
-    before, who = _before(request, asked), request[REQUEST_CONTEXT].program
-    job = ResponseJob.prepare(asked, info, context.runner.manifest(), before, client=who, created=0)
+    job = await _fitting(request, asked, info)
     return json_reply(
         {"object": "response.input_tokens", "input_tokens": await context.runner.count_tokens(job.request.prompt)}
     )
+
+
+async def _fitting(request: web.Request, asked: ResponseRequest, info: ModelInfo) -> ResponseJob:
+    """Return the request, understood; by ``truncation: auto`` without the oldest turns that the context cannot hold.
+
+    An answer has room for what it may have at most, or for an eighth of the context; never for more than half.
+    """
+    context, before, created = request.app[CONTEXT], _before(request, asked), int(time.time())
+
+    def prepared(dropped: int) -> ResponseJob:
+        manifest, program = context.runner.manifest(), request[REQUEST_CONTEXT].program
+        return ResponseJob.prepare(asked, info, manifest, before, client=program, created=created, dropped=dropped)
+
+    job = prepared(0)
+    if asked.truncation != "auto":
+        return job
+    room = info.context - min(asked.max_output_tokens or info.context // 8, info.context // 2)
+    ways = [0, *droppable(job.history)]
+
+    async def fits(way: int) -> bool:
+        return await context.runner.count_tokens(prepared(ways[way]).request.prompt) <= room
+
+    first, last = 0, len(ways) - 1  # the more is left out, the fewer tokens: the first that fits is searched by halves
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if await fits(middle) else (middle + 1, last)
+    return job if first == 0 else prepared(ways[first])
 
 
 async def retrieve(request: web.Request) -> web.StreamResponse:

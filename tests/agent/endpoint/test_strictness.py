@@ -83,7 +83,6 @@ async def test_refuse_names_the_first(serve: Serve, fields: dict[str, Any], name
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
         ("stop_token_ids", [1]),
-        ("continue_final_message", True),
         ("web_search_options", {}),
         ("use_beam_search", True),
     ],
@@ -101,7 +100,7 @@ async def test_what_would_change_the_answer_is_refused_by_name_whatever_the_sett
         assert answer["error"]["code"] == "unsupported_parameter"
 
 
-@pytest.mark.parametrize("name", ["guided_json", "continue_final_message", "functions", "use_beam_search"])
+@pytest.mark.parametrize("name", ["guided_json", "allowed_token_ids", "functions", "use_beam_search"])
 @pytest.mark.parametrize("value", [None, False, [], {}, ""])
 async def test_one_that_is_off_is_no_reason_to_refuse(endpoint: Endpoint, name: str, value: Any):
     status, _, header = await posted(endpoint, chat(**{name: value}))
