@@ -13,6 +13,7 @@ from agent.core.names import Names
 from agent.core.ports import Inference
 from agent.endpoint.anthropic.messages import error_body
 from agent.endpoint.http.auth import Cors, Keyring, check_host, is_open
+from agent.endpoint.http.background import Background
 from agent.endpoint.http.config import EndpointConfig
 from agent.endpoint.http.connections import SERVER, GuardedConnection
 from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, Budget, Context, RequestContext, too_large
@@ -71,9 +72,18 @@ def create_app(
     )
     runner = Runner(inference, stats, finished, config.limits.request_timeout_s)
     app[CONTEXT] = Context(
-        inference, config, runner, metrics, _store(config), stats, Budget(config.limits.bodies_bytes), names
+        inference,
+        config,
+        runner,
+        metrics,
+        _store(config),
+        stats,
+        Budget(config.limits.bodies_bytes),
+        names,
+        Background(config.limits.background_responses),
     )
     _routes(app.router)
+    app.on_shutdown.append(_end_background)
     app.on_response_prepare.append(_headers)
     return app
 
@@ -81,6 +91,10 @@ def create_app(
 def _store(config: EndpointConfig) -> BoundedStore[StoredResponse | Conversation]:
     limits = config.limits
     return BoundedStore(limits.stored_responses, limits.stored_bytes, limits.stored_age_s)
+
+
+async def _end_background(app: web.Application) -> None:
+    await app[CONTEXT].background.close()
 
 
 def _routes(router: web.UrlDispatcher) -> None:
@@ -96,6 +110,7 @@ def _routes(router: web.UrlDispatcher) -> None:
     router.add_post("/v1/responses/input_tokens", response_route.input_tokens)
     router.add_get("/v1/responses/{id}", response_route.retrieve)
     router.add_delete("/v1/responses/{id}", response_route.delete)
+    router.add_post("/v1/responses/{id}/cancel", response_route.cancel)
     router.add_get("/v1/responses/{id}/input_items", response_route.input_items)
     router.add_post("/v1/conversations", conversation_route.create)
     router.add_get("/v1/conversations/{id}", conversation_route.retrieve)

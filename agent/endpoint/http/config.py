@@ -66,6 +66,8 @@ class Limits:
     #: Choices of one request (``n``), and prompts of one completions request.
     choices: int = 8
     stored_responses: int = 256
+    #: Responses that are made in the background at the same time.
+    background_responses: int = 16
     stored_bytes: int = 16 * MIB
     stored_age_s: float = 3600.0
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from agent.core.names import Names
 from agent.core.ports import Inference
+from agent.endpoint.http.background import Background
 from agent.endpoint.http.config import EndpointConfig
 from agent.endpoint.http.connections import GuardedConnection
 from agent.endpoint.http.generation import Call, Runner
@@ -59,6 +60,7 @@ class Context:
     budget: Budget
     #: What the model that serves answers to, beside its own name.
     names: Callable[[], Names]
+    background: Background
 
 
 CONTEXT = web.AppKey("context", Context)

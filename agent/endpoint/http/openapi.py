@@ -108,6 +108,8 @@ def description(names: tuple[str, ...] = (), *, strict: bool = False) -> dict[st
         paths.setdefault(path, {})["get"] = _operation(path, text)
     for path in ("/v1/responses/{id}", "/v1/conversations/{id}", "/v1/conversations/{id}/items/{item}"):
         paths[path]["delete"] = _operation(path, "Forget it.")
+    ending = "/v1/responses/{id}/cancel"
+    paths[ending] = {"post": _operation(ending, "End a response that is made in the background.")}
     paths["/metrics"] = {"get": _operation("/metrics", "Prometheus metrics.", "text/plain")}
     return {
         "openapi": "3.1.0",

@@ -9,7 +9,7 @@ from typing import Any
 from agent.contract.manifest import Manifest
 from agent.core.inference import DoneEvent, GenerationEvent, GenerationRequest, Guidance, ModelInfo, TokenEvent
 from agent.endpoint.openai.chunks import named_event
-from agent.endpoint.openai.errors import ApiError, invalid
+from agent.endpoint.openai.errors import ApiError, invalid, unsupported
 from agent.endpoint.openai.items import entries, messages
 from agent.endpoint.openai.prompting import checked, plain_messages, prompt_of, sequence
 from agent.endpoint.openai.response_shapes import (
@@ -69,6 +69,10 @@ class ResponseJob:
             ApiError: 400 naming the parameter.
         """
         check_stream_options(asked)
+        if asked.background and asked.store is False:
+            raise invalid("a response in the background is fetched later: it cannot be without store", "background")
+        if asked.background and asked.stream:
+            raise unsupported("stream", "a response in the background is not streamed here: ask for it by its id")
         plan = plan_tools(
             [_tool(tool) for tool in asked.tools or ()],
             _choice(asked.tool_choice),

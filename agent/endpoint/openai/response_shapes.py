@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field
+from pydantic import ConfigDict, Discriminator, Field
 from pydantic import Tag as PydanticTag
 
 from agent.endpoint.openai.shapes import ApiModel, ContentPart, Lenient, Name, Text, Whole
@@ -41,12 +41,6 @@ class ReasoningItem(Lenient):
     """Thoughts, handed back by clients that keep everything; a model is not shown its own, and they are left out."""
 
     type: Literal["reasoning"]
-
-
-def _not(value: bool) -> bool:
-    if value:
-        raise ValueError("responses are not made in the background here")
-    return value
 
 
 def _kind(item: Any) -> str:
@@ -175,7 +169,7 @@ class ResponseRequest(ApiModel):
     text: TextOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Metadata | None = None
-    background: Annotated[bool, Field(json_schema_extra={"const": False}), AfterValidator(_not)] | None = None
+    background: bool | None = None
     user: Annotated[str, Field(max_length=512, description="ignored")] | None = None
     include: Annotated[list[Include], Field(max_length=16)] | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None

@@ -216,7 +216,7 @@ def _echo(asked: ResponseRequest, info: ModelInfo) -> dict[str, Any]:
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": effective_defaults(info).get("top_p", 1.0) if asked.top_p is None else asked.top_p,
         "truncation": asked.truncation or "disabled",
-        "background": False,
+        "background": bool(asked.background),
         "user": asked.user,
     }
 

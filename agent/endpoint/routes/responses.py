@@ -6,13 +6,15 @@ import asyncio
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
+from contextlib import aclosing
 
 from aiohttp import web
 
 from agent.core.inference import ModelInfo
 from agent.endpoint.http.answering import reply_stream, reply_whole
-from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, read_request
-from agent.endpoint.http.replies import json_reply
+from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, call, read_request
+from agent.endpoint.http.replies import as_api_error, json_reply, within_time
 from agent.endpoint.http.sse import EventStream
 from agent.endpoint.openai.errors import ApiError, invalid
 from agent.endpoint.openai.items import page_of
@@ -33,9 +35,45 @@ async def responses(request: web.Request) -> web.StreamResponse:
     check_model(asked.model, info, context.names())
     job = await _fitting(request, asked, info)
     keep = functools.partial(_keep, request, job)
+    if asked.background:
+        return _begin(request, job, keep)
     if asked.stream:
         return await reply_stream(request, [job.request], info.digest, "input", ResponseStream(job, keep))
     return await reply_whole(request, [job.request], info.digest, "input", WholeResponse(job, keep))
+
+
+def _begin(request: web.Request, job: ResponseJob, keep: Callable[[], None]) -> web.Response:
+    """Begin a response that nobody waits for, and answer with what there is of it."""
+    context, begun, response = request.app[CONTEXT], call(request, "input"), job.builder.response
+
+    async def work() -> None:
+        answer = WholeResponse(job, keep)
+        try:
+            async with (
+                within_time(context.config.limits.request_timeout_s),
+                aclosing(context.runner.events([job.request], begun, job.info.digest)) as events,
+            ):
+                async for index, event in events:
+                    answer.add(index, event)
+        except Exception as error:  # nobody waits for it: whoever asks next is told
+            found = as_api_error(error)
+            job.builder.fail(found.code or "server_error", str(found))
+
+    context.background.start(response["id"], work())
+    stored = StoredResponse(response, job.inputs, job.history)
+    context.store.put(request[REQUEST_CONTEXT].client, response["id"], stored, stored.size(), _now())
+    return json_reply(response)
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """``POST /v1/responses/{id}/cancel``: end one that is made in the background; one that is over stays as it is."""
+    response = _stored(request, request.match_info["id"]).response
+    if not response["background"]:
+        raise invalid("only a response that was begun with background can be cancelled", "id")
+    await request.app[CONTEXT].background.cancel(response["id"])
+    if response["status"] == "in_progress":
+        response["status"] = "cancelled"
+    return json_reply(response)
 
 
 async def input_tokens(request: web.Request) -> web.Response:
@@ -91,6 +129,8 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
     response = _stored(request, request.match_info["id"]).response
     if wanted == "false":
         return json_reply(response)
+    if response["status"] not in ("completed", "incomplete"):
+        raise invalid(f"the response is {response['status']}: ask for it without stream", "stream")
     stream = EventStream(request, request.app[CONTEXT].config.limits.write_timeout_s)
     if events := replay(response, int(after)):
         await stream.send(encoded(events))
@@ -100,6 +140,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
 async def delete(request: web.Request) -> web.Response:
     """``DELETE /v1/responses/{id}``."""
     identifier = _stored(request, request.match_info["id"]).response["id"]
+    await request.app[CONTEXT].background.cancel(identifier)
     request.app[CONTEXT].store.delete(request[REQUEST_CONTEXT].client, identifier, _now())
     return json_reply({"id": identifier, "object": "response", "deleted": True})
 
@@ -114,7 +155,10 @@ def _before(request: web.Request, asked: ResponseRequest) -> tuple[Entry, ...]:
     if conversation is None and asked.previous_response_id is None:
         return ()
     if conversation is None:
-        return _stored(request, asked.previous_response_id or "", "previous_response_id").history
+        stored = _stored(request, asked.previous_response_id or "", "previous_response_id")
+        if (status := stored.response["status"]) not in ("completed", "incomplete"):
+            raise invalid(f"that response is {status}: there is no answer to go on from", "previous_response_id")
+        return stored.history
     if asked.previous_response_id is not None:
         raise invalid("conversation and previous_response_id exclude one another", "previous_response_id")
     return conversation_route.find(request, conversation, "conversation").entries
