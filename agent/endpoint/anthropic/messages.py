@@ -164,10 +164,9 @@ class _Answer:
     content: list[dict[str, Any]] = field(default_factory=list)
     _open: int | None = None
     _arguments: str = ""
-    _calls: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._reader = self.job.choices()[0].reader
+        self._reader = self.job.reader(0)
         self.id = self.job.id.replace("chatcmpl-", "msg_")
         self.done: DoneEvent | None = None
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from agent.core.inference import GenerationEvent, GenerationRequest
-from agent.endpoint.http.context import CONTEXT, call
+from agent.endpoint.http.context import CONTEXT, Context, call
+from agent.endpoint.http.generation import Call
 from agent.endpoint.http.replies import json_reply, streaming, within_time
 from agent.endpoint.http.sse import EventStream
 from agent.endpoint.openai.errors import ApiError
@@ -52,14 +53,25 @@ async def reply_whole(
         ApiError: 504, it took too long; or what ``answer`` raises.
         InferenceError: a sequence cannot be served.
     """
-    context = request.app[CONTEXT]
+    await run_whole(request.app[CONTEXT], requests, digest, call(request, prompt_param), answer)
+    return json_reply(answer.to_dict())
+
+
+async def run_whole(
+    context: Context, requests: Sequence[GenerationRequest], digest: str, asked: Call, answer: WholeAnswer
+) -> None:
+    """Run the sequences until ``answer`` is whole.
+
+    Raises:
+        ApiError: 504, it took too long; or what ``answer`` raises.
+        InferenceError: a sequence cannot be served.
+    """
     async with (
         within_time(context.config.limits.request_timeout_s),
-        aclosing(context.runner.events(requests, call(request, prompt_param), digest)) as events,
+        aclosing(context.runner.events(requests, asked, digest)) as events,
     ):
         async for index, event in events:
             answer.add(index, event)
-    return json_reply(answer.to_dict())
 
 
 async def reply_stream(

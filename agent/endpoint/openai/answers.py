@@ -105,11 +105,6 @@ class ChatChoice:
         self.reader = reader
         self._top = top_logprobs
 
-    @property
-    def thought_tokens(self) -> int:
-        """How many of its tokens were thoughts."""
-        return self.reader.thought_tokens
-
     def token(self, event: TokenEvent) -> tuple[list[Piece], list[dict[str, Any]]]:
         """Take one in; what it adds to the answer, and its logprobs, which thoughts have none of."""
         entries: list[dict[str, Any]] = []

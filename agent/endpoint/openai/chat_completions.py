@@ -11,6 +11,7 @@ from agent.endpoint.openai.answers import ChatChoice, new_id, usage
 from agent.endpoint.openai.chunks import DONE, ChunkEncoder, error_event
 from agent.endpoint.openai.errors import ApiError, invalid, unsupported
 from agent.endpoint.openai.prompting import checked, plain_messages, prompt_of, sequence
+from agent.endpoint.openai.reading import AnswerReader
 from agent.endpoint.openai.sampling import check_stream_options, for_chat, format_guidance
 from agent.endpoint.openai.shapes import ChatRequest
 from agent.endpoint.openai.toolplan import ToolPlan, plan_tools
@@ -64,10 +65,12 @@ class ChatJob:
 
     def choices(self) -> list[ChatChoice]:
         """Empty, one for each sequence."""
-        return [
-            ChatChoice(index, self.plan.reader(request.prompt, request.sampling.guidance), self.top_logprobs)
-            for index, request in enumerate(self.requests)
-        ]
+        return [ChatChoice(index, self.reader(index), self.top_logprobs) for index in range(len(self.requests))]
+
+    def reader(self, index: int) -> AnswerReader:
+        """Return a new one for one of the sequences."""
+        request = self.requests[index]
+        return self.plan.reader(request.prompt, request.sampling.guidance)
 
 
 def _continued(asked: ChatRequest) -> bool:
@@ -169,7 +172,7 @@ class ChatStream:
 
 
 def _usage(choices: list[ChatChoice]) -> dict[str, Any]:
-    thoughts = sum(choice.thought_tokens for choice in choices)
+    thoughts = sum(choice.reader.thought_tokens for choice in choices)
     return usage([choice.done for choice in choices if choice.done], len(choices), thoughts)
 
 

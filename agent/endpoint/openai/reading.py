@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from agent.core.inference import TokenEvent
-from agent.endpoint.openai.tools import Delta, TextDelta, ToolParser
+from agent.endpoint.openai.tools import Delta, TextDelta, ToolParser, partial_mark
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -91,7 +91,8 @@ class AnswerReader:
     def _thought(self, text: str) -> list[Piece]:
         text, self._held = self._held + text, ""
         before, mark, after = text.partition(_CLOSE)
-        thought = before.rstrip() if mark else _certain(text)
+        certain = before if mark else text[: len(text) - partial_mark(text, (_CLOSE,))]
+        thought = certain.rstrip()  # before the mark, white space is dropped
         self._held = "" if mark else text[len(thought) :]
         if self._trim:
             thought = thought.lstrip()
@@ -109,12 +110,3 @@ class AnswerReader:
         if self._tools is not None:
             return list(self._tools.feed(text))
         return [TextDelta(text)] if text else []
-
-
-def _certain(text: str) -> str:
-    """Return thoughts without the end that may be of the closing mark, or white space before it."""
-    for size in range(min(len(text), len(_CLOSE) - 1), 0, -1):
-        if _CLOSE.startswith(text[-size:]):
-            text = text[:-size]
-            break
-    return text.rstrip()

@@ -27,7 +27,6 @@ class ResponseBuilder:
         self._asked = asked
         self._reader = reader
         self._items: list[dict[str, Any]] = []
-        self._calls: dict[int, int] = {}
         self._open: int | None = None
         self._sequence = 0
         self._top = response_logprobs(asked)

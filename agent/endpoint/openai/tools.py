@@ -79,7 +79,7 @@ class ToolParser:
                 return self._begin("", text)
         found = [(position, mark) for mark in _MARKS if (position := text.find(mark)) >= 0]
         if not found:
-            keep = _partial(text)
+            keep = partial_mark(text, _MARKS)
             self._held = text[len(text) - keep :]
             self._plain(text[: len(text) - keep], deltas)
             return ""
@@ -142,12 +142,12 @@ class ToolParser:
             deltas.append(TextDelta(text))
 
 
-def _partial(text: str) -> int:
-    """Return the length of the longest end of ``text`` that a mark begins with."""
-    longest = max(len(mark) for mark in _MARKS) - 1
+def partial_mark(text: str, marks: Sequence[str]) -> int:
+    """Return the length of the longest end of ``text`` that one of ``marks`` begins with."""
+    longest = max(len(mark) for mark in marks) - 1
     for length in range(min(longest, len(text)), 0, -1):
         tail = text[-length:]
-        if any(mark.startswith(tail) for mark in _MARKS):
+        if any(mark.startswith(tail) for mark in marks):
             return length
     return 0
 

@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from contextlib import aclosing
 
 from aiohttp import web
 
 from agent.core.inference import ModelInfo
-from agent.endpoint.http.answering import reply_stream, reply_whole
+from agent.endpoint.http.answering import reply_stream, reply_whole, run_whole
 from agent.endpoint.http.context import CONTEXT, REQUEST_CONTEXT, call, read_request
-from agent.endpoint.http.replies import as_api_error, json_reply, within_time
+from agent.endpoint.http.replies import as_api_error, json_reply
 from agent.endpoint.http.sse import EventStream
 from agent.endpoint.openai.errors import ApiError, invalid
 from agent.endpoint.openai.items import page_of
@@ -25,6 +24,9 @@ from agent.endpoint.openai.response_shapes import InputTokensRequest, ResponseRe
 from agent.endpoint.openai.responses import conversation_id
 from agent.endpoint.openai.stored import Conversation, Entry, StoredResponse
 from agent.endpoint.routes import conversations as conversation_route
+
+#: The states of a response that has an answer, whole or cut.
+_ANSWERED = ("completed", "incomplete")
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
@@ -47,14 +49,8 @@ def _begin(request: web.Request, job: ResponseJob, keep: Callable[[], None]) -> 
     context, begun, response = request.app[CONTEXT], call(request, "input"), job.builder.response
 
     async def work() -> None:
-        answer = WholeResponse(job, keep)
         try:
-            async with (
-                within_time(context.config.limits.request_timeout_s),
-                aclosing(context.runner.events([job.request], begun, job.info.digest)) as events,
-            ):
-                async for index, event in events:
-                    answer.add(index, event)
+            await run_whole(context, [job.request], job.info.digest, begun, WholeResponse(job, keep))
         except Exception as error:  # nobody waits for it: whoever asks next is told
             found = as_api_error(error)
             job.builder.fail(found.code or "server_error", str(found))
@@ -129,7 +125,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
     response = _stored(request, request.match_info["id"]).response
     if wanted == "false":
         return json_reply(response)
-    if response["status"] not in ("completed", "incomplete"):
+    if response["status"] not in _ANSWERED:
         raise invalid(f"the response is {response['status']}: ask for it without stream", "stream")
     stream = EventStream(request, request.app[CONTEXT].config.limits.write_timeout_s)
     if events := replay(response, int(after)):
@@ -156,7 +152,7 @@ def _before(request: web.Request, asked: ResponseRequest) -> tuple[Entry, ...]:
         return ()
     if conversation is None:
         stored = _stored(request, asked.previous_response_id or "", "previous_response_id")
-        if (status := stored.response["status"]) not in ("completed", "incomplete"):
+        if (status := stored.response["status"]) not in _ANSWERED:
             raise invalid(f"that response is {status}: there is no answer to go on from", "previous_response_id")
         return stored.history
     if asked.previous_response_id is not None:
