@@ -184,8 +184,10 @@ class Progress(WireModel):
     seconds: Amount = 0.0
 
 
-class Proof(WireModel):
+class Proof(GrownModel):
     """What the device measured when it proved the artifact."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"device_share"})
 
     runtime: Name
     device: Name = "CPU"
@@ -193,6 +195,12 @@ class Proof(WireModel):
     ttft_ms: Amount
     tpot_ms: Amount
     memory_bytes: Bytes = 0
+    device_share: Annotated[
+        float | None,
+        Field(
+            ge=0, le=1, description="share of the model, by node or layer, on `device`; none: the runtime tells none"
+        ),
+    ] = None
 
 
 class Failure(WireModel):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from agent.contract.base import WireModel
+from agent.contract.base import GrownModel
 from agent.contract.manifest import Precision, Target, Toolchain
 
 
@@ -48,8 +48,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class HealthLimits(WireModel):
+class HealthLimits(GrownModel):
     """What a deployment must stay inside to be committed. None: not limited."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"device_share_min"})
 
     ttft_ms_p95: (
         Annotated[float, Field(gt=0, description="milliseconds to the first token, 95th percentile")] | None
@@ -58,6 +60,18 @@ class HealthLimits(WireModel):
     error_rate_max: Annotated[float, Field(ge=0, le=1, description="share of requests")] = 0.05
     worker_restarts_max: Annotated[int, Field(ge=0, description="worker deaths in the window")] = 3
     memory_bytes_max: Annotated[int, Field(gt=0, description="resident bytes of the worker")] | None = None
+    device_share_min: (
+        Annotated[
+            float,
+            Field(
+                gt=0,
+                le=1,
+                description="share of the model, by node or layer, that the artifact's own device computes, at least;"
+                " 1: nothing on the CPU in its place",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class ProfileHealth(HealthLimits):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from agent.contract.failures import FailureCode
-from agent.contract.messages import Failure
+from agent.contract.messages import Failure, Proof
 from agent.contract.profile import HealthLimits
 
 
@@ -152,6 +152,20 @@ def percentile(values: Iterable[float], share: float) -> float | None:
         return None
     rank = max(1, -(-len(ordered) * share // 100))
     return ordered[int(rank) - 1]
+
+
+def computes_elsewhere(proof: Proof, limits: HealthLimits) -> str | None:
+    """Return how a proven model falls short of the share that its device must compute; None: it does not."""
+    least = limits.device_share_min
+    if least is None or (proof.device_share is not None and proof.device_share >= least):
+        return None
+    demanded = f"the profile demands {least:.0%} (health.device_share_min)"
+    if proof.device_share is None:
+        return f"runs, and {proof.runtime} does not tell what share of it {proof.device} computes; {demanded}"
+    return (
+        f"runs with {proof.device_share:.1%} of it on {proof.device}, the rest on the CPU; {demanded}:"
+        f" look whether the driver and a package of {proof.runtime} for {proof.device} are there"
+    )
 
 
 def breach(vitals: Vitals, limits: HealthLimits, min_requests: int = 3) -> Failure | None:

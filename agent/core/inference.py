@@ -159,6 +159,8 @@ class ModelInfo:
     load_s: float
     memory_bytes: int
     capabilities: Capabilities
+    #: Share of the model, by node or layer, on ``device``; None: not asked for, or the runtime tells none.
+    device_share: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     #: Of its signed manifest: what holds for a sampling parameter, by its name, that a request leaves out.
     defaults: Mapping[str, float | int] = field(default_factory=dict)

@@ -221,6 +221,10 @@ class ModelHost(Protocol):
         """
         ...
 
+    async def discard(self) -> None:
+        """Drop what was proven and not activated; what it displaced comes back."""
+        ...
+
     async def activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
         """Move new requests to this artifact, drain the old one, unload it."""
         ...

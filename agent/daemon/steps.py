@@ -14,6 +14,7 @@ from agent.contract.manifest import RUNTIME_OF, Manifest
 from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
+from agent.core.health import computes_elsewhere
 from agent.core.inference import ModelInfo
 from agent.core.ports import ArtifactStore, Clock, ModelHost, Transfer, Trust
 from agent.core.selection import Measured, Resources, constrain, fastest
@@ -275,7 +276,12 @@ class Steps:
         if self._parts.host.displaces(manifest):  # a proof that applications notice belongs into the window
             await self._wait_for_window(order)
         async with self.host_lock:
-            return await self._parts.host.prove(manifest, self._folder(ref))
+            proof = await self._parts.host.prove(manifest, self._folder(ref))
+            elsewhere = computes_elsewhere(proof, order.limits)
+            if elsewhere is not None:
+                await self._parts.host.discard()
+                raise RuntimeLoadError(f"{ref.id} {elsewhere}")
+        return proof
 
     async def _activate(self, ref: ArtifactRef | None, order: Desired) -> core.Activated:
         if ref is None:

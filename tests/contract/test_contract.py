@@ -51,6 +51,7 @@ from agent.contract.messages import (
     Want,
     WantV1,
 )
+from agent.contract.profile import HealthLimits
 
 GOLDEN = Path(__file__).parent / "golden"
 AT = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
@@ -103,6 +104,14 @@ EXAMPLES: dict[str, WireModel] = {
     "reported_waiting": Reported(
         device="pi-1", sequence=7, deployment="d7", state=State.WAITING_SPACE, desired=REF, at=AT,
         waiting=Failure(code=FailureCode.STORE_DISK_FULL, message="needs 9 bytes, 3 are free"),
+    ),
+    "reported_share": Reported(
+        device="pi-1", sequence=7, deployment="d7", state=State.PROBATION, desired=REF, at=AT,
+        proof=Proof(runtime="llamacpp", device="CUDA", load_s=0.5, ttft_ms=26, tpot_ms=16, device_share=0.75),
+    ),
+    "desired_share": Desired(
+        device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
+        limits=HealthLimits(device_share_min=1.0),
     ),
     "want": WantV1(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
     "metadata_want": MetadataWantV1(device="pi-1", name="3.targets.json", offset=131072),

@@ -164,6 +164,8 @@ class SimHost:
     prove_errors: dict[str, AgentError] = field(default_factory=dict)
     activate_errors: dict[str, AgentError] = field(default_factory=dict)
     tpot_ms: dict[str, float] = field(default_factory=dict)
+    #: What the runtime tells of the share that its device computes; without an entry all of it.
+    shares: dict[str, float | None] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     usable: bool = True
@@ -172,6 +174,7 @@ class SimHost:
     narrow: bool = False
     #: How often `activate` fails before it works.
     short_of_memory: int = 0
+    proven: Manifest | None = None
     serving: Manifest | None = None
     history: list[str] = field(default_factory=list)
     closed: bool = False
@@ -188,7 +191,12 @@ class SimHost:
         if manifest.digest in self.prove_errors:
             raise self.prove_errors[manifest.digest]
         tpot = self.tpot_ms.get(manifest.digest, 10.0)
-        return Proof(runtime="onnx_genai", load_s=0.1, ttft_ms=20, tpot_ms=tpot)
+        share = self.shares.get(manifest.digest, 1.0)
+        self.proven = manifest
+        return Proof(runtime="onnx_genai", load_s=0.1, ttft_ms=20, tpot_ms=tpot, device_share=share)
+
+    async def discard(self) -> None:
+        self.proven = None
 
     async def activate(self, manifest: Manifest, folder: Path) -> ModelInfo:
         if self.short_of_memory > 0:
@@ -196,7 +204,7 @@ class SimHost:
             raise RuntimeLoadError("needs 9 bytes, 3 are free", FailureCode.RUNTIME_MEMORY)
         if manifest.digest in self.activate_errors:
             raise self.activate_errors[manifest.digest]
-        self.serving = manifest
+        self.serving, self.proven = manifest, None
         self.history.append(manifest.digest)
         info = self.active()
         assert info is not None

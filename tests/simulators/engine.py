@@ -99,6 +99,7 @@ class _Sequence:
 
 class SimulatedEngine:
     device = "CPU"
+    device_share = None
 
     def __init__(self, behaviour: Behaviour, options: LoadOptions) -> None:
         self._behaviour = behaviour

@@ -31,6 +31,7 @@ from agent.runtimes.engines.guidance import Guide, Guides, draw_token
 from agent.runtimes.engines.llamacpp_binding import Batch, Log
 from agent.runtimes.engines.llamacpp_grammar import Grammar
 from agent.runtimes.engines.llamacpp_quirks import quiet_openmp, without_amx
+from agent.runtimes.engines.placement import of_layers
 from agent.runtimes.engines.slots import LEAST_PIECE, choose, piece_of
 from agent.runtimes.engines.text import Utf8Stream
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
@@ -110,6 +111,7 @@ class LlamaCppEngine:
         self.context = min(options.context, int(lib.llama_model_n_ctx_train(model)))
         self._sequences = max(1, min(options.max_sequences, options.kv_tokens // self.context))
         self.device = "CPU" if options.device == "CPU" or not lib.llama_supports_gpu_offload() else options.device
+        self.device_share = of_layers(log.layers, self.device) if options.placed else None
         self._context = self._make_context(options)
         self._batch = Batch(lib, np, _BATCH)
         self._slots = [_Slot(number) for number in range(self._sequences)]

@@ -46,12 +46,18 @@ class Batch:
 
 
 class Log:
-    """llama.cpp logs some hundred lines a load: only warnings pass, and the last error is kept for messages."""
+    """llama.cpp logs some hundred lines a load: only warnings pass, and the last error is kept for messages.
+
+    ``layers``: the lines that say which layer is on which device.
+    """
 
     def __init__(self, lib: Any) -> None:
         self._lines: deque[str] = deque(maxlen=3)
+        self.layers: list[str] = []
 
         def receive(level: int, text: bytes, _data: Any) -> None:
+            if b"assigned to device" in text:
+                self.layers.append(text.decode("utf-8", "replace"))
             if level in (_LOG_WARN, _LOG_ERROR):
                 line = text.decode("utf-8", "replace").strip()
                 if level == _LOG_ERROR:

@@ -82,6 +82,8 @@ class MlxEngine:
 
         self._mx, self._np = mx, np
         self.device = device
+        # MLX computes all on its default device: an operation that Metal lacks is an error, not the CPU's.
+        self.device_share = 1.0 if options.placed else None
         self.context = options.context
         self._options = options
         self._model, self._tokenizer = mlx_lm.load(str(folder))

@@ -68,6 +68,7 @@ class BatchEngine:
         self._cache = cache
         self._options = options
         self.device = "CPU"
+        self.device_share = cache.device_share
         self.context = min(options.context, files.max_context)
         self._guides = Guides(from_file(files.folder / "tokenizer.json", self._cache.vocabulary, files.ends))
         self._rows = [_Row(number) for number in range(options.max_sequences)]

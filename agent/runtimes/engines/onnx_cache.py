@@ -13,12 +13,14 @@ from typing import Any
 
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.onnx_files import LONGROPE_SWITCH, OnnxFiles
+from agent.runtimes.engines.placement import RECORD, of_sessions
 
 #: Bytes of logits that one piece of a prompt may make: most graphs compute them for every token of it.
 _LOGITS_BYTES = 64 << 20
 #: How long a thread turns while it waits for the others. The library's own choice is no faster alone, and a third
 #: slower where others want the cores: 110 against 165 tokens/s each for two models on two cores, 363 alone both ways.
 _SPIN_US = "50"
+_PROVIDER = "CPUExecutionProvider"
 
 
 def suits(files: OnnxFiles, context: int) -> bool:
@@ -31,7 +33,7 @@ def suits(files: OnnxFiles, context: int) -> bool:
 class RowCache:
     """``rows`` times ``length`` tokens; each row is one sequence's. Memory is taken when a token is first written."""
 
-    def __init__(self, files: OnnxFiles, rows: int, length: int, threads: int) -> None:
+    def __init__(self, files: OnnxFiles, rows: int, length: int, threads: int, *, placed: bool = False) -> None:
         import numpy as np
         import onnxruntime as ort
 
@@ -39,8 +41,11 @@ class RowCache:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
+        if placed:
+            options.add_session_config_entry(RECORD, "1")
         self._np = np
-        self._session = ort.InferenceSession(str(files.graph), options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(str(files.graph), options, providers=[_PROVIDER])
+        self.device_share = of_sessions([self._session], _PROVIDER) if placed else None
         given = {one.name: one for one in self._session.get_inputs()}
         made = {one.name: one for one in self._session.get_outputs()}
         layers = int(files.decoder["num_hidden_layers"])

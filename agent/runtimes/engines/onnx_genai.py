@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI artifacts, the recommended format of Phi at the edge, on CPU, CUDA, DirectML, WebGPU and QNN.
+"""ONNX Runtime GenAI artifacts, the recommended format of Phi at the edge, on CPU, CUDA, DirectML and WebGPU.
 
 On the CPU the graph is run by ONNX Runtime itself with continuous batching (``onnx_batch``); everywhere else, and for
 graphs that it is not for, by ONNX Runtime GenAI's generators (``onnx_generator``). The tokenizer is the latter's.
@@ -44,7 +44,7 @@ class OnnxGenaiRuntime:
         wanted = options.extra.get("engine", "batch")
         context = min(options.context, files.max_context)
         if wanted == "batch" and options.device == "CPU" and suits(files, context):
-            cache = RowCache(files, options.max_sequences, context, options.threads)
+            cache = RowCache(files, options.max_sequences, context, options.threads, placed=options.placed)
             return BatchEngine(files, cache, options)
         return GeneratorEngine(og, files, options)
 

@@ -25,6 +25,7 @@ from agent.core.inference import (
 from agent.runtimes.engines.generation import Generation, check_fits, common_prefix
 from agent.runtimes.engines.guidance import Guide, Guides, draw_token, from_file
 from agent.runtimes.engines.onnx_files import LONGROPE_SWITCH, OnnxFiles
+from agent.runtimes.engines.placement import of_graph
 from agent.runtimes.engines.slots import LEAST_PIECE, piece_of
 from agent.runtimes.protocol.engine import LoadOptions
 
@@ -32,7 +33,13 @@ from agent.runtimes.protocol.engine import LoadOptions
 _PREFILL_SHARED, _PREFILL_ALONE = 64, 512
 #: Capacities of generators are multiples of this, so that the next request fits the last one's.
 _CAPACITY_STEP = 512
-PROVIDERS = {"CPU": "", "CUDA": "cuda", "DML": "dml", "WEBGPU": "webgpu", "QNN": "qnn"}
+#: A device's provider, as ONNX Runtime GenAI and as ONNX Runtime name it.
+PROVIDERS = {
+    "CPU": ("", "CPUExecutionProvider"),
+    "CUDA": ("cuda", "CUDAExecutionProvider"),
+    "DML": ("dml", "DmlExecutionProvider"),
+    "WEBGPU": ("webgpu", "WebGpuExecutionProvider"),
+}
 
 
 @dataclass(slots=True)
@@ -70,6 +77,7 @@ class GeneratorEngine:
         self._og = og
         self._files = files
         self._options = options
+        self.device_share = _share(files, options) if options.placed else None
         self._model = og.Model(_config(og, files, options))
         self._longrope = files.longrope
         self._guides = Guides(from_file(files.folder / "tokenizer.json", files.vocabulary, files.ends))
@@ -232,12 +240,23 @@ class GeneratorEngine:
         sequence.slot = None
 
 
+def _share(files: OnnxFiles, options: LoadOptions) -> float | None:
+    """Ask a session of our own, before the library's takes the memory: the library keeps its session to itself."""
+    if options.device == "CPU":  # nothing else is below it to fall back to
+        return 1.0
+    try:
+        return of_graph(files.graph, PROVIDERS[options.device][1], options.threads)
+    except Exception as error:  # ONNX Runtime raises classes of its own; it serves without this figure as well
+        print(f"which nodes run on {options.device} is not known: {error}", flush=True)  # noqa: T201 - the daemon's log
+        return None
+
+
 def _config(og: Any, files: OnnxFiles, options: LoadOptions) -> Any:
     config = og.Config(str(files.folder))
     if options.threads:
         session = {"intra_op_num_threads": options.threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     config.clear_providers()
-    if provider := PROVIDERS[options.device]:
+    if provider := PROVIDERS[options.device][0]:
         config.append_provider(provider)
     return config

@@ -29,6 +29,7 @@ from agent.errors import RuntimeLoadError
 from agent.platform.static_folder import StaticFolder
 from agent.runtimes.engines.generation import Generation, check_fits, common_prefix
 from agent.runtimes.engines.guidance import Guide, Guides, draw_token, from_file
+from agent.runtimes.engines.placement import RECORD, of_sessions
 from agent.runtimes.engines.text import Pieces, PieceStream
 from agent.runtimes.engines.token_bytes import TokenBytes
 from agent.runtimes.protocol.engine import Check, Engine, LoadOptions, ModelSource
@@ -100,6 +101,7 @@ class _Loaded:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry(RECORD, "1")
         if self.files.model.shared:  # the binary of a part is loaded once, for both of its graphs
             options.add_session_config_entry("ep.share_ep_contexts", "1")
             options.add_session_config_entry("ep.stop_share_ep_contexts", "1" if last else "0")
@@ -109,6 +111,10 @@ class _Loaded:
         except Exception as error:  # the library raises classes of its own, and RuntimeError
             raise RuntimeLoadError(f"{self.files.folder / name} does not load on the NPU: {error}") from error
         return session, [one.name for one in session.get_outputs()]
+
+    def device_share(self) -> float | None:
+        """Return the share of nodes on the NPU; less than all would not have loaded."""
+        return of_sessions((session for session, _ in self._sessions.values()), _EP)
 
     def run(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
         session, names = self._sessions[graph]
@@ -146,6 +152,7 @@ class OnnxQnnEngine:
         files = loaded.files
         self._loaded, self._files = loaded, files
         self.device = _DEVICE
+        self.device_share = loaded.device_share() if options.placed else None
         self.context = min(options.context, files.model.context)
         self._sequences = max(1, options.max_sequences)
         self._slots = [_Slot(files.sequence(loaded.run)) for _ in range(self._sequences)]

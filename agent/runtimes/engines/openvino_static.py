@@ -30,6 +30,8 @@ class StaticEngine:
     def __init__(self, genai: Any, folder: Path, source: ModelSource, options: LoadOptions) -> None:
         self._genai = genai
         self.device = options.device
+        # The NPU's plug-in divides a model by itself, and its pipeline tells nobody how.
+        self.device_share = None
         self.context = options.context
         chosen = properties(options)
         if options.device == "NPU":

@@ -75,7 +75,10 @@ class Worker:
             self._send(wire.LoadFailed(code.value, f"{self._runtime.name} cannot load {load.source.path}: {error}"))
             return None
         seconds = time.perf_counter() - begun
-        self._send(wire.Loaded(engine.context, engine.device, seconds, resident_bytes(), engine.capabilities))
+        loaded = wire.Loaded(
+            engine.context, engine.device, seconds, resident_bytes(), engine.capabilities, engine.device_share
+        )
+        self._send(loaded)
         return engine
 
     def _serve(self, engine: Engine) -> None:

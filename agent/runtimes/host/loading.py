@@ -41,9 +41,15 @@ class LoadedModel:
 
 
 async def load_model(
-    spec: RuntimeSpec, manifest: Manifest, folder: Path, kv_tokens: int, settings: HostSettings
+    spec: RuntimeSpec,
+    manifest: Manifest,
+    folder: Path,
+    kv_tokens: int,
+    settings: HostSettings,
+    *,
+    placed: bool = False,
 ) -> LoadedModel:
-    """Start a worker and load the artifact.
+    """Start a worker and load the artifact; ``placed``: find out what share of it the device computes.
 
     Raises:
         agent.errors.RuntimeLoadError: it does not load; no process is left behind.
@@ -54,6 +60,7 @@ async def load_model(
         max_sequences=settings.answers_at_once(spec),
         threads=settings.threads or _cores(),
         device=manifest.target.value.upper(),
+        placed=placed,
         extra=dict(settings.runtime_options.get(spec.name, {})),
     )
     source = ModelSource(folder, manifest.entry, manifest.model.name, _stops(manifest))
@@ -73,6 +80,7 @@ async def load_model(
         load_s=loaded.load_s,
         memory_bytes=loaded.memory_bytes,
         capabilities=loaded.capabilities,
+        device_share=loaded.device_share,
         facts={"kv_tokens": options.kv_tokens, "threads": options.threads},
         defaults=manifest.sampling_defaults,
     )

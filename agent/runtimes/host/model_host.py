@@ -247,7 +247,7 @@ class WorkerHost:
             raise RuntimeLoadError(f"{manifest.id} {chosen.sentence()}", FailureCode.RUNTIME_MEMORY)
         if chosen.placement is Placement.SWAP:
             await self._park(folder)
-        return await self._load(spec, manifest, folder, chosen)
+        return await self._load(spec, manifest, folder, chosen, placed=True)
 
     def _spec(self, manifest: Manifest) -> RuntimeSpec:
         for spec in self._registry.values():
@@ -285,8 +285,10 @@ class WorkerHost:
         )
         return chosen
 
-    async def _load(self, spec: RuntimeSpec, manifest: Manifest, folder: Path, chosen: MemoryPlan) -> LoadedModel:
-        return await load_model(spec, manifest, folder, chosen.kv_tokens, self._settings)
+    async def _load(
+        self, spec: RuntimeSpec, manifest: Manifest, folder: Path, chosen: MemoryPlan, *, placed: bool = False
+    ) -> LoadedModel:
+        return await load_model(spec, manifest, folder, chosen.kv_tokens, self._settings, placed=placed)
 
     def _serve(self, loaded: LoadedModel) -> ModelServer:
         return ModelServer(loaded, self._settings, self._on_event)

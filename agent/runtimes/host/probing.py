@@ -95,7 +95,7 @@ class Prober:
     async def _measure(self, spec: RuntimeSpec, manifest: Manifest, folder: Path) -> Proof:
         need = manifest.memory.at_context(manifest.context)
         limited = replace(self._settings, memory_hard_limit_bytes=need + _SLACK_BYTES)
-        loaded = await load_model(spec, manifest, folder, manifest.context, limited)
+        loaded = await load_model(spec, manifest, folder, manifest.context, limited, placed=True)
         try:
             return await prove(loaded.worker, manifest, loaded.info, self._render, limited.probe_timeout_s)
         finally:

@@ -48,6 +48,7 @@ def _proof(worker: WorkerProcess, info: ModelInfo, results: Sequence[DoneEvent])
         ttft_ms=statistics.median(result.ttft_ms for result in results),
         tpot_ms=statistics.median(spread) if spread else 0.0,
         memory_bytes=worker.memory_bytes(),
+        device_share=info.device_share,
     )
 
 

@@ -42,6 +42,8 @@ class LoadOptions:
     max_sequences: int = 4
     threads: int = 0
     device: str = "CPU"
+    #: Whether to find out what share of the model the device computes, which may load it once more.
+    placed: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,6 +71,11 @@ class Engine(Protocol):
     @property
     def device(self) -> str:
         """What it runs on, as the runtime names it."""
+        ...
+
+    @property
+    def device_share(self) -> float | None:
+        """Share of the model, by node or layer, on ``device``. None: not asked for, or the runtime tells none."""
         ...
 
     @property

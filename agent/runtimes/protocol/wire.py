@@ -86,6 +86,7 @@ class Loaded:
     load_s: float
     memory_bytes: int
     capabilities: Capabilities
+    device_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

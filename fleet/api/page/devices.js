@@ -60,7 +60,7 @@ export function Device({ me, name }) {
       <dt>Endpoint</dt><dd>${one.deployment?.endpoint ?? "-"}</dd>
       <dt>Machine</dt><dd>${[facts.machine, facts.cpu_count ? plural(facts.cpu_count, "CPU") : null, facts.memory_total_bytes ? bytes(facts.memory_total_bytes) : null].filter(Boolean).join(", ") || "not reported"}</dd>
       <dt>Runtimes</dt><dd>${(facts.runtimes ?? []).map((one) => (one.usable ? `${one.name} ${one.version}` : `${one.name} (not usable: ${one.reason})`)).join(", ") || "not reported"}</dd>
-      ${proof ? html`<dt>Proof</dt><dd>${number(proof.ttft_ms, 0)} ms to the first token, ${number(proof.tpot_ms)} ms a token</dd>` : null}
+      ${proof ? html`<dt>Proof</dt><dd>${number(proof.ttft_ms, 0)} ms to the first token, ${number(proof.tpot_ms)} ms a token${Number.isFinite(proof.device_share) ? `, ${number(100 * proof.device_share, 0)}% of the model on ${proof.device}` : ""}</dd>` : null}
       ${one.cloned_at ? html`<dt>Identity</dt><dd class="bad">speaks from two machines, last <${Time} at=${one.cloned_at}/></dd>` : null}
     </dl>
     <p class="buttons">

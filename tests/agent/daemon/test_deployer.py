@@ -367,6 +367,28 @@ async def test_limits_of_the_order_hold_in_probation():
         assert ended.failure and ended.failure.code is FailureCode.HEALTH_SPEED
 
 
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0.375, "runs with 37.5% of it on CPU, the rest on the CPU; the profile demands 90%"),
+        (None, "onnx_genai does not tell what share of it CPU computes; the profile demands 90%"),
+    ],
+)
+async def test_a_model_that_falls_back_to_another_device_fails_its_proof_and_leaves_no_worker(
+    share: float | None, told: str
+):
+    demanded = HealthLimits(device_share_min=0.9)
+    async with Device().boot() as device:
+        await device.deploys(1, OLD, limits=demanded)
+        device.host.shares[NEW.digest] = share
+        ended = await device.deploys(2, NEW, limits=demanded)
+        assert ended.state is State.FAILED
+        assert ended.failure and ended.failure.code is FailureCode.RUNTIME_LOAD and told in ended.failure.message
+        assert device.host.serving == OLD and device.host.proven is None
+        # Nobody demands it of the next order.
+        assert (await device.deploys(3, NEW)).state is State.COMMITTED
+
+
 async def test_a_damaged_journal_is_a_fresh_start_not_a_crash():
     device = Device()
     device.journal.document = b'{"state":"nonsense"}'

@@ -87,6 +87,7 @@ async def running(runtime: str) -> AsyncIterator[Run]:
     proof = await host.prove(artifact.manifest, artifact.files)
     assert proof.runtime == runtime
     assert proof.ttft_ms > 0
+    assert proof.device_share == 1.0, "told by the runtime, and all of it is where the artifact is for"
     await host.activate(artifact.manifest, artifact.files)
     yield Run(host, artifact)
     await host.close()
