@@ -89,7 +89,9 @@ class AgentSettings(BaseSettings):
     threads: Annotated[int | None, Field(gt=0, description="threads of the runtime; none: the runtime's choice")] = None
     memory_limit_bytes: Annotated[int | None, Field(gt=0, description="resident bytes of the worker, at most")] = None
     load_timeout_s: Annotated[float, Field(gt=0, description="seconds for loading a model")] = 600.0
-    hang_timeout_s: Annotated[float, Field(gt=0, description="seconds without a token while one is due")] = 60.0
+    hang_timeout_s: Annotated[float, Field(gt=0, description="seconds without a token while one is due, at most")] = (
+        60.0
+    )
     download_bytes_per_s: Annotated[
         int | None, Field(ge=1024, description="of artifacts, on average; none: not limited")
     ] = None

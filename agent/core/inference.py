@@ -166,6 +166,10 @@ class ModelInfo:
     defaults: Mapping[str, float | int] = field(default_factory=dict)
 
 
+#: The state of a model host whose model is there and its worker is not: requests wait for the next worker.
+RESTARTING = "restarting"
+
+
 class InferenceError(Exception):
     """A request cannot be served. ``kind`` is one of KINDS; ``retry_after_s`` when it may work later."""
 

@@ -65,6 +65,38 @@ def after_death(deaths: tuple[float, ...], code: FailureCode, now: float, policy
     return Restart(recent, policy.pause_s(len(recent)))
 
 
+#: A step that takes so many times what the slowest took is a hang, and none is before so many seconds.
+HANG_FACTOR = 20.0
+LEAST_HANG_S = 5.0
+
+
+class Pace:
+    """What one worker's steps have taken: how long a silence may last while a step is due. Times in seconds.
+
+    Steps that read prompts and steps that only write tokens are told apart, since the former take many times longer;
+    and what no prompt so far was long enough to say, the most that the settings allow says.
+    """
+
+    def __init__(self) -> None:
+        self._slowest = {True: 0.0, False: 0.0}
+        self._longest = 0
+
+    def stepped(self, seconds: float, *, reads: bool) -> None:
+        """Take in the time from one sign of life to the next; ``reads``: a prompt was being read."""
+        self._slowest[reads] = max(self._slowest[reads], seconds)
+
+    def has_read(self, characters: int) -> None:
+        """Take in that a prompt of so many characters has its first token."""
+        self._longest = max(self._longest, characters)
+
+    def patience_s(self, reading: int | None, most: float) -> float:
+        """Return how long a silence may last; ``reading``: characters of the longest prompt that is read now."""
+        measured = self._slowest[reading is not None]
+        if not measured or (reading or 0) > self._longest:
+            return most
+        return min(most, max(LEAST_HANG_S, HANG_FACTOR * measured))
+
+
 class HostNews(StrEnum):
     """What an event of the model host means for health and deployment."""
 

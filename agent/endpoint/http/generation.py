@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from agent.contract.manifest import Manifest
 from agent.core.inference import (
+    RESTARTING,
     DoneEvent,
     FinishReason,
     GenerationEvent,
@@ -25,7 +26,7 @@ OnFinished = Callable[[FinishedRequest], None]
 Events = AsyncGenerator[tuple[int, GenerationEvent], None]
 
 #: Seconds until a client should try again, by what the model host is doing.
-_RETRY_S = {"swapping": 2.0, "empty": 10.0, "failed": 30.0}
+_RETRY_S = {"swapping": 2.0, "empty": 10.0, "failed": 30.0, RESTARTING: 5.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,11 @@ class Runner:
     def unavailable(self) -> ApiError:
         """503, with the model host's reason and when to try again."""
         stats = self._stats()
-        why = "the model is being replaced" if stats.state == "swapping" else stats.reason or "no model is loaded"
+        why = stats.reason or "no model is loaded"
+        if stats.state == "swapping":
+            why = "the model is being replaced"
+        elif stats.state == RESTARTING:
+            why = f"the model is being loaded again: {stats.reason}"
         return from_inference(InferenceError("unavailable", why, retry_after_s=_RETRY_S.get(stats.state, 2.0)))
 
     async def events(self, requests: Sequence[GenerationRequest], call: Call, digest: str) -> Events:

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from agent.core.inference import RESTARTING
 from agent.core.ports import Inference
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -162,7 +163,8 @@ class _HostCollector(Collector):
         yield from self._model()
 
     def _ready(self) -> Metric:
-        return _gauge("ready", "1 while a model serves, else 0.", float(self._inference.active() is not None))
+        serves = self._inference.active() is not None and self._stats().state != RESTARTING
+        return _gauge("ready", "1 while a model serves, else 0.", float(serves))
 
     def _model(self) -> Iterable[Metric]:
         info = self._inference.active()

@@ -6,6 +6,7 @@ import time
 
 from aiohttp import web
 
+from agent.core.inference import RESTARTING
 from agent.endpoint.http.context import CONTEXT, read_body
 from agent.endpoint.http.metrics import CONTENT_TYPE
 from agent.endpoint.http.replies import json_reply
@@ -52,10 +53,11 @@ async def live(_: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """``GET /health/ready``: 200 while a model serves, else 503."""
-    info = request.app[CONTEXT].inference.active()
-    if info is None:
-        raise request.app[CONTEXT].runner.unavailable()
+    """``GET /health/ready``: 200 while a model serves, else 503; requests wait while its worker is started again."""
+    context = request.app[CONTEXT]
+    info = context.inference.active()
+    if info is None or context.stats().state == RESTARTING:
+        raise context.runner.unavailable()
     return json_reply({"status": "ready", "model": info.name, "digest": info.digest})
 
 

@@ -13,7 +13,7 @@ import structlog
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.contract.messages import Proof, RuntimeFact
-from agent.core.inference import GenerationEvent, GenerationRequest, InferenceError, ModelInfo
+from agent.core.inference import RESTARTING, GenerationEvent, GenerationRequest, InferenceError, ModelInfo
 from agent.core.memory import MemoryPlan, Placement, plan
 from agent.errors import AgentError, RuntimeLoadError
 from agent.platform.resources import available_bytes
@@ -136,7 +136,7 @@ class WorkerHost:
             return HostStats(state, draining=draining, restarts=restarts, swaps=self._swaps, reason=self._reason)
         now = self._active.stats()
         return HostStats(
-            state="failed" if self._active.failed else "serving",
+            state="failed" if self._active.failed else RESTARTING if self._active.restarting else "serving",
             queued=now.queued,
             active=now.active,
             draining=draining,
@@ -145,7 +145,7 @@ class WorkerHost:
             memory_bytes=now.memory_bytes,
             kv_used_tokens=now.kv_used_tokens,
             kv_capacity_tokens=now.kv_capacity_tokens,
-            reason=self._active.failed,
+            reason=self._active.failed or self._active.restarting,
         )
 
     def _model_server(self) -> ModelServer:

@@ -26,6 +26,9 @@ from agent.runtimes.host.loading import LoadedModel
 from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.runtimes.host.supervisor import Death, WorkerProcess
 
+#: A look that comes so much later than it was due says that the event loop, or the whole machine, stood still.
+_HELD_UP_S = 0.25
+
 log = structlog.get_logger(component=__name__)
 
 
@@ -90,6 +93,12 @@ class ModelServer:
     def info(self) -> ModelInfo:
         """As it was loaded last."""
         return self._loaded.info
+
+    @property
+    def restarting(self) -> str:
+        """Why there is no worker until the next one is loaded; empty while there is one."""
+        died = self.worker.died
+        return died.result().message if died.done() and self._open else ""
 
     def stats(self) -> ModelStats:
         """Now."""
@@ -252,13 +261,16 @@ class ModelServer:
 
     async def _watch(self) -> Death:
         """Until the worker is dead, by itself or by our hand."""
-        settings = self._settings
+        settings, clock = self._settings, asyncio.get_running_loop().time
         while True:
+            looked = clock()
             done, _ = await asyncio.wait({self.worker.died}, timeout=settings.watch_s)
             if done:
                 return self.worker.died.result()
+            # Where this process was held up itself, what the worker said meanwhile may still be unread.
+            held_up = clock() - looked > settings.watch_s + _HELD_UP_S
             silent = self.worker.silent_s()
-            if silent > settings.hang_s:
+            if silent > self.worker.patience_s(settings.hang_s) and not held_up:
                 message = f"no sign of life for {silent:.1f} s with {self.worker.requests} sequences in flight"
                 await self.worker.kill(Death(FailureCode.RUNTIME_HUNG, message))
             limit = settings.memory_limit_bytes

@@ -24,7 +24,8 @@ class HostSettings:
     load_timeout_s: float = 300.0
     probe_timeout_s: float = 120.0
     check_timeout_s: float = 60.0
-    #: Seconds without a sign of life while a token is due. A step is bounded: one token, or one piece of a prompt.
+    #: Seconds without a sign of life while a token is due, at most; steps that were measured make it less
+    #: (``core.supervision.Pace``). A step is bounded: one token, or one piece of a prompt.
     hang_s: float = 60.0
     #: How often the worker is looked at.
     watch_s: float = 0.5
@@ -98,7 +99,7 @@ class HostEvent:
 
 @dataclass(frozen=True, slots=True)
 class HostStats:
-    """Figures for metrics. ``state``: ``empty``, ``serving``, ``swapping`` or ``failed``."""
+    """Figures for metrics. ``state``: ``empty``, ``serving``, ``restarting``, ``swapping`` or ``failed``."""
 
     state: str
     queued: int = 0

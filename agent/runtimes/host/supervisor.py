@@ -17,6 +17,7 @@ import structlog
 
 from agent.contract.failures import FailureCode
 from agent.core.inference import DoneEvent, GenerationEvent, GenerationRequest, InferenceError
+from agent.core.supervision import Pace
 from agent.errors import RuntimeLoadError
 from agent.runtimes.host.child import ChildProcess, describe_exit
 from agent.runtimes.protocol import wire
@@ -56,6 +57,9 @@ class WorkerProcess:
         self._sock = sock
         self._writer: asyncio.StreamWriter | None = None
         self._sinks: dict[str, Sink] = {}
+        self._pace = Pace()
+        #: Requests whose prompt is read, and its characters. None: how long its guidance compiles is not known before.
+        self._reading: dict[str, int | None] = {}
         self._counts: dict[int, asyncio.Future[int]] = {}
         self._count_ref = 0
         self._loaded: asyncio.Future[wire.Loaded | wire.LoadFailed] = asyncio.get_running_loop().create_future()
@@ -124,6 +128,7 @@ class WorkerProcess:
         if not self._sinks:
             self.last_message_at = asyncio.get_running_loop().time()
         self._sinks[request.id] = sink
+        self._reading[request.id] = None if request.sampling.guidance else len(request.prompt)
         self._send(wire.Generate(request))
 
     def cancel(self, request_id: str) -> None:
@@ -152,6 +157,13 @@ class WorkerProcess:
     def silent_s(self) -> float:
         """Return the seconds without a sign of life while one is due; 0 when none is."""
         return asyncio.get_running_loop().time() - self.last_message_at if self._sinks and self.alive else 0.0
+
+    def patience_s(self, most: float) -> float:
+        """Return how long it may be silent: by what its steps have taken so far, and never longer than ``most``."""
+        known = [size for size in self._reading.values() if size is not None]
+        if len(known) < len(self._reading):
+            return most
+        return self._pace.patience_s(max(known, default=None), most)
 
     def memory_bytes(self) -> int:
         """Resident now; 0 when it is gone."""
@@ -226,7 +238,10 @@ class WorkerProcess:
             )
 
     def _handle(self, message: wire.Wire) -> None:
-        self.last_message_at = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
+        if self._sinks:
+            self._pace.stepped(now - self.last_message_at, reads=bool(self._reading))
+        self.last_message_at = now
         if isinstance(message, wire.Events):
             for event in message.events:
                 self._deliver(event)
@@ -234,6 +249,7 @@ class WorkerProcess:
             error = InferenceError(
                 message.kind, message.message, param=message.param, retry_after_s=message.retry_after_s
             )
+            self._reading.pop(message.id, None)
             if sink := self._sinks.pop(message.id, None):
                 sink(error)
         elif isinstance(message, wire.Beat):
@@ -246,6 +262,9 @@ class WorkerProcess:
             self._loaded.set_result(message)
 
     def _deliver(self, event: GenerationEvent) -> None:
+        characters = self._reading.pop(event.id, None)
+        if characters is not None:
+            self._pace.has_read(characters)
         sink = self._sinks.pop(event.id, None) if isinstance(event, DoneEvent) else self._sinks.get(event.id)
         if sink is not None:
             sink(event)
@@ -266,6 +285,7 @@ class WorkerProcess:
             return
         self.died.set_result(death)
         sinks, self._sinks = self._sinks, {}
+        self._reading.clear()
         kind = "timeout" if death.code is FailureCode.RUNTIME_HUNG else "crashed"
         for request_id, sink in sinks.items():
             try:

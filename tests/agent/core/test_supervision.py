@@ -11,9 +11,12 @@ from agent.core.health import after_unhealthy
 from agent.core.orders import AfterRefusal, after_refusal, keys_may_be_new
 from agent.core.supervision import (
     ATTEMPTS_BEFORE_FALLBACK,
+    HANG_FACTOR,
+    LEAST_HANG_S,
     MOST_ATTEMPTS,
     GiveUp,
     HostNews,
+    Pace,
     Restart,
     RestartPolicy,
     after_death,
@@ -43,6 +46,30 @@ def test_deaths_out_of_the_window_are_forgotten():
 
 def test_a_worker_that_was_told_to_leave_has_not_died():
     assert after_death((), FailureCode.CANCELLED, 5.0, POLICY) == Restart((), 0.0)
+
+
+def test_a_silence_is_measured_by_the_steps_before_it():
+    pace = Pace()
+    assert pace.patience_s(None, 60.0) == pace.patience_s(10, 60.0) == 60.0, "nothing was measured"
+    pace.stepped(0.4, reads=True)
+    pace.has_read(100)
+    pace.stepped(0.03, reads=False)
+    assert pace.patience_s(None, 60.0) == LEAST_HANG_S
+    assert pace.patience_s(100, 60.0) == HANG_FACTOR * 0.4
+    assert pace.patience_s(101, 60.0) == 60.0, "no prompt of this length was read so far"
+    assert pace.patience_s(100, 3.0) == 3.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e4), st.booleans(), st.integers(0, 10**6))), st.integers(0, 10**6))
+def test_no_silence_as_long_as_one_that_ended_well_is_a_hang(steps: list[tuple[float, bool, int]], characters: int):
+    pace, most = Pace(), 1e5
+    for seconds, reads, size in steps:
+        pace.stepped(seconds, reads=reads)
+        pace.has_read(size)
+    for reading, is_reading in ((None, False), (characters, True)):
+        patience = pace.patience_s(reading, most)
+        assert LEAST_HANG_S <= patience <= most
+        assert patience >= max((seconds for seconds, reads, _ in steps if reads is is_reading), default=0.0)
 
 
 @given(

@@ -58,6 +58,14 @@ async def test_what_the_host_says(endpoint: Endpoint):
     assert f"digest={endpoint.inference.manifest.digest}" in info
 
 
+async def test_while_its_worker_is_started_again_the_model_is_not_ready_and_says_why(endpoint: Endpoint):
+    endpoint.stats.state, endpoint.stats.reason = "restarting", "no sign of life for 5.1 s"
+    assert (await samples(endpoint))["phifleet_ready"] == 0
+    status, body = await endpoint.get("/health/ready")
+    assert status == 503
+    assert json.loads(body)["error"]["message"] == "the model is being loaded again: no sign of life for 5.1 s"
+
+
 async def test_without_a_model(serve: Serve):
     endpoint = await serve(SimulatedInference(manifest=None))
     found = await samples(endpoint)

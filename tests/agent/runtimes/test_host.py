@@ -17,6 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.contract.failures import FailureCode
+from agent.core import supervision
 from agent.core.inference import FinishReason, InferenceError, TokenEvent
 from agent.errors import ProbeError, RuntimeLoadError
 from agent.runtimes.host.model_host import WorkerHost
@@ -180,6 +181,43 @@ async def test_a_slow_model_is_no_hang(host_of: HostFactory, artifact: Make, eve
     host = await _serving(host_of(hang_s=0.4), artifact(token_s=0.2))
     assert (await answer(host, ask("w", max_tokens=6)))[1].completion_tokens == 6
     await asyncio.sleep(0.6)  # idle is no hang either
+    assert events.kinds() == ["activated"]
+
+
+async def test_a_hang_is_noticed_by_the_pace_before_it_whatever_the_settings_allow(
+    host_of: HostFactory, artifact: Make, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "LEAST_HANG_S", 1.0)
+    host = await _serving(host_of(hang_s=3600.0), artifact(token_s=0.02, load_s=0.5))
+    assert (await answer(host, ask("w")))[1].completion_tokens == 8
+    told: set[str] = set()
+
+    async def ask_and_tell() -> None:
+        async for event in host.generate(ask("w", max_tokens=500)):
+            told.add(event.id)
+
+    asked = asyncio.create_task(ask_and_tell())
+    await until(lambda: told)
+    os.kill(_pid(host), signal.SIGSTOP)
+    with pytest.raises(InferenceError, match="no sign of life for"):
+        await asked
+    # The model counts as active, since its requests wait; whether it is ready is another question.
+    assert host.active() is not None
+    assert (host.stats().state, host.stats().reason[:20]) == ("restarting", "no sign of life for ")
+    await until(lambda: host.stats().state == "serving")
+    assert events.kinds() == ["activated", "crashed", "restarted"]
+
+
+async def test_a_prompt_longer_than_all_before_it_may_take_longer(
+    host_of: HostFactory, artifact: Make, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "LEAST_HANG_S", 0.5)
+    host = await _serving(host_of(), artifact(token_s=0.01))
+    os.kill(_pid(host), signal.SIGSTOP)  # so that the silence is that of the prompt, not of a token after it
+    asked = asyncio.create_task(answer(host, ask("a long prompt " * 30, max_tokens=4)))
+    await asyncio.sleep(1.5)
+    os.kill(_pid(host), signal.SIGCONT)
+    assert (await asked)[1].completion_tokens == 4
     assert events.kinds() == ["activated"]
 
 
