@@ -14,13 +14,14 @@ export PIP_USER := 0
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo )
 DEV_EXTRAS := quantize,llamacpp,dev
 
-.PHONY: help demo test test-fast test-bare test-variants check format bench docs dist clean
+.PHONY: help demo test test-fast test-bare test-variants test-tuf check format bench docs dist clean
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
 	@echo "make test    all tests, what they cover, and the floors that must hold"
 	@echo "make test-fast  all but real toolchains, models and thorough tests: the loop while you write, under three minutes"
 	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; four minutes"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
+	@echo "make test-tuf   the public suite of TUF clients, from a clone of it (SUITE=folder), nine minutes"
 	@echo "make check   format, lint, types, import rules, generated docs"
 	@echo "make bench   the figures of the README, as ratios against a peer in the same run"
 	@echo "make docs    write the generated docs again"
@@ -102,6 +103,14 @@ test-bare: $(VENV)/.dev
 	  test -z "$${missing:-}" || { $(SUDO)apt-get update -qq; \
 	  $(SUDO)env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap systemd-container >/dev/null; }
 	@$(SUDO)env PHIFLEET_BARE_TESTS=1 $(BIN)/python -m pytest -p no:cacheprovider tests/bare $(PYTEST_ARGS)
+
+# The public suite of TUF clients, a clone of theupdateframework/tuf-conformance, against the agent's client (docs/trust.md).
+SUITE := ../tuf-conformance
+test-tuf: $(VENV)/.dev
+	@test -d $(SUITE)/tuf_conformance || { echo "clone https://github.com/theupdateframework/tuf-conformance and name its folder: make test-tuf SUITE=folder"; exit 1; }
+	@command -v faketime >/dev/null || { $(SUDO)apt-get update -qq; $(SUDO)apt-get install -y -qq faketime >/dev/null; }
+	@PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest --rootdir $(SUITE) -c $(SUITE)/pyproject.toml $(SUITE)/tuf_conformance \
+	  --entrypoint "$(CURDIR)/$(BIN)/python -P -m tests.conformance.tuf_client" $(PYTEST_ARGS)
 
 # Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each kind of network.
 test-variants: export PHIFLEET_VARIANTS ?= all
