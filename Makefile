@@ -20,7 +20,7 @@ help:
 	@echo "make test    all tests, what they cover, and the floors that must hold"
 	@echo "make test-fast  all but real toolchains, models and thorough tests: the loop while you write, under three minutes"
 	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; four minutes"
-	@echo "make test-variants  every Phi in every toolchain at every precision for every target, a quarter of an hour"
+	@echo "make test-variants  every Phi in every toolchain at every precision for every target, and the slowest of the other tests: half an hour"
 	@echo "make test-tuf   the public suite of TUF clients, from a clone of it (SUITE=folder), nine minutes"
 	@echo "make check   format, lint, types, import rules, generated docs"
 	@echo "make bench   the figures of the README, as ratios against a peer in the same run"
@@ -112,10 +112,10 @@ test-tuf: $(VENV)/.dev
 	@PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest --rootdir $(SUITE) -c $(SUITE)/pyproject.toml $(SUITE)/tuf_conformance \
 	  --entrypoint "$(CURDIR)/$(BIN)/python -P -m tests.conformance.tuf_client" $(PYTEST_ARGS)
 
-# Every Phi's network in every toolchain at every precision for every target; `make test` has FP32 of each kind of network.
+# Every Phi's network in every toolchain at every precision for every target, and what else takes minutes; `make test` has FP32 of those that differ most.
 test-variants: export PHIFLEET_VARIANTS ?= all
 test-variants: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m variants tests/fleet/quality tests/fleet/toolchains/test_whole_checkpoints.py tests/agent/runtimes/test_onnx_qnn.py
+	@$(BIN)/python -m pytest -m variants $(HEAVY_TESTS)
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -42,10 +43,14 @@ class Built:
     home: Home
 
 
-#: Beside the mark ``variants``: what takes so long that `make test` leaves it to `make test-variants`.
-MINUTES = pytest.mark.skipif(
-    os.environ.get("PHIFLEET_VARIANTS") != "all", reason="minutes: `make test-variants` runs it"
-)
+#: Whether `make test-variants` runs, which is for what takes minutes and rarely finds anything.
+EVERYTHING = os.environ.get("PHIFLEET_VARIANTS") == "all"
+MINUTES = pytest.mark.skipif(not EVERYTHING, reason="minutes: `make test-variants` runs it")
+
+
+def slow(*values: object) -> Any:
+    """Return a parameter of a test that `make test` leaves to `make test-variants`."""
+    return pytest.param(*values, marks=[pytest.mark.variants, MINUTES])
 
 
 @functools.cache

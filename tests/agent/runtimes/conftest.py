@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ from agent.core.inference import DoneEvent, GenerationRequest, Sampling, TokenEv
 from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.runtimes.protocol.registry import REGISTRY, versions
-from tests.models import Built, built, tiny_checkpoint, tiny_npu_artifact
+from tests.models import Built, built, slow, tiny_checkpoint, tiny_npu_artifact
 from tests.simulators.engine import SPEC
 
 ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
 
 
-def installed() -> list[str]:
-    """Runtimes whose packages are there."""
-    return [name for name, spec in REGISTRY.items() if versions(spec) is not None]
+def installed(*, without: Container[str] = ()) -> list[Any]:
+    """Runtimes whose packages are there, as parameters; a simulated one computes for minutes, and has its own tests."""
+    there = [name for name, spec in REGISTRY.items() if versions(spec) is not None and name not in without]
+    return [slow(name) if name in SIMULATED else name for name in there]
 
 
 #: Qualcomm's simulator computes the NPU's own files, where both graphs of a part have a binary of their own.

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 LEFT_OUT = {"onnx_qnn"}
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=sorted({*installed()} - LEFT_OUT))
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed(without=LEFT_OUT))
 async def run(request: pytest.FixtureRequest) -> AsyncIterator[Run]:
     async with running(request.param) as found:
         yield found

@@ -38,7 +38,7 @@ from fleet.toolchains.quality.divergence import compare
 from fleet.toolchains.quality.scorers import Opened
 from fleet.toolchains.quality.scorers import onnx_qnn as scorer
 from tests.fleet.quality import variants
-from tests.models import Built, checkpoint, sample_checkpoint, tiny_checkpoint, tiny_npu_artifact
+from tests.models import Built, checkpoint, sample_checkpoint, slow, tiny_checkpoint, tiny_npu_artifact
 
 pytestmark = pytest.mark.toolchain
 
@@ -75,7 +75,7 @@ def test_the_same_inputs_give_the_same_bytes_wherever_they_are_built(tmp_path: P
     assert first.files == second.files
 
 
-@pytest.mark.parametrize("precision", [Precision.INT4, Precision.INT8])
+@pytest.mark.parametrize("precision", [slow(Precision.INT4), Precision.INT8])
 def test_one_binary_for_both_graphs_takes_the_weights_once(precision: Precision) -> None:
     shared = tiny_npu_artifact(precision, share_weights=True)
     names = {file.path: file.size for file in shared.manifest.files}
@@ -145,7 +145,7 @@ SPECIAL = {
 }
 
 
-@pytest.fixture(scope="module", params=SPECIAL)
+@pytest.fixture(scope="module", params=[next(iter(SPECIAL)), *map(slow, list(SPECIAL)[1:])])
 def special(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
     folder = tmp_path_factory.mktemp("special")
     source = variants.checkpoint(SPECIAL[request.param])

@@ -13,7 +13,7 @@ from fleet.errors import BuildError
 from fleet.toolchains.progress import silent
 from fleet.toolchains.quality import calibration, quality
 from fleet.toolchains.recovery.sensitivity import BLOCK, chosen_rows, expected_loss, sensitivities
-from tests.models import CACHE, built, checkpoint, few_texts
+from tests.models import CACHE, built, checkpoint, few_texts, slow
 
 pytestmark = pytest.mark.toolchain
 
@@ -69,7 +69,7 @@ def test_some_rows_stand_for_all() -> None:
     assert chosen_rows(information[:10], 500) == dict.fromkeys(range(10), 1.0)
 
 
-@pytest.mark.parametrize("toolchain", [Toolchain.LLAMACPP, Toolchain.MLX])
+@pytest.mark.parametrize("toolchain", [Toolchain.LLAMACPP, slow(Toolchain.MLX)])
 def test_a_budget_loses_less_than_one_width_of_the_same_size(tiny_dir: Path, toolchain: Toolchain) -> None:
     """And its estimate is what is measured, within the noise of so small a model."""
     plain: dict[Toolchain, dict[str, object]] = {
