@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import structlog
@@ -13,6 +14,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import RUNTIME_OF, Manifest
 from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
 from agent.contract.profile import HealthLimits
+from agent.contract.windows import WeeklyWindow, open_from, open_until
 from agent.core import deployment as core
 from agent.core.health import computes_elsewhere
 from agent.core.inference import ModelInfo
@@ -77,7 +79,7 @@ class Steps:
         work: dict[core.Step, Callable[[], Awaitable[core.Event]]] = {
             core.Step.RESOLVE: lambda: self._resolve(order),
             core.Step.TRANSFER: lambda: self._transfer(deployment.candidates, order),
-            core.Step.AWAIT_LINK: lambda: self._await_link(deployment.waits),
+            core.Step.AWAIT_LINK: lambda: self._await_link(deployment, order),
             core.Step.AWAIT_SPACE: lambda: self._await_space(deployment.waits, deployment.waiting),
             core.Step.VERIFY: lambda: self._verify(deployment.candidates, order),
             core.Step.PROVE: lambda: self._prove(deployment.candidates, order),
@@ -183,13 +185,17 @@ class Steps:
         self._manifests = {**self._manifests, ref.digest: known}
         return known
 
-    async def _await_link(self, waits: int) -> core.Available:
-        """Until the broker is connected and a controller has answered.
+    async def _await_link(self, deployment: core.Deployment, order: Desired) -> core.Available:
+        """Until bytes may be fetched, the broker is connected, and a controller has answered.
 
         Raises:
             AgentError: what it answered is no good.
         """
-        attempt = max(0, waits - 1)
+        attempt = max(0, deployment.waits - 1)
+        # In slices: the clock may be set meanwhile, and no event tells.
+        while (opens := self._opens(deployment.candidates, order)) is not None:
+            attempt = 0
+            await asyncio.sleep(min(WINDOW_LOOK_S, (opens - self._parts.clock.now()).total_seconds()))
         while True:
             await self._pause(self._parts.wait_s(attempt))
             if self._parts.linked():
@@ -223,7 +229,40 @@ class Steps:
             await asyncio.sleep(LOOK_S)
         return core.Available()
 
+    def _opens(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> datetime | None:
+        """Return when the order's next transfer window opens; None: bytes may be fetched now, or are all here."""
+        now = self._parts.clock.now()
+        opens = open_from([WeeklyWindow.parse(text) for text in order.transfer.windows], now)
+        missing = any(self._parts.store.path(ref.digest) is None for ref in candidates)
+        return opens if opens > now and missing else None
+
     async def _transfer(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Transferred:
+        """Within the order's transfer windows; what has come when one closes is kept.
+
+        Raises:
+            AgentError: TRANSFER_STALLED outside of them, so that the deployment waits.
+        """
+        if (opens := self._opens(candidates, order)) is not None:
+            raise self._closed(order, opens)
+        windows, now = [WeeklyWindow.parse(text) for text in order.transfer.windows], self._parts.clock.now()
+        closes = open_until(windows, now)
+        left = (closes - now).total_seconds() if windows and closes is not None else None
+        try:
+            async with asyncio.timeout(left) as limit:
+                return await self._fetch_all(candidates, order)
+        except TimeoutError:
+            if closes is None or not limit.expired():
+                raise
+            raise self._closed(order, open_from(windows, closes)) from None
+
+    def _closed(self, order: Desired, opens: datetime) -> AgentError:
+        windows = ", ".join(order.transfer.windows)
+        return AgentError(
+            f"chunks are fetched in the transfer window alone ({windows}); it opens at {opens:%Y-%m-%d %H:%M} UTC",
+            FailureCode.TRANSFER_STALLED,
+        )
+
+    async def _fetch_all(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Transferred:
         here, last = [], None
         for ref in candidates:
             try:

@@ -350,6 +350,7 @@ def post_deployments(call: Call) -> Reply:
         order.not_after,
         order.force,
         tuple(order.aliases),
+        order.transfer_now,
     )
     made = deploy(call.fleet, variants(call.fleet, order.artifacts), rows, options, call.actor)
     return _whole(made, describe_deployment, 201)

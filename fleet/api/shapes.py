@@ -303,6 +303,7 @@ class Order(Body):
     aliases: Annotated[list[Alias], Field(max_length=16, description="what applications may call the model by")] = list(
         DEFAULT_ALIASES
     )
+    transfer_now: Annotated[bool, Field(description="whatever the transfer windows of the profiles say")] = False
 
 
 class Devices(Body):

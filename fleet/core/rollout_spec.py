@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agent.contract.base import Alias, Timestamp
+from agent.contract.windows import WeeklyWindow, WindowText, open_from
 from fleet.core.evidence import Gate
-from fleet.core.windows import WeeklyWindow
 
 DAY_S = 86_400.0
 
@@ -66,7 +66,7 @@ class RolloutSpec(Frozen):
     not_before: Timestamp | None = None
     not_after: Timestamp | None = None
     windows: Annotated[
-        tuple[str, ...],
+        tuple[WindowText, ...],
         Field(max_length=50, description="devices are ordered only within these, such as mon-fri 22:00-05:00 UTC"),
     ] = ()
     aliases: Annotated[
@@ -77,17 +77,10 @@ class RolloutSpec(Frozen):
     priority: Annotated[int, Field(ge=0, le=100)] = 50
     dynamic: Annotated[bool, Field(description="the last wave takes devices that are meant later, too")] = False
 
-    @field_validator("windows")
-    @classmethod
-    def _are_windows(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(WeeklyWindow.parse(text)) for text in windows)
-
     def opens_at(self, at: datetime) -> datetime | None:
         """Return when devices may be ordered again; None if they may be now."""
-        windows = [WeeklyWindow.parse(text) for text in self.windows]
-        if not windows or any(window.is_open(at) for window in windows):
-            return None
-        return min(window.next_opening(at) for window in windows)
+        opens = open_from([WeeklyWindow.parse(text) for text in self.windows], at)
+        return opens if opens > at else None
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

@@ -42,6 +42,8 @@ class DeployOptions:
     not_after: datetime | None = None
     force: str | None = None
     aliases: tuple[str, ...] = DEFAULT_ALIASES
+    #: Chunks may be fetched at once, whatever the profile's windows say.
+    transfer_now: bool = False
 
     def __post_init__(self) -> None:
         """See the class."""
@@ -310,7 +312,9 @@ def make_order(
         artifacts=tuple(ref for ref, _ in variants),
         limits=HealthLimits.model_validate(profile.health.model_dump()),
         transfer=TransferLimits(
-            window_bytes=profile.delivery.window_bytes, max_bytes_per_s=profile.delivery.max_bytes_per_s
+            window_bytes=profile.delivery.window_bytes,
+            max_bytes_per_s=profile.delivery.max_bytes_per_s,
+            windows=() if options.transfer_now else profile.delivery.windows,
         ),
         probation_s=profile.probation_s if options.probation_s is None else options.probation_s,
         window=Window(not_before=options.not_before, not_after=options.not_after),

@@ -113,6 +113,10 @@ EXAMPLES: dict[str, WireModel] = {
         device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
         limits=HealthLimits(device_share_min=1.0),
     ),
+    "desired_windows": Desired(
+        device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
+        transfer=TransferLimits(windows=("mon-fri 22:00-05:00 Europe/Paris", "sat,sun 00:00-00:00")),
+    ),
     "want": WantV1(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
     "metadata_want": MetadataWantV1(device="pi-1", name="3.targets.json", offset=131072),
     "want.v2": Want(artifact="5" * 64, ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),

@@ -41,6 +41,10 @@ class SimClock:
     def monotonic(self) -> float:
         return asyncio.get_event_loop().time()
 
+    def set(self, now: datetime) -> None:
+        """Somebody sets the wall clock."""
+        self.at = now - timedelta(seconds=self.monotonic())
+
 
 @dataclass
 class SimTrust:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,11 @@ from structlog.testing import capture_logs
 
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.messages import Desired, Failure, Progress, State
+from agent.contract.messages import Desired, Failure, Progress, State, TransferLimits
 from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.core.inference import ModelInfo
+from agent.daemon import steps
 from agent.errors import AgentError, ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
 from tests.agent.daemon.world import NEW, OLD, OTHER, Device, order, ref
 from tests.simulators.device import MemoryJournal, SimClock, SimStore, SimTransfer
@@ -177,6 +178,54 @@ async def test_what_passes_by_itself_is_waited_for_past_the_deadline_and_the_dep
             await again.until(lambda _: again.host.serving == OLD)
             shortage.goes(again)
             assert (await again.settled(2)).committed == ref(NEW)
+
+
+NIGHT = TransferLimits(windows=("daily 22:00-05:00 UTC",))
+NOON, MIDNIGHT = datetime(2026, 11, 23, 12, tzinfo=UTC), datetime(2026, 11, 24, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "WINDOW_LOOK_S", 0.01)
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_bytes_wait_for_their_window_with_no_deadline_and_say_when_it_opens():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        device.clock.set(NOON)
+        device.deployer.orders.take(order(2, NEW, transfer=NIGHT, deadline_s=0.2))
+        waiting = await device.until(lambda now: now.state is State.WAITING_LINK)
+        assert waiting.waits_for is not None
+        assert waiting.waits_for.message == (
+            "chunks are fetched in the transfer window alone (daily 22:00-05:00 UTC); it opens at 2026-11-23 22:00 UTC"
+        )
+        await asyncio.sleep(0.4)
+        assert device.deployer.deployment.state is State.WAITING_LINK and NEW.digest not in device.transfer.fetched
+        device.clock.set(MIDNIGHT)
+        assert (await device.settled(2)).committed == ref(NEW)
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_transfer_that_its_window_ends_goes_on_in_the_next_one():
+    async with Device().boot() as device:
+        device.clock.set(datetime(2026, 11, 24, 4, 59, 59, 700_000, tzinfo=UTC))
+        device.transfer.hang = True
+        device.deployer.orders.take(order(1, NEW, transfer=NIGHT))
+        await device.until(lambda now: now.state is State.TRANSFERRING)
+        waiting = await device.until(lambda now: now.state is State.WAITING_LINK)
+        assert waiting.waits_for is not None and "it opens at 2026-11-24 22:00 UTC" in waiting.waits_for.message
+        device.transfer.hang = False
+        device.clock.set(MIDNIGHT)
+        assert (await device.settled(1)).committed == ref(NEW)
+
+
+async def test_what_is_on_the_device_already_waits_for_no_window():
+    async with Device().boot() as device:
+        await device.deploys(1, OLD)
+        await device.deploys(2, NEW)
+        device.clock.set(NOON)
+        assert (await device.deploys(3, OLD, transfer=NIGHT)).committed == ref(OLD)
 
 
 async def test_a_full_disk_ends_a_deployment_at_its_deadline_and_a_link_that_is_away_never_does():

@@ -73,6 +73,7 @@ class Device:
     steps: Steps = field(init=False)
     progress: list[Progress] = field(default_factory=list)
     is_linked: bool = True
+    clock: SimClock = field(init=False)
 
     def linked(self) -> bool:
         return self.is_linked
@@ -82,7 +83,7 @@ class Device:
 
     @asynccontextmanager
     async def boot(self) -> AsyncIterator[Device]:
-        clock = SimClock()
+        clock = self.clock = SimClock()
         self.monitor = Monitor(self.host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
         parts = StepParts(
             self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, self.linked, (0.01,)

@@ -14,11 +14,11 @@ import pytest
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import MemoryNeed
 from agent.contract.messages import Failure, HealthReport, Presence, Reported, State
+from agent.contract.windows import DAYS
 from fleet.core.evidence import Gate
 from fleet.core.rollout_events import AbortAsked, Approved, PauseAsked, ResumeAsked
 from fleet.core.rollout_spec import RolloutSpec, Wave
 from fleet.core.rollouts import State as RolloutState
-from fleet.core.windows import DAYS
 from fleet.errors import UsageError
 from fleet.operations.fleet import Fleet
 from fleet.operations.rollout_views import describe_rollout

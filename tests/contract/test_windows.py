@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.contract.windows import DAYS, WeeklyWindow, open_from, open_until
 from fleet.core.rollout_spec import RolloutSpec
-from fleet.core.windows import DAYS, WeeklyWindow
 
 MONDAY = datetime(2026, 11, 23, tzinfo=UTC)
 
@@ -94,3 +94,45 @@ def test_a_rollout_with_two_windows_opens_with_the_first() -> None:
     assert spec.opens_at(at(0, 10, 30)) is None
     assert spec.opens_at(at(0, 12)) == at(2, 10)
     assert RolloutSpec(selector="has profile", artifacts=("a",)).opens_at(at(0, 12)) is None
+
+
+def windows(*texts: str) -> list[WeeklyWindow]:
+    return [WeeklyWindow.parse(text) for text in texts]
+
+
+def test_several_windows_are_open_together_and_windows_without_a_gap_are_one() -> None:
+    night = windows("daily 22:00-00:00 UTC", "daily 00:00-05:00 UTC", "mon 12:00-13:00 UTC")
+    assert open_from(night, at(0, 23)) == at(0, 23)
+    assert open_from(night, at(0, 6)) == at(0, 12)
+    assert open_from(night, at(1, 6)) == at(1, 22)
+    assert open_until(night, at(0, 23)) == at(1, 5)
+    assert open_until(night, at(0, 12, 30)) == at(0, 13)
+
+
+def test_no_window_and_windows_without_a_gap_leave_it_open_for_ever() -> None:
+    assert open_from([], at(0, 3)) == at(0, 3)
+    assert open_until([], at(0, 3)) is None
+    assert open_until(windows("daily 00:00-00:00 UTC"), at(0, 3)) is None
+
+
+@given(
+    st.lists(
+        st.builds(
+            WeeklyWindow,
+            st.frozensets(st.integers(0, 6), min_size=1),
+            st.times().map(lambda one: one.replace(second=0, microsecond=0)),
+            st.times().map(lambda one: one.replace(second=0, microsecond=0)),
+            st.sampled_from(["UTC", "Europe/Paris", "America/St_Johns", "Pacific/Apia"]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.datetimes(datetime(2026, 1, 1), datetime(2027, 12, 31), timezones=st.just(UTC)),
+)
+def test_what_opens_is_open_and_what_closes_is_closed(found: list[WeeklyWindow], when: datetime) -> None:
+    opens = open_from(found, when)
+    assert opens >= when and any(window.is_open(opens) for window in found)
+    closes = open_until(found, opens)
+    if closes is not None:
+        assert closes > opens and not any(window.is_open(closes) for window in found)
+        assert any(window.is_open(closes - timedelta(microseconds=1)) for window in found)

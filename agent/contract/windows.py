@@ -1,5 +1,7 @@
 """Weekly times at which something may happen, such as ``mon-fri 22:00-05:00 Europe/Paris``. Pure: no clock.
 
+Profiles and rollouts have them, and orders, which is why this is the contract's.
+
 Days are those on which a window opens; one that closes at or before its opening time closes on the next day. Times are
 of the zone's wall clock, so a window keeps its hours when summer time begins or ends.
 """
@@ -7,15 +9,26 @@ of the zone's wall clock, so a window keeps its hours when summer time begins or
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
-from typing import Self
+from typing import Annotated, Self
 from zoneinfo import ZoneInfo
+
+from pydantic import AfterValidator, Field, StringConstraints
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _TEXT = re.compile(r"(?P<days>[a-z,-]+)\s+(?P<begins>\d\d:\d\d)-(?P<ends>\d\d:\d\d)(?:\s+(?P<zone>[A-Za-z0-9_+/-]+))?")
 FORM = "write DAYS HH:MM-HH:MM ZONE, such as mon-fri 22:00-05:00 Europe/Paris, or daily 02:00-04:00 UTC"
+
+
+WindowText = Annotated[
+    str,
+    StringConstraints(max_length=128),
+    AfterValidator(lambda text: str(WeeklyWindow.parse(text))),
+    Field(description="such as `daily 22:00-05:00 Europe/Paris`"),
+]
+"""A weekly window as it is written, in its plainest form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,10 @@ class WeeklyWindow:
             return at.astimezone(UTC)
         return min(opens for opens, _ in self._around(at) if opens > at)
 
+    def closes(self, at: datetime) -> datetime:
+        """Return when it closes, in UTC; it is open at ``at``."""
+        return max(closes for opens, closes in self._around(at) if opens <= at < closes)
+
     def _around(self, at: datetime) -> Iterator[tuple[datetime, datetime]]:
         """Yield the openings from the day before on for nine days, and their ends, in UTC."""
         zone = ZoneInfo(self.zone)
@@ -71,6 +88,25 @@ class WeeklyWindow:
                     datetime.combine(date, hour, zone).astimezone(UTC)
                     for date, hour in ((day, self.begins), (end, self.ends))
                 )
+
+
+def open_from(windows: Sequence[WeeklyWindow], at: datetime) -> datetime:
+    """Return when one of them opens next, in UTC, or ``at`` if one is open, or there is none at all."""
+    return min((window.next_opening(at) for window in windows), default=at)
+
+
+def open_until(windows: Sequence[WeeklyWindow], at: datetime) -> datetime | None:
+    """Return when the last of those that are open at ``at``, or follow without a gap, closes; UTC.
+
+    None: there is no window at all, or they leave no gap within a week.
+    """
+    until, horizon = at, at + timedelta(days=len(DAYS))
+    while windows and until < horizon:
+        later = max((window.closes(until) for window in windows if window.is_open(until)), default=until)
+        if later <= until:
+            return until.astimezone(UTC)
+        until = later
+    return None
 
 
 def _days(text: str, whole: str) -> frozenset[int]:
