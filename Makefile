@@ -115,7 +115,7 @@ test-tuf: $(VENV)/.dev
 # Every Phi's network in every toolchain at every precision for every target, and what else takes minutes; `make test` has FP32 of those that differ most.
 test-variants: export PHIFLEET_VARIANTS ?= all
 test-variants: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m variants $(HEAVY_TESTS)
+	@$(BIN)/python -m pytest -m variants tests
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

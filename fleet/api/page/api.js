@@ -18,6 +18,13 @@ export const token = {
   clear: () => sessionStorage.removeItem(KEY),
 };
 
+let leaving = null;
+/** What `load` asks for before it waits for anything is given up when `signal` says so: nobody reads the answer. */
+export function within(signal, load) {
+  leaving = signal;
+  try { return load(); } finally { leaving = null; }
+}
+
 /** Ask the API; returns the JSON of the answer, and throws a Problem for an error. */
 export async function call(method, path, body, headers = {}) {
   const sent = { ...headers };
@@ -27,6 +34,7 @@ export async function call(method, path, body, headers = {}) {
   try {
     response = await fetch(`/api/v1${path}`, {
       method, headers: sent, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
+      signal: method === "GET" ? leaving : null,
     });
   } catch {
     throw new Problem(0, { code: "unreachable", detail: "The controller does not answer." });

@@ -1,5 +1,7 @@
 // What the pages are made of. Text of devices goes into text nodes alone: a device is not trusted.
 
+import { within } from "./api.js";
+
 export const { h, render } = preact;
 export const { useState, useEffect, useRef, useMemo, useCallback, useLayoutEffect } = preactHooks;
 export const html = htm.bind(h);
@@ -24,13 +26,13 @@ export const forget = () => kept.clear();
  *  `name`: keep it under this name for the next time that the page is looked at. */
 export function useData(load, keys, every = 10000, name = null) {
   const [found, setFound] = useState({ data: kept.get(name)?.data ?? null, error: null });
-  const state = useRef({ busy: false, again: false, current: 0 });
+  const state = useRef({ busy: false, again: false, current: 0, left: new AbortController() });
   const read = useCallback(async () => {
     const mine = state.current.current;
     if (state.current.busy) { state.current.again = true; return; }
     state.current.busy = true;
     try {
-      const data = await load();
+      const data = await within(state.current.left.signal, load);
       if (name !== null) kept.set(name, { data, at: performance.now() });
       if (mine === state.current.current) setFound({ data, error: null });
     } catch (error) {
@@ -40,7 +42,7 @@ export function useData(load, keys, every = 10000, name = null) {
     if (state.current.again) { state.current.again = false; read(); }
   }, keys);
   useEffect(() => {
-    state.current = { busy: false, again: false, current: state.current.current + 1 };
+    state.current = { busy: false, again: false, current: state.current.current + 1, left: new AbortController() };
     setFound((before) => ({ data: before.data, error: null }));
     let soon = null, timer = null;
     const wait = (time) => { timer = setTimeout(() => { if (!document.hidden) read(); wait(every); }, time); };
@@ -49,7 +51,7 @@ export function useData(load, keys, every = 10000, name = null) {
     else { read(); wait(every); }
     const heard = () => { soon ??= setTimeout(() => { soon = null; read(); }, 1000); };
     changed.addEventListener("changed", heard);
-    return () => { state.current.current += 1; clearTimeout(timer); clearTimeout(soon); changed.removeEventListener("changed", heard); };
+    return () => { state.current.current += 1; state.current.left.abort(); clearTimeout(timer); clearTimeout(soon); changed.removeEventListener("changed", heard); };
   }, [read, every]);
   return { ...found, reload: read };
 }
