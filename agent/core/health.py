@@ -159,11 +159,11 @@ def computes_elsewhere(proof: Proof, limits: HealthLimits) -> str | None:
     least = limits.device_share_min
     if least is None or (proof.device_share is not None and proof.device_share >= least):
         return None
-    demanded = f"the profile demands {least:.0%} (health.device_share_min)"
+    demanded = f"the profile demands {100 * least:.4g}% (health.device_share_min)"
     if proof.device_share is None:
         return f"runs, and {proof.runtime} does not tell what share of it {proof.device} computes; {demanded}"
     return (
-        f"runs with {proof.device_share:.1%} of it on {proof.device}, the rest on the CPU; {demanded}:"
+        f"runs with {100 * proof.device_share:.4g}% of it on {proof.device}, the rest on the CPU; {demanded}:"
         f" look whether the driver and a package of {proof.runtime} for {proof.device} are there"
     )
 

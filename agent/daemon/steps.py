@@ -232,7 +232,7 @@ class Steps:
     def _opens(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> datetime | None:
         """Return when the order's next transfer window opens; None: bytes may be fetched now, or are all here."""
         now = self._parts.clock.now()
-        opens = open_from([WeeklyWindow.parse(text) for text in order.transfer.windows], now)
+        opens = open_from(_windows(order), now)
         missing = any(self._parts.store.path(ref.digest) is None for ref in candidates)
         return opens if opens > now and missing else None
 
@@ -244,7 +244,7 @@ class Steps:
         """
         if (opens := self._opens(candidates, order)) is not None:
             raise self._closed(order, opens)
-        windows, now = [WeeklyWindow.parse(text) for text in order.transfer.windows], self._parts.clock.now()
+        windows, now = _windows(order), self._parts.clock.now()
         closes = open_until(windows, now)
         left = (closes - now).total_seconds() if windows and closes is not None else None
         try:
@@ -353,3 +353,8 @@ class Steps:
         if folder is None:
             raise StoreError(f"{ref.id} is not complete on disk", FailureCode.STORE_CORRUPT)
         return folder
+
+
+def _windows(order: Desired) -> list[WeeklyWindow]:
+    """Return when the order's bytes may be fetched; empty: at any time."""
+    return [WeeklyWindow.parse(text) for text in order.transfer.windows]

@@ -17,10 +17,14 @@ _LAYER = re.compile(r"layer\s+(\d+) assigned to device ([^\s,]+)")
 
 
 def of_sessions(sessions: Iterable[Any], provider: str) -> float | None:
-    """Return the share of nodes that ``provider`` took; the sessions were made with ``RECORD``. None: no nodes."""
+    """Return the share of nodes that ``provider`` took; the sessions were made with ``RECORD``.
+
+    None: there are no nodes, or this ONNX Runtime is one from before 1.24, which does not tell.
+    """
     here = total = 0
     for session in sessions:
-        for part in session.get_provider_graph_assignment_info():
+        told = getattr(session, "get_provider_graph_assignment_info", tuple)
+        for part in told():
             nodes = len(part.get_nodes())
             total += nodes
             here += nodes if part.ep_name == provider else 0

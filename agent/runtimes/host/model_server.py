@@ -270,7 +270,7 @@ class ModelServer:
             # Where this process was held up itself, what the worker said meanwhile may still be unread.
             held_up = clock() - looked > settings.watch_s + _HELD_UP_S
             silent = self.worker.silent_s()
-            if silent > self.worker.patience_s(settings.hang_s) and not held_up:
+            if silent > (settings.hang_s if held_up else self.worker.patience_s(settings.hang_s)):
                 message = f"no sign of life for {silent:.1f} s with {self.worker.requests} sequences in flight"
                 await self.worker.kill(Death(FailureCode.RUNTIME_HUNG, message))
             limit = settings.memory_limit_bytes

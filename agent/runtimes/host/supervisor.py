@@ -16,7 +16,7 @@ import psutil
 import structlog
 
 from agent.contract.failures import FailureCode
-from agent.core.inference import DoneEvent, GenerationEvent, GenerationRequest, InferenceError
+from agent.core.inference import DoneEvent, GenerationEvent, GenerationRequest, InferenceError, TokenEvent
 from agent.core.supervision import Pace
 from agent.errors import RuntimeLoadError
 from agent.runtimes.host.child import ChildProcess, describe_exit
@@ -263,7 +263,7 @@ class WorkerProcess:
 
     def _deliver(self, event: GenerationEvent) -> None:
         characters = self._reading.pop(event.id, None)
-        if characters is not None:
+        if characters is not None and isinstance(event, TokenEvent):  # one that was cancelled was not read
             self._pace.has_read(characters)
         sink = self._sinks.pop(event.id, None) if isinstance(event, DoneEvent) else self._sinks.get(event.id)
         if sink is not None:

@@ -420,6 +420,7 @@ async def test_limits_of_the_order_hold_in_probation():
     ("share", "told"),
     [
         (0.375, "runs with 37.5% of it on CPU, the rest on the CPU; the profile demands 90%"),
+        (0.8996, "runs with 89.96% of it on CPU"),
         (None, "onnx_genai does not tell what share of it CPU computes; the profile demands 90%"),
     ],
 )
