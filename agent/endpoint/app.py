@@ -178,7 +178,7 @@ async def _admitted(
     holder = None if is_open(request.path) else keyring.holder(request)
     if holder is None:
         return await handler(request)
-    request_context.client = holder.key.name
+    request_context.client, request_context.concurrent = holder.key.name, holder.key.concurrent
     with holder.request():
         return await handler(request)
 

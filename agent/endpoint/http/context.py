@@ -71,13 +71,15 @@ class RequestContext:
     """Of one request.
 
     ``client`` is the name of the bearer key, or the address: what is stored belongs to it. ``program`` takes turns with
-    others in the queue; it is of the same client. ``origin`` is a page's, where allowed.
+    others in the queue; it is of the same client. ``concurrent`` is how many requests its key allows at once.
+    ``origin`` is a page's, where allowed.
     """
 
     id: str
     arrived: float
     client: str = "local"
     program: str = "local"
+    concurrent: int | None = None
     origin: str | None = None
     #: Parameters that changed nothing, to be named in the answer.
     unused: tuple[str, ...] = ()

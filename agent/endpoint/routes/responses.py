@@ -55,9 +55,10 @@ def _begin(request: web.Request, job: ResponseJob, keep: Callable[[], None]) -> 
             found = as_api_error(error)
             job.builder.fail(found.code or "server_error", str(found))
 
-    context.background.start(response["id"], work())
+    who = request[REQUEST_CONTEXT]
+    context.background.start(response["id"], work(), who.client, who.concurrent)
     stored = StoredResponse(response, job.inputs, job.history)
-    context.store.put(request[REQUEST_CONTEXT].client, response["id"], stored, stored.size(), _now())
+    context.store.put(who.client, response["id"], stored, stored.size(), _now())
     return json_reply(response)
 
 

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from agent.core.inference import InferenceError
+from agent.endpoint.http.config import ApiKey
 from tests.agent.endpoint.conftest import MODEL, Endpoint, Serve
 from tests.simulators.inference import SimulatedInference
 from tests.waiting import TIMEOUT_S, until
@@ -109,3 +110,17 @@ async def test_only_one_that_was_begun_so_is_cancelled(endpoint: Endpoint):
         await endpoint.openai.responses.cancel(response.id)
     with pytest.raises(openai.NotFoundError):
         await endpoint.openai.responses.cancel("resp_never")
+
+
+async def test_a_key_has_as_many_at_work_as_it_may_have_requests_at_once_and_can_still_ask_for_them(serve: Serve):
+    keys = (ApiKey("narrow", "a", concurrent=1), ApiKey("free", "b"))
+    endpoint = await serve(SimulatedInference(hang_after=1), keys=keys)
+    narrow, free = (endpoint.openai.with_options(api_key=key, max_retries=0).responses for key in "ab")
+    first = await narrow.create(model=MODEL, input="hello", background=True)
+    with pytest.raises(openai.RateLimitError, match="the limit of this key is 1 in the background"):
+        await narrow.create(model=MODEL, input="hello", background=True)
+    assert (await narrow.retrieve(first.id)).status == "in_progress"
+    for _ in range(3):
+        await free.create(model=MODEL, input="hello", background=True)
+    await narrow.cancel(first.id)
+    assert (await narrow.create(model=MODEL, input="hello", background=True)).status == "in_progress"
