@@ -24,6 +24,7 @@ class Cache:
 
     vocabulary = VOCABULARY
     piece = 32
+    device_share = None
 
     def __init__(self, rows: int) -> None:
         self.rows = np.full((rows, CONTEXT), -1)
