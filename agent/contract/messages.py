@@ -26,7 +26,7 @@ from agent.contract.base import (
 )
 from agent.contract.failures import FailureCode
 from agent.contract.profile import HealthLimits
-from agent.contract.windows import WindowText
+from agent.contract.windows import TransferWindows
 
 
 class State(StrEnum):
@@ -128,9 +128,7 @@ class TransferLimits(GrownModel):
     window_bytes: Annotated[int, Field(gt=0, description="bytes wanted and not yet received")] = 4 * 1024 * 1024
     stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the device waits")] = 900.0
     max_bytes_per_s: Annotated[int | None, Field(ge=1024, description="on average; none: not limited")] = None
-    windows: Annotated[
-        tuple[WindowText, ...], Field(max_length=16, description="when chunks may be fetched; none: at any time")
-    ] = ()
+    windows: TransferWindows = ()
 
 
 class Window(WireModel):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agent.contract.base import GrownModel
 from agent.contract.manifest import Precision, Target, Toolchain
-from agent.contract.windows import WindowText
+from agent.contract.windows import TransferWindows
 
 
 class DeviceClass(StrEnum):
@@ -117,9 +117,7 @@ class Delivery(_Strict):
     max_bytes_per_s: Annotated[
         int | None, Field(ge=1024, description="no device of this class takes more; none: not limited")
     ] = None
-    windows: Annotated[
-        tuple[WindowText, ...], Field(max_length=16, description="when chunks may be fetched; none: at any time")
-    ] = ()
+    windows: TransferWindows = ()
 
     @property
     def rate(self) -> int:

@@ -9,7 +9,7 @@ of the zone's wall clock, so a window keeps its hours when summer time begins or
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from typing import Annotated, Self
@@ -29,6 +29,10 @@ WindowText = Annotated[
     Field(description="such as `daily 22:00-05:00 Europe/Paris`"),
 ]
 """A weekly window as it is written, in its plainest form."""
+
+TransferWindows = Annotated[
+    tuple[WindowText, ...], Field(max_length=16, description="when chunks may be fetched; none: at any time")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,11 @@ class WeeklyWindow:
                     datetime.combine(date, hour, zone).astimezone(UTC)
                     for date, hour in ((day, self.begins), (end, self.ends))
                 )
+
+
+def parsed(texts: Iterable[str]) -> list[WeeklyWindow]:
+    """Read several; raises as ``WeeklyWindow.parse`` does."""
+    return [WeeklyWindow.parse(text) for text in texts]
 
 
 def open_from(windows: Sequence[WeeklyWindow], at: datetime) -> datetime:

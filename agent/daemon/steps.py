@@ -14,7 +14,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import RUNTIME_OF, Manifest
 from agent.contract.messages import ArtifactRef, Desired, Progress, Proof
 from agent.contract.profile import HealthLimits
-from agent.contract.windows import WeeklyWindow, open_from, open_until
+from agent.contract.windows import open_from, open_until, parsed
 from agent.core import deployment as core
 from agent.core.health import computes_elsewhere
 from agent.core.inference import ModelInfo
@@ -232,7 +232,7 @@ class Steps:
     def _opens(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> datetime | None:
         """Return when the order's next transfer window opens; None: bytes may be fetched now, or are all here."""
         now = self._parts.clock.now()
-        opens = open_from(_windows(order), now)
+        opens = open_from(parsed(order.transfer.windows), now)
         missing = any(self._parts.store.path(ref.digest) is None for ref in candidates)
         return opens if opens > now and missing else None
 
@@ -243,24 +243,17 @@ class Steps:
             AgentError: TRANSFER_STALLED outside of them, so that the deployment waits.
         """
         if (opens := self._opens(candidates, order)) is not None:
-            raise self._closed(order, opens)
-        windows, now = _windows(order), self._parts.clock.now()
+            raise _closed(order, opens)
+        windows, now = parsed(order.transfer.windows), self._parts.clock.now()
         closes = open_until(windows, now)
-        left = (closes - now).total_seconds() if windows and closes is not None else None
+        left = None if closes is None else (closes - now).total_seconds()
         try:
             async with asyncio.timeout(left) as limit:
                 return await self._fetch_all(candidates, order)
         except TimeoutError:
             if closes is None or not limit.expired():
                 raise
-            raise self._closed(order, open_from(windows, closes)) from None
-
-    def _closed(self, order: Desired, opens: datetime) -> AgentError:
-        windows = ", ".join(order.transfer.windows)
-        return AgentError(
-            f"chunks are fetched in the transfer window alone ({windows}); it opens at {opens:%Y-%m-%d %H:%M} UTC",
-            FailureCode.TRANSFER_STALLED,
-        )
+            raise _closed(order, open_from(windows, closes)) from None
 
     async def _fetch_all(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Transferred:
         here, last = [], None
@@ -355,6 +348,9 @@ class Steps:
         return folder
 
 
-def _windows(order: Desired) -> list[WeeklyWindow]:
-    """Return when the order's bytes may be fetched; empty: at any time."""
-    return [WeeklyWindow.parse(text) for text in order.transfer.windows]
+def _closed(order: Desired, opens: datetime) -> AgentError:
+    windows = ", ".join(order.transfer.windows)
+    return AgentError(
+        f"chunks are fetched in the transfer window alone ({windows}); it opens at {opens:%Y-%m-%d %H:%M} UTC",
+        FailureCode.TRANSFER_STALLED,
+    )

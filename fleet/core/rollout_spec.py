@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agent.contract.base import Alias, Timestamp
-from agent.contract.windows import WeeklyWindow, WindowText, open_from
+from agent.contract.windows import WindowText, open_from, parsed
 from fleet.core.evidence import Gate
 
 DAY_S = 86_400.0
@@ -79,7 +79,7 @@ class RolloutSpec(Frozen):
 
     def opens_at(self, at: datetime) -> datetime | None:
         """Return when devices may be ordered again; None if they may be now."""
-        opens = open_from([WeeklyWindow.parse(text) for text in self.windows], at)
+        opens = open_from(parsed(self.windows), at)
         return opens if opens > at else None
 
     @model_validator(mode="after")

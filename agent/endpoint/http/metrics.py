@@ -26,7 +26,7 @@ class HostStats(Protocol):
 
     @property
     def state(self) -> str:
-        """``empty``, ``serving``, ``swapping`` or ``failed``."""
+        """``empty``, ``serving``, ``restarting``, ``swapping`` or ``failed``."""
         ...
 
     @property
@@ -71,6 +71,11 @@ class HostStats(Protocol):
 
 
 StatsSource = Callable[[], HostStats]
+
+
+def is_ready(inference: Inference, stats: HostStats) -> bool:
+    """Return whether a model serves now; one whose worker is being started again does not, and requests wait for it."""
+    return inference.active() is not None and stats.state != RESTARTING
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +168,7 @@ class _HostCollector(Collector):
         yield from self._model()
 
     def _ready(self) -> Metric:
-        serves = self._inference.active() is not None and self._stats().state != RESTARTING
-        return _gauge("ready", "1 while a model serves, else 0.", float(serves))
+        return _gauge("ready", "1 while a model serves, else 0.", float(is_ready(self._inference, self._stats())))
 
     def _model(self) -> Iterable[Metric]:
         info = self._inference.active()

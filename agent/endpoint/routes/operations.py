@@ -6,9 +6,8 @@ import time
 
 from aiohttp import web
 
-from agent.core.inference import RESTARTING
 from agent.endpoint.http.context import CONTEXT, read_body
-from agent.endpoint.http.metrics import CONTENT_TYPE
+from agent.endpoint.http.metrics import CONTENT_TYPE, is_ready
 from agent.endpoint.http.replies import json_reply
 from agent.endpoint.openai.errors import ApiError
 from agent.endpoint.openai.models import check_model, loaded_facts, model_object, signed_facts
@@ -56,7 +55,7 @@ async def ready(request: web.Request) -> web.Response:
     """``GET /health/ready``: 200 while a model serves, else 503; requests wait while its worker is started again."""
     context = request.app[CONTEXT]
     info = context.inference.active()
-    if info is None or context.stats().state == RESTARTING:
+    if info is None or not is_ready(context.inference, context.stats()):
         raise context.runner.unavailable()
     return json_reply({"status": "ready", "model": info.name, "digest": info.digest})
 

@@ -25,7 +25,7 @@ from agent.core.inference import (
 from agent.runtimes.engines.generation import Generation, check_fits, common_prefix
 from agent.runtimes.engines.guidance import Guide, Guides, draw_token, from_file
 from agent.runtimes.engines.onnx_files import LONGROPE_SWITCH, OnnxFiles
-from agent.runtimes.engines.placement import of_graph
+from agent.runtimes.engines.placement import asked, of_graph
 from agent.runtimes.engines.slots import LEAST_PIECE, piece_of
 from agent.runtimes.protocol.engine import LoadOptions
 
@@ -242,13 +242,8 @@ class GeneratorEngine:
 
 def _share(files: OnnxFiles, options: LoadOptions) -> float | None:
     """Ask a session of our own, before the library's takes the memory: the library keeps its session to itself."""
-    if options.device == "CPU":  # nothing else is below it to fall back to
-        return 1.0
-    try:
-        return of_graph(files.graph, PROVIDERS[options.device][1], options.threads)
-    except Exception as error:  # ONNX Runtime raises classes of its own; it serves without this figure as well
-        print(f"which nodes run on {options.device} is not known: {error}", flush=True)  # noqa: T201 - the daemon's log
-        return None
+    provider = PROVIDERS[options.device][1]
+    return asked(options.device, lambda: of_graph(files.graph, provider, options.threads))
 
 
 def _config(og: Any, files: OnnxFiles, options: LoadOptions) -> Any:

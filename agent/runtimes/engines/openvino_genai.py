@@ -25,7 +25,7 @@ from agent.core.inference import (
 )
 from agent.errors import RuntimeLoadError
 from agent.runtimes.engines.generation import Generation, check_fits
-from agent.runtimes.engines.placement import of_devices
+from agent.runtimes.engines.placement import asked, of_devices
 from agent.runtimes.engines.schema import text_of, vet
 from agent.runtimes.engines.text import JsonStream, Pieces, PieceStream
 from agent.runtimes.engines.token_bytes import TokenBytes
@@ -213,14 +213,12 @@ def properties(options: LoadOptions) -> dict[str, Any]:
 
 def _share(ov: Any, folder: Path, options: LoadOptions) -> float | None:
     """Compile the model once more and ask where: the pipeline keeps its compiled model to itself."""
-    if options.device == "CPU":  # nothing else is below it to fall back to
-        return 1.0
-    try:
+
+    def ask() -> float | None:
         compiled = ov.Core().compile_model(str(folder / "openvino_model.xml"), options.device, properties(options))
         return of_devices(compiled.get_property("EXECUTION_DEVICES"), options.device)
-    except RuntimeError as error:
-        print(f"which devices execute on {options.device} is not known: {error}", flush=True)  # noqa: T201 - the log
-        return None
+
+    return asked(options.device, ask)
 
 
 def end_tokens(config: Any, tokenizer: Any, source: ModelSource) -> frozenset[int]:

@@ -7,13 +7,27 @@ those that compute shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 #: ONNX Runtime's key of a session's options that makes it keep which provider took which node.
 RECORD = "session.record_ep_graph_assignment_info"
 _LAYER = re.compile(r"layer\s+(\d+) assigned to device ([^\s,]+)")
+
+
+def asked(device: str, ask: Callable[[], float | None]) -> float | None:
+    """Return what ``ask`` finds out by loading a model once more; None, and a line in the log, where that fails.
+
+    A CPU is not asked: nothing is below it to fall back to.
+    """
+    if device == "CPU":
+        return 1.0
+    try:
+        return ask()
+    except Exception as error:  # native runtimes raise anything; it serves without this figure as well
+        print(f"what {device} computes of the model is not known: {error}", flush=True)  # noqa: T201 - the daemon's log
+        return None
 
 
 def of_sessions(sessions: Iterable[Any], provider: str) -> float | None:
@@ -59,4 +73,4 @@ def of_layers(lines: Iterable[str], device: str) -> float | None:
 def of_devices(devices: Iterable[str], device: str) -> float | None:
     """Return the share of OpenVINO's execution devices that are ``device``, whichever of its kind (``GPU.0``)."""
     names = [name.split(".")[0].strip("()") for name in devices]
-    return float(names.count(device)) / len(names) if names else None
+    return names.count(device) / len(names) if names else None
