@@ -20,7 +20,7 @@ from fleet.api.handlers import ROUTES
 from fleet.api.metrics import Metrics
 from fleet.api.openapi import describe
 from fleet.api.problems import CODES, MEDIA_TYPE, ProblemError, problem_of
-from fleet.api.routes import PREFIX, Call, Reply, Route
+from fleet.api.routes import PREFIX, Call, Json, Reply, Route
 from fleet.core.roles import Role
 from fleet.errors import FleetError
 from fleet.operations.fleet import Fleet
@@ -276,5 +276,5 @@ def _response(reply: Reply, *, problem: bool = False) -> web.Response:
     if reply.body is None:
         return web.Response(status=reply.status, headers=dict(reply.headers))
     media = MEDIA_TYPE if problem else "application/json"
-    text = json.dumps(reply.body, allow_nan=False)
+    text = reply.body if isinstance(reply.body, Json) else json.dumps(reply.body, allow_nan=False)
     return web.Response(text=text, status=reply.status, headers=dict(reply.headers), content_type=media)

@@ -13,7 +13,7 @@ from agent.platform.addresses import is_loopback
 from agent.platform.versions import product_version
 from fleet.api import shapes
 from fleet.api.problems import ProblemError
-from fleet.api.routes import AFTER, LIMIT, Call, Parameter, Reply, Route
+from fleet.api.routes import AFTER, LIMIT, Call, Json, Parameter, Reply, Route
 from fleet.core.roles import Role
 from fleet.core.rollout_events import AbortAsked, Approved, Event, PauseAsked, ResumeAsked
 from fleet.core.selectors import Compare, parse
@@ -86,7 +86,7 @@ def get_overview(call: Call) -> Reply:
     """Show how inference runs on each device, in columns, and what needs attention."""
     names = None if call.scope is None else [one.device for one in select(call.fleet, call.scope)]
     ending = warnings(call.fleet, call.at) if names is None else []
-    return Reply(overview(call.fleet.registry, call.at, names, ending))
+    return Reply(Json(overview(call.fleet.registry, call.at, names, ending)))
 
 
 @_route("GET", "/me", Role.VIEWER, answer=shapes.Me)

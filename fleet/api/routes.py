@@ -135,9 +135,15 @@ class Call:
             raise ProblemError("token.scope", why)
 
 
+class Json(str):
+    """A whole answer, as JSON."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a handler returns. ``body`` None: no content."""
+    """What a handler returns. ``body`` None: no content; ``Json``: text that is JSON already."""
 
     body: Any = None
     status: int = 200

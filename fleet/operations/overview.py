@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 from sqlalchemy import Row
 
 from fleet.core.deployments import WAITING, Stage
-from fleet.core.freshness import Presence, age_s, is_stale
+from fleet.core.freshness import Presence, age_s
 from fleet.core.rollouts import STATES, State
 from fleet.operations.views import confirmed
 from fleet.registry import Registry
-from fleet.registry.inventory import FIGURES, Figures
+from fleet.registry.inventory import Standing
 from fleet.registry.models import RolloutRow
 from fleet.registry.rollouts import read
 
@@ -37,40 +38,33 @@ _WAITS = {
 }
 
 
-def overview(
-    registry: Registry, at: datetime, names: Sequence[str] | None = None, ending: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Return the devices that are named, or all, in columns; without rollouts and controllers if they are named.
+def overview(registry: Registry, at: datetime, names: Sequence[str] | None = None, ending: Sequence[str] = ()) -> str:
+    """Return the devices that are named, or all, in columns, as JSON (``fleet.api.shapes.Overview``).
 
-    ``ending`` are lines about what ends soon (``operations.ends``).
+    Without rollouts and controllers if devices are named. ``ending`` are lines about what ends soon
+    (``operations.ends``).
 
     Raises:
         RegistryError: the database cannot be used.
     """
-    devices = registry.inventory.figures(confirmed(registry, at), names)
-    stale = [is_stale(one.health_at, one.health_interval_s, at) for one in devices]
-    columns: dict[str, Any] = {"at": at.isoformat(), "devices": [one.device for one in devices]}
-    for column, values in (
-        ("profile", [one.profile for one in devices]),
-        ("artifact", [one.serves for one in devices]),
-        ("state", [one.stage for one in devices]),
-    ):
+    since = confirmed(registry, at)
+    columns = registry.inventory.columns(at, since, names)
+    for column in ("profile", "artifact", "state"):
+        values = json.loads(columns[column])
         known = {value: place for place, value in enumerate(sorted(set(values)))}
-        columns[f"{column}s"], columns[column] = list(known), [known[value] for value in values]
-    columns["presence"] = [one.presence for one in devices]
-    for name in FIGURES:  # a hundredth of a millisecond is less than what a reading says, and half of the bytes
-        columns[name] = [
-            value if value is None else round(value, 2) for value in (getattr(one, name) for one in devices)
-        ]
-    columns["health_age_s"] = [age and round(age, 1) for age in (age_s(one.health_at, at) for one in devices)]
-    columns["stale"] = stale
+        columns[f"{column}s"], columns[column] = json.dumps(list(known)), json.dumps([known[value] for value in values])
     found = [] if names is not None else list(_of_rollouts(registry.rollouts.page(None, 100), at))
     found[:0] = [{"kind": "ends", "text": text} for text in ending]
-    wrong = [(one.device, kind) for one, old in zip(devices, stale, strict=True) for kind in _wrong(one, old)]
+    wrong = [(one.device, kind) for one in registry.inventory.noteworthy(at, since, names) for kind in _wrong(one)]
     listed = wrong[: max(0, LISTED - len(found))]
     details = registry.inventory.details(list(dict.fromkeys(device for device, _ in listed)))
     entries = [_entry(details[device], kind, at) for device, kind in listed if device in details]
-    return columns | {"attention": [*found[:LISTED], *entries], "attention_count": len(found) + len(wrong)}
+    columns |= {
+        "at": json.dumps(at.isoformat()),
+        "attention": json.dumps([*found[:LISTED], *entries], allow_nan=False),
+        "attention_count": json.dumps(len(found) + len(wrong)),
+    }
+    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in columns.items()) + "}"
 
 
 def _of_rollouts(rows: Iterable[RolloutRow], at: datetime) -> Iterator[dict[str, Any]]:
@@ -81,7 +75,7 @@ def _of_rollouts(rows: Iterable[RolloutRow], at: datetime) -> Iterator[dict[str,
             yield {"kind": "rollout", "text": text, "rollout": row.id, "age_s": age}
 
 
-def _wrong(device: Figures, stale: bool) -> Iterator[str]:
+def _wrong(device: Standing) -> Iterator[str]:
     """What a person should know of a device, by kind."""
     if device.cloned:
         yield "cloned"
@@ -93,7 +87,7 @@ def _wrong(device: Figures, stale: bool) -> Iterator[str]:
         yield "unpublished"
     if device.presence == Presence.OFFLINE and device.known:
         yield "offline"
-    elif stale and device.health_at is not None and device.presence == Presence.ONLINE:
+    elif device.stale and device.reported and device.presence == Presence.ONLINE:
         yield "silent"
     if device.paused and device.stage in (Stage.QUEUED, Stage.PUBLISHED):
         yield "held"

@@ -1,25 +1,30 @@
-"""Devices by selector: what the database can narrow down it does, and the selector itself decides."""
+"""Many devices at once: by selector, where the database narrows down and the selector decides, and in columns."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, Select, and_, case, false, func, literal, or_, select, true
+from sqlalchemy import ColumnElement, Numeric, Row, Text, and_, case, cast, false, func, literal, or_, select, true
+from sqlalchemy.orm import InstrumentedAttribute
 
-from fleet.core.freshness import Presence
+from fleet.core.deployments import WAITING, Stage
+from fleet.core.freshness import DEFAULT_INTERVAL_S, STALE_INTERVALS, Presence
 from fleet.core.selectors import And, Compare, Facts, In, Or, Selector, matches
 from fleet.registry.database import Database
 from fleet.registry.models import ArtifactRow, DeploymentRow, DeviceRow, LabelRow
+from fleet.registry.rows import in_chunks
 
 GIB = 2**30
 #: Of a health report, by the name that an overview has for it.
 FIGURES = {"tpot_ms": "tpot_ms_p50", "ttft_ms": "ttft_ms_p50", "tokens_per_s": "tokens_per_s"}
 #: Rows that are read at a time where a limit may be reached before the last.
 _AT_A_TIME = 500
+#: Stages of a newest order that a person may have to know of.
+_TOLD = (*WAITING, Stage.FAILED, Stage.ROLLED_BACK)
 _THERE = (DeviceRow.removed_at.is_(None), DeviceRow.revoked_at.is_(None))
 #: How a device is joined to its newest order.
 _NEWEST = (
@@ -38,18 +43,14 @@ class Found:
     served: str | None
 
 
-class Figures(NamedTuple):
-    """What an overview shows of one device; milliseconds, tokens a second. Empty or ``none`` where there is nothing."""
+class Standing(NamedTuple):
+    """Of a device about which there may be something to say: where it stands."""
 
     device: str
-    profile: str
     presence: str
-    health_at: datetime | None
-    health_interval_s: float | None
-    serves: str
-    tpot_ms: float | None
-    ttft_ms: float | None
-    tokens_per_s: float | None
+    #: Whether it ever reported its health, and whether that is old.
+    reported: bool
+    stale: bool
     stage: str
     paused: bool
     cloned: bool
@@ -94,46 +95,79 @@ class Inventory:
             rows = session.execute(query)
             return [(row[0], (row[1] or {}).get("artifact"), row[2], row[3], row[4]) for row in rows]
 
-    def figures(self, confirmed: datetime | None, names: Sequence[str] | None = None) -> list[Figures]:
-        """Return one row a device, by name: what an overview shows of each, and no more, so that 10,000 are cheap.
+    def columns(self, at: datetime, confirmed: datetime | None, names: Sequence[str] | None = None) -> dict[str, str]:
+        """Return what an overview shows of each device, or of those that are named: lists in JSON, by name.
 
-        ``confirmed``: from when on a presence counts (``freshness.confirmed_from``); ``names``: these alone.
+        ``devices``, ``profile``, ``artifact`` (empty: it serves none), ``state``, ``presence``, those of ``FIGURES``
+        in milliseconds and tokens a second, ``health_age_s`` in seconds, and ``stale``. The database writes them: it
+        does so without Python's interpreter, in which others go on meanwhile. ``at`` is now; ``confirmed``: from when
+        on a presence counts (``freshness.confirmed_from``).
         """
-        health, reported = DeviceRow.health, DeviceRow.reported
-        query = (
+        age = self._seconds(DeviceRow.health_at, at)
+        devices = (
             select(
-                DeviceRow.id, DeviceRow.profile, presence_column(confirmed), DeviceRow.health_at,
-                DeviceRow.health_interval_s, func.coalesce(reported["artifact"].as_string(), ""),
-                *(health[field].as_float() for field in FIGURES.values()),
-                func.coalesce(DeploymentRow.stage, "none"),
-                func.coalesce(reported["paused"].as_boolean(), false()), DeviceRow.cloned_at.is_not(None),
-                func.coalesce(DeploymentRow.publish_error, "") != "",
-                or_(DeviceRow.last_seen.is_not(None), DeviceRow.presence_at.is_not(None)),
+                DeviceRow.id.label("devices"), DeviceRow.profile.label("profile"),
+                func.coalesce(DeviceRow.reported["artifact"].as_string(), "").label("artifact"),
+                func.coalesce(DeploymentRow.stage, "none").label("state"),
+                presence_column(confirmed).label("presence"),
+                # A hundredth of a millisecond is less than what a reading says.
+                *(_rounded(DeviceRow.health[field].as_float(), 2).label(name) for name, field in FIGURES.items()),
+                _rounded(age, 1).label("health_age_s"), _stale(age).label("stale"),
             )
             .outerjoin(*_NEWEST)
             .where(*_THERE)
             .order_by(DeviceRow.id)
         )  # fmt: skip
-        return [Figures._make(row) for row in self._rows(query, names)]
+        listed = func.json_group_array if self._database.sqlite else func.json_agg
+        parts: list[Row[*tuple[Any, ...]]] = []
+        with self._database.read() as session:
+            for these in _of(names):
+                rows = devices.where(these).subquery()
+                # Nothing is NULL on PostgreSQL.
+                lists = (func.coalesce(cast(listed(column), Text), "[]").label(column.key) for column in rows.columns)
+                parts.append(session.execute(select(*lists)).one())
+        found = {one.key: _joined(getattr(part, one.key) for part in parts) for one in rows.columns}
+        # SQLite has no booleans, and PostgreSQL writes nothing that holds a digit.
+        return found | {"stale": found["stale"].replace("0", "false").replace("1", "true")}
 
-    def details(self, names: Sequence[str]) -> dict[str, Row[Any]]:
+    def noteworthy(
+        self, at: datetime, confirmed: datetime | None, names: Sequence[str] | None = None
+    ) -> list[Standing]:
+        """Return the devices about which there may be something to say, by name; all others are as they should be."""
+        stale, stage = _stale(self._seconds(DeviceRow.health_at, at)), func.coalesce(DeploymentRow.stage, "none")
+        paused = func.coalesce(DeviceRow.reported["paused"].as_boolean(), false())
+        cloned, unpublished = DeviceRow.cloned_at.is_not(None), func.coalesce(DeploymentRow.publish_error, "") != ""
+        there, reported = presence_column(confirmed), DeviceRow.health_at.is_not(None)
+        silent = and_(stale, reported, there == Presence.ONLINE.value)
+        known = or_(DeviceRow.last_seen.is_not(None), DeviceRow.presence_at.is_not(None))
+        query = (
+            select(DeviceRow.id, there, reported, stale, stage, paused, cloned, unpublished, known)
+            .outerjoin(*_NEWEST)
+            .where(*_THERE)
+            .where(or_(cloned, unpublished, paused, silent, stage.in_(_TOLD), DeviceRow.online.is_(False)))
+            .order_by(DeviceRow.id)
+        )
+        with self._database.read() as session:
+            return [Standing._make(row) for these in _of(names) for row in session.execute(query.where(these))]
+
+    def details(self, names: Sequence[str]) -> dict[str, Row[*tuple[Any, ...]]]:
         """Return what else there is to say of these devices and their newest orders, by device."""
         query = select(
             DeviceRow.id, DeviceRow.presence_at, DeviceRow.last_seen, DeviceRow.cloned_at, DeviceRow.health_at,
             DeploymentRow.stage, DeploymentRow.artifact, DeploymentRow.failure_message, DeploymentRow.publish_error,
             DeploymentRow.finished_at, DeploymentRow.reported_at,
         ).outerjoin(*_NEWEST)  # fmt: skip
-        return {row.id: row for row in self._rows(query, names)}
-
-    def _rows(self, query: Select[*tuple[Any, ...]], names: Sequence[str] | None) -> Iterator[Row[*tuple[Any, ...]]]:
         with self._database.read() as session:
-            # Of the connection: what the session does for objects is half of the time where there are none.
-            connection = session.connection()
-            if names is None:
-                yield from connection.execute(query).all()
-                return
-            for start in range(0, len(names), _AT_A_TIME):
-                yield from connection.execute(query.where(DeviceRow.id.in_(names[start : start + _AT_A_TIME])))
+            return {row.id: row for these in _of(names) for row in session.execute(query.where(these))}
+
+    def _seconds(self, since: InstrumentedAttribute[datetime | None], at: datetime) -> ColumnElement[float]:
+        """Return what ``freshness.age_s`` says, for a database to work out."""
+        if self._database.sqlite:
+            moment = at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+            return func.max(0.0, (func.julianday(moment) - func.julianday(since)) * 86400.0)
+        # GREATEST leaves out what is NULL.
+        seconds = func.extract("epoch", literal(at) - since)
+        return case((since.is_not(None), func.greatest(0.0, seconds)))
 
     def summary(self, confirmed: datetime | None) -> tuple[dict[str, int], dict[str, int]]:
         """Return how many devices have which presence, and how many have which state of their newest order.
@@ -158,6 +192,29 @@ def presence_column(confirmed: datetime | None) -> ColumnElement[str]:
         (DeviceRow.presence_received_at >= confirmed, Presence.ONLINE.value),
         else_=Presence.UNKNOWN.value,
     )
+
+
+def _of(names: Iterable[str] | None) -> list[ColumnElement[bool]]:
+    """Return conditions that between them, one after the other, mean these devices by name, or all; at least one."""
+    if names is None:
+        return [true()]
+    return [DeviceRow.id.in_(some) for some in in_chunks(sorted(names))] or [false()]
+
+
+def _stale(age: ColumnElement[float]) -> ColumnElement[bool]:
+    """Return what ``freshness.is_stale`` says of that age, for a database to work out."""
+    interval = func.coalesce(func.nullif(DeviceRow.health_interval_s, 0.0), DEFAULT_INTERVAL_S)
+    return or_(DeviceRow.health_at.is_(None), age > STALE_INTERVALS * interval)
+
+
+def _rounded(value: ColumnElement[float], digits: int) -> ColumnElement[Any]:
+    return func.round(cast(value, Numeric), digits)
+
+
+def _joined(lists: Iterable[str]) -> str:
+    """Return one list in JSON of several."""
+    inner = (text.strip()[1:-1] for text in lists)
+    return f"[{','.join(text for text in inner if text)}]"
 
 
 def _read(rows: Any, models: dict[str, str]) -> Iterator[Found]:

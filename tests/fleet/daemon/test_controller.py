@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -285,7 +286,7 @@ async def test_what_a_device_waits_for_is_shown_and_is_no_failure(world: World) 
         assert (shown["failure"], shown["waiting"]) == (None, {"code": "store.disk_full", "message": why.message})
         assert any(
             entry["kind"] == "waiting" and "waits for room on its disk: needs 86 MiB" in entry["text"]
-            for entry in overview(world.registry, world.clock.now())["attention"]
+            for entry in json.loads(overview(world.registry, world.clock.now()))["attention"]
         )
         await say(device, world.reported(order, State.TRANSFERRING))
         await until(lambda: newest(world).stage == "transferring", "it goes on")

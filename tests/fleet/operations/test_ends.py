@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_an_end_that_is_near_is_told_with_what_to_do(world: World, fleet: Fleet)
     assert "controller.pem (broker_cert) ends on" in line and "phifleet trust issue-controller" in line
     world.clock.advance(days=30)
     assert " ended on " in warnings(fleet, world.clock.now())[0]
-    found = overview(world.registry, world.clock.now(), ending=[line])
+    found = json.loads(overview(world.registry, world.clock.now(), ending=[line]))
     assert found["attention"][0] == {"kind": "ends", "text": line}
 
 
