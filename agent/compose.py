@@ -65,7 +65,14 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
     parts = StepParts(
         trust,
         store,
-        Fetcher(link, store, who.device, dialect=trust.dialect, bytes_per_s=settings.download_bytes_per_s),
+        Fetcher(
+            link,
+            store,
+            who.device,
+            dialect=trust.dialect,
+            bytes_per_s=settings.download_bytes_per_s,
+            mirrors=settings.mirrors,
+        ),
         host,
         monitor,
         clock,

@@ -13,6 +13,7 @@ import platformdirs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from agent.contract.mirrors import Mirrors
 from agent.errors import ConfigError
 from agent.platform import settings as layered
 from agent.platform.config_files import system_file
@@ -95,6 +96,7 @@ class AgentSettings(BaseSettings):
     download_bytes_per_s: Annotated[
         int | None, Field(ge=1024, description="of artifacts, on average; none: not limited")
     ] = None
+    mirrors: Annotated[Mirrors, Field(description="web servers near this device, asked before those of an order")] = ()
     health_interval_s: Annotated[float, Field(gt=0, description="seconds between two health reports")] = 10.0
     canary_interval_s: Annotated[float, Field(ge=0, description="seconds between two canaries; 0: none")] = 300.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="lowest level logged")] = (

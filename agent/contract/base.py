@@ -97,7 +97,7 @@ class WireModel(BaseModel):
 
 
 class GrownModel(WireModel):
-    """A message with fields that came after the first release: without a value they are not written.
+    """A message with fields that came after the first release: with their default they are not written.
 
     So what was signed or sent before stays the same bytes.
     """
@@ -106,7 +106,8 @@ class GrownModel(WireModel):
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = {name for name in self._later if getattr(self, name) in (None, ())}
+        fields = type(self).model_fields
+        absent = {name for name in self._later if getattr(self, name) == fields[name].default}
         return {name: value for name, value in dump(self).items() if name not in absent}
 
 

@@ -25,6 +25,7 @@ from agent.contract.base import (
     canonical_json,
 )
 from agent.contract.failures import FailureCode
+from agent.contract.mirrors import Mirrors
 from agent.contract.profile import HealthLimits
 from agent.contract.windows import TransferWindows
 
@@ -123,12 +124,13 @@ class ArtifactRef(WireModel):
 class TransferLimits(GrownModel):
     """How the bytes may come."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"max_bytes_per_s", "windows"})
+    _later: ClassVar[frozenset[str]] = frozenset({"max_bytes_per_s", "windows", "mirrors"})
 
     window_bytes: Annotated[int, Field(gt=0, description="bytes wanted and not yet received")] = 4 * 1024 * 1024
     stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the device waits")] = 900.0
     max_bytes_per_s: Annotated[int | None, Field(ge=1024, description="on average; none: not limited")] = None
     windows: TransferWindows = ()
+    mirrors: Mirrors = ()
 
 
 class Window(WireModel):
@@ -173,8 +175,10 @@ class Desired(GrownModel):
         return self
 
 
-class Progress(WireModel):
+class Progress(GrownModel):
     """Of the transfer."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"bytes_mirrored"})
 
     chunks_total: Count = 0
     chunks_done: Count = 0
@@ -182,6 +186,7 @@ class Progress(WireModel):
     bytes_done: Bytes = 0
     bytes_received: Annotated[Bytes, Field(description="chunk bytes that came over the link, repeats included")] = 0
     bytes_reused: Annotated[Bytes, Field(description="bytes found on the device already")] = 0
+    bytes_mirrored: Annotated[Bytes, Field(description="bytes that came from mirrors instead of the broker")] = 0
     chunks_rejected: Annotated[Count, Field(description="chunks dropped for wrong bytes")] = 0
     seconds: Amount = 0.0
 

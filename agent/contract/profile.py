@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agent.contract.base import GrownModel
 from agent.contract.manifest import Precision, Target, Toolchain
+from agent.contract.mirrors import Mirrors
 from agent.contract.windows import TransferWindows
 
 
@@ -118,6 +119,7 @@ class Delivery(_Strict):
         int | None, Field(ge=1024, description="no device of this class takes more; none: not limited")
     ] = None
     windows: TransferWindows = ()
+    mirrors: Mirrors = ()
 
     @property
     def rate(self) -> int:

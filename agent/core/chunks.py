@@ -28,8 +28,10 @@ class ChunkTable:
         self.first: list[int] = []
         self._places: list[Place] = []
         self._repeats: dict[int, list[int]] = {}
+        self._begins: list[int] = []
         seen: dict[str, int] = {}
         for number, file in enumerate(manifest.files):
+            self._begins.append(len(self.sizes))
             offset = 0
             for size, digest in file.chunks:
                 index = len(self.sizes)
@@ -48,6 +50,11 @@ class ChunkTable:
     def unique(self) -> Iterator[int]:
         """Yield each number that is a first occurrence."""
         return (index for index, first in enumerate(self.first) if first == index)
+
+    def of_file(self, number: int) -> Iterator[tuple[int, int]]:
+        """Yield the chunks of the manifest's file number ``number`` in order: first occurrence, and size in bytes."""
+        end = self._begins[number + 1] if number + 1 < len(self._begins) else len(self)
+        return ((self.first[index], self.sizes[index]) for index in range(self._begins[number], end))
 
     def places(self, first: int) -> list[Place]:
         """Everywhere the bytes of the first occurrence ``first`` belong."""

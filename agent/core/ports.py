@@ -188,10 +188,12 @@ class Transfer(Protocol):
         stall_s: float,
         on_progress: ProgressHandler,
         bytes_per_s: int | None = None,
+        mirrors: Sequence[str] = (),
     ) -> Progress:
         """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
 
-        ``bytes_per_s``: no more than so many on average; None for as fast as they come.
+        ``bytes_per_s``: no more than so many on average; None for as fast as they come. ``mirrors`` are templates of
+        ``agent.contract.mirrors``, which are read from before the broker is asked.
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.

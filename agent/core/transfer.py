@@ -116,7 +116,7 @@ class TransferCore:
         self.in_flight_bytes = 0
         self._left = self._state.count(_MISSING)
         self._progress = Progress(chunks_total=len(table), bytes_total=sum(table.sizes))
-        self._chunks_done = self._bytes_done = self._received = self._rejected = 0
+        self._chunks_done = self._bytes_done = self._received = self._mirrored = self._rejected = 0
         for index in present:
             self._have(index)
         self._reused = self._bytes_done
@@ -134,6 +134,7 @@ class TransferCore:
                 "bytes_done": self._bytes_done,
                 "bytes_received": self._received,
                 "bytes_reused": self._reused,
+                "bytes_mirrored": self._mirrored,
                 "chunks_rejected": self._rejected,
                 "seconds": round(now - self._started, 3),
             }
@@ -146,6 +147,19 @@ class TransferCore:
     def silent_s(self, now: float) -> float:
         """Return the seconds since the last chunk with the right bytes, or since the start."""
         return now - self._last_good
+
+    def mirrored(self, index: int, outcome: Outcome, now: float) -> None:
+        """A chunk came from a mirror, ``index`` being its first occurrence. It says nothing about the broker's link."""
+        if outcome is Outcome.BAD:
+            self._rejected += 1
+        elif outcome is Outcome.GOOD:
+            self._last_good = now
+            self._mirrored += self._table.sizes[index]
+            self._have(index)
+
+    def asks_the_broker(self, now: float) -> None:
+        """From now on a chunk is due: until then none was asked for."""
+        self._last_good = self._last_answer = self._last_event = now
 
     def arrived(self, index: int, outcome: Outcome, size: int, *, shared: bool, now: float) -> None:
         """A chunk came, ``index`` being its first occurrence; ``size`` bytes."""

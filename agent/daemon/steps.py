@@ -276,6 +276,7 @@ class Steps:
             stall_s=order.transfer.stall_s,
             on_progress=self._on_progress,
             bytes_per_s=order.transfer.max_bytes_per_s,
+            mirrors=order.transfer.mirrors,
         )
         self._on_progress(progress)
 

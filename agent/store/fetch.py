@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -24,24 +23,27 @@ from agent.core.chunks import ChunkTable
 from agent.core.dialect import Dialect
 from agent.core.ports import Link, Message, ProgressHandler
 from agent.core.transfer import Outcome, Request, TransferCore
-from agent.errors import LinkError, StoreError, TransferError
+from agent.errors import LinkError, TransferError
 from agent.platform.concurrency import Stop, ended, in_thread
 from agent.store.artifacts import ArtifactStore
+from agent.store.intake import FLUSH_BYTES, Intake
+from agent.store.mirrors import MirrorReader
 from agent.store.partial import Partial
 
 TICK_S = 0.25
 PROGRESS_S = 0.5
 #: A link that is away longer is waited for by the deployment, whose clock then stands still.
 LINK_PATIENCE_S = 30.0
-#: Brought to the disk while more comes: a power cut then costs little, and the end does not wait for all of it.
-FLUSH_BYTES = 32 * 1024 * 1024
 
 
 _log = structlog.get_logger(component=__name__)
 
 
 class Fetcher:
-    """Implements ``agent.core.ports.Transfer``. ``bytes_per_s`` is the device's own limit for all transfers."""
+    """Implements ``agent.core.ports.Transfer``.
+
+    ``bytes_per_s`` is the device's own limit for all transfers, ``mirrors`` its own, which go before those of an order.
+    """
 
     def __init__(
         self,
@@ -51,11 +53,13 @@ class Fetcher:
         *,
         dialect: Dialect | None = None,
         bytes_per_s: int | None = None,
+        mirrors: Sequence[str] = (),
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._dialect = dialect or Dialect()
         self._bytes_per_s = bytes_per_s
+        self._mirrors = tuple(mirrors)
         self._link = link
         self._store = store
         self._device = device
@@ -70,10 +74,12 @@ class Fetcher:
         stall_s: float,
         on_progress: ProgressHandler,
         bytes_per_s: int | None = None,
+        mirrors: Sequence[str] = (),
     ) -> Progress:
         """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
 
-        What will be fetched is reported, and logged, before anything is asked for.
+        What will be fetched is reported, and logged, before anything is asked for. What no mirror has comes from the
+        broker, and the log says why.
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.
@@ -86,6 +92,7 @@ class Fetcher:
         partial = await in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
         try:
             present = await in_thread(lambda stop: self._find(partial, stop))
+            rate = min((one for one in (bytes_per_s, self._bytes_per_s) if one is not None), default=None)
             core = TransferCore(
                 partial.table,
                 present,
@@ -93,12 +100,16 @@ class Fetcher:
                 stall_s=stall_s,
                 now=self._monotonic(),
                 jitter=self._jitter,
-                bytes_per_s=min((rate for rate in (bytes_per_s, self._bytes_per_s) if rate is not None), default=None),
+                bytes_per_s=rate,
             )
             if not core.complete:
                 _tell_plan(manifest, core.progress(self._monotonic()), on_progress)
-                session = _Session(self._link, self._device, self._dialect, partial, core, self._monotonic, on_progress)
-                await session.run(present)
+                intake = Intake(partial, present)
+                reader = MirrorReader(intake, core, on_progress, bytes_per_s=rate, monotonic=self._monotonic)
+                told = await reader.read(dict.fromkeys((*self._mirrors, *mirrors)))
+                if not core.complete:
+                    at = self._link, self._device, self._dialect
+                    await _Session(*at, intake, core, self._monotonic, on_progress, told).run()
             await in_thread(lambda _stop: self._store.commit(partial))
         finally:
             self._store.abandon(partial)
@@ -123,22 +134,24 @@ class _Session:
         link: Link,
         device: str,
         dialect: Dialect,
-        partial: Partial,
+        intake: Intake,
         core: TransferCore,
         monotonic: Callable[[], float],
         on_progress: ProgressHandler,
+        mirrors: Sequence[str],
     ) -> None:
+        """``mirrors``: what was wrong with each."""
+        self._mirrors = mirrors
         self._link = link
         self._device = device
         self._dialect = dialect
-        self._digest = partial.manifest.digest
-        self._partial = partial
+        self._partial = intake.partial
+        self._digest = self._partial.manifest.digest
         self._core = core
+        self._intake = intake
         self._monotonic = monotonic
         self._on_progress = on_progress
         self._arrivals: deque[tuple[int, Outcome, int, bool]] = deque()
-        self._received = bytearray(len(partial.table))
-        self._error: StoreError | None = None
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._arrived_bytes = 0  # written by the link's thread alone
@@ -154,23 +167,21 @@ class _Session:
         self._shared_filter = topics.shared_chunks(self._digest)
         self._own_filter = topics.own_chunks(device, self._digest)
 
-    async def run(self, present: set[int]) -> None:
+    async def run(self) -> None:
         """Until nothing is missing.
 
         Raises:
             agent.errors.StoreError: the disk fails.
             agent.errors.TransferError: stalled, or the broker refuses the chunks' topics.
         """
-        for first in present:
-            self._received[first] = 1
+        self._core.asks_the_broker(self._monotonic())
         try:
             await self._follow()
             while not self._core.complete:
                 await self._turn()
         finally:
             await self._end()
-        if self._error is not None:
-            raise self._error
+        self._raise_if_refused()
 
     async def _follow(self) -> None:
         try:
@@ -247,13 +258,7 @@ class _Session:
         if self._taken_bytes < self._flush_at or (self._flush is not None and not self._flush.done()):
             return
         self._flush_at = self._taken_bytes + FLUSH_BYTES
-        self._flush = self._loop.create_task(self._flush_all())
-
-    async def _flush_all(self) -> None:
-        try:
-            await asyncio.to_thread(self._partial.flush)
-        except StoreError as error:
-            self._error = error
+        self._flush = self._loop.create_task(asyncio.to_thread(self._intake.flush))
 
     async def _stop_following_when_told(self) -> None:
         if self._following and not self._core.following:
@@ -261,17 +266,21 @@ class _Session:
             _log.info("transfer leaves shared topic", digest=self._digest)
             await self._link.unsubscribe(self._shared_filter)
 
+    def _raise_if_refused(self) -> None:
+        if self._intake.error is not None:
+            raise self._intake.error
+
     def _raise_if_hopeless(self) -> None:
-        if self._error is not None:
-            raise self._error
+        self._raise_if_refused()
         now = self._monotonic()
         away = not self._linked and now - self._unlinked_since >= LINK_PATIENCE_S
         if not away and not self._core.stalled(now):
             return
         progress = self._core.progress(now)
         where = f"artifact {self._partial.manifest.id} at {progress.bytes_done} of {progress.bytes_total} bytes"
+        mirrors = "".join(f"; mirror {told}" for told in self._mirrors)
         if not self._linked:
-            raise TransferError(f"the broker is not connected; {where}, which are kept")
+            raise TransferError(f"the broker is not connected; {where}, which are kept{mirrors}")
         silent = f"no chunk came for {self._core.silent_s(now):.0f} s; {where}, which are kept"
         if progress.chunks_rejected:
             raise TransferError(
@@ -279,7 +288,7 @@ class _Session:
                 FailureCode.TRANSFER_UNAVAILABLE,
             )
         raise TransferError(
-            f"{silent}; does a controller serve it, and does the broker let this device read its chunks?"
+            f"{silent}; does a controller serve it, and does the broker let this device read its chunks?{mirrors}"
         )
 
     async def _end(self) -> None:
@@ -293,32 +302,18 @@ class _Session:
     def _on_chunk(self, message: Message) -> None:
         """On the link's thread."""
         named = topics.parse_chunk(message.topic)
-        if named is None or named[1] >= len(self._received):
+        if named is None or named[1] >= len(self._partial.table):
             return
         first = self._partial.table.first[named[1]]
         shared = not message.topic.startswith(self._own_filter[:-1])
         size = len(message.payload)
-        self._arrivals.append((first, self._accept(first, message.payload), size, shared))
+        self._arrivals.append((first, self._intake.accept(first, message.payload), size, shared))
         self._arrived_bytes += size
         # Not for each chunk: a task switch costs as much as hashing one. The tick is there for what this misses.
         if self._arrived_bytes >= self._wake_at and not self._wake_pending:
             self._wake_pending = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._wake.set)
-
-    def _accept(self, first: int, data: bytes) -> Outcome:
-        if self._received[first] or self._error is not None:
-            return Outcome.DUPLICATE
-        if hashlib.sha256(data).hexdigest() != self._partial.table.digests[first]:
-            return Outcome.BAD
-        try:
-            if not self._partial.write(first, data):
-                return Outcome.DUPLICATE
-        except StoreError as error:
-            self._error = error
-            return Outcome.DUPLICATE
-        self._received[first] = 1
-        return Outcome.GOOD
 
 
 def _tell_plan(manifest: Manifest, progress: Progress, on_progress: ProgressHandler) -> None:

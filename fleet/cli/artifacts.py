@@ -15,6 +15,7 @@ from fleet.cli import completion
 from fleet.core.frontier import choose, frontier
 from fleet.errors import UsageError
 from fleet.export.export import MODEL, PUBLIC_KEY, Papers, export, import_artifact
+from fleet.export.mirror import mirror
 from fleet.export.signing import SIGNATURE, signing_key
 from fleet.home import Home
 from fleet.operations.fleet import no_fleet
@@ -35,7 +36,7 @@ class HasHome(Protocol):
 
 @click.group()
 def artifacts() -> None:
-    """Artifacts that were built: list, show, compare, export, import."""
+    """Artifacts that were built: list, show, compare, export, mirror, import."""
 
 
 @artifacts.command("list")
@@ -163,6 +164,34 @@ def export_command(  # noqa: PLR0913, PLR0917 - a click command has as many para
     if oci:
         click.echo(f"{exported.folder} is an OCI image layout; `skopeo copy oci:{exported.folder}:{exported.tag} ...` "
                    f"copies it ({exported.digest})")  # fmt: skip
+
+
+@artifacts.command("mirror")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("wanted", nargs=-1, metavar="[ARTIFACT]...", shell_complete=completion.artifacts)
+@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of lines.")
+@click.pass_obj
+def mirror_command(obj: HasHome, folder: Path, wanted: tuple[str, ...], as_json: bool) -> None:
+    """Write artifacts (all, or those named) into FOLDER as devices read them from a web server: DIGEST/PATH.
+
+    What is whole there is left alone. Name the server's address under `mirrors` of a profile's [delivery].
+    """
+    store = FolderStore(obj.home.artifacts)
+    chosen = [find(store, one) for one in wanted] or list(_listed(obj.home).manifests)
+    done: list[dict[str, Any]] = []
+
+    def tell(manifest: Manifest, there: bool) -> None:
+        done.append({"artifact": manifest.id, "digest": manifest.digest, "bytes": manifest.size, "there": there})
+        if not as_json:
+            click.echo(f"{'there already' if there else 'wrote'}: {manifest.digest}/  {manifest.id}")
+
+    mirror(store, chosen, folder, tell)
+    if as_json:
+        click.echo(json.dumps(done))
+    elif not done:
+        click.echo("no artifacts yet; `phifleet build` makes one")
+    else:
+        click.echo(f'serve {folder} by HTTP, and say so in a profile:  mirrors = ["https://HOST/{{digest}}/{{path}}"]')
 
 
 @artifacts.command("import")

@@ -83,7 +83,7 @@ def export(store: FolderStore, manifest: Manifest, folder: Path, papers: Papers)
         raise UsageError(f"{manifest.id} has files named {', '.join(taken)}, as papers are; it cannot be exported")
     public = public_key(papers.key) if papers.key else None
     try:
-        with _beside(folder.resolve()) as half:
+        with beside(folder.resolve()) as half:
             exported = _write(store, manifest, half, papers)
             if public is not None:
                 (half / PUBLIC_KEY).write_bytes(public)
@@ -102,7 +102,7 @@ def _write(
     store: FolderStore, manifest: Manifest, half: Path, papers: Papers
 ) -> tuple[tuple[str, ...], str | None, str | None]:
     model = half / MODEL
-    layers = [_copied(store.files(manifest.id), file, model) for file in manifest.files]
+    layers = [copied(store.files(manifest.id), file, model) for file in manifest.files]
     documents = {MANIFEST: manifest.to_json()}
     if papers.bom:
         documents[BOM] = bill_of_materials(manifest)
@@ -137,7 +137,7 @@ def import_artifact(store: FolderStore, source: Path, tag: str | None = None) ->
                 return _same(found, manifest), True
             made = half / "artifact"
             for file in manifest.files:
-                _copied(folder, file, made / "files")
+                copied(folder, file, made / "files")
             (made / "manifest.json").write_bytes(manifest.to_json())
             sync_tree(made)
             made.rename(store.folder(manifest.id))
@@ -196,7 +196,7 @@ def _same(found: Manifest, manifest: Manifest) -> Manifest:
     return found
 
 
-def _copied(source: Path, file: ArtifactFile, folder: Path) -> Layer:
+def copied(source: Path, file: ArtifactFile, folder: Path) -> Layer:
     """Copy one of the artifact's files, and compare it with the manifest on the way.
 
     Raises:
@@ -269,7 +269,7 @@ def _scaled(count: int) -> str:
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
+def beside(folder: Path) -> Iterator[Path]:
     """A folder beside the one that is to be made; removed unless it was renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

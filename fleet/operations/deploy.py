@@ -315,6 +315,7 @@ def make_order(
             window_bytes=profile.delivery.window_bytes,
             max_bytes_per_s=profile.delivery.max_bytes_per_s,
             windows=() if options.transfer_now else profile.delivery.windows,
+            mirrors=profile.delivery.mirrors,
         ),
         probation_s=profile.probation_s if options.probation_s is None else options.probation_s,
         window=Window(not_before=options.not_before, not_after=options.not_after),

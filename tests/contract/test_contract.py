@@ -117,6 +117,14 @@ EXAMPLES: dict[str, WireModel] = {
         device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
         transfer=TransferLimits(windows=("mon-fri 22:00-05:00 Europe/Paris", "sat,sun 00:00-00:00")),
     ),
+    "desired_mirrors": Desired(
+        device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
+        transfer=TransferLimits(mirrors=("https://models.example/{digest}/{path}", "http://10.0.0.2:8080/{id}?f={path}")),
+    ),
+    "reported_mirrored": Reported(
+        device="pi-1", sequence=7, deployment="d7", state=State.TRANSFERRING, desired=REF, at=AT,
+        progress=Progress(chunks_total=9, chunks_done=3, bytes_total=900, bytes_done=300, bytes_mirrored=200),
+    ),
     "want": WantV1(device="pi-1", ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
     "metadata_want": MetadataWantV1(device="pi-1", name="3.targets.json", offset=131072),
     "want.v2": Want(artifact="5" * 64, ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),

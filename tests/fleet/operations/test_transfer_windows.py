@@ -1,4 +1,4 @@
-"""When bytes may be fetched is the profile's, and an operator in a hurry says so."""
+"""When bytes may be fetched, and from where, is the profile's, and an operator in a hurry says so."""
 
 from __future__ import annotations
 
@@ -30,3 +30,15 @@ def test_an_order_has_the_windows_of_its_profile_unless_it_is_for_now(now: bool,
 def test_a_window_that_is_none_is_told_where_it_stands() -> None:
     with pytest.raises(ValidationError, match=r"windows\.0[^$]*'22-5' is no window: write DAYS HH:MM-HH:MM ZONE"):
         Delivery(bandwidth_bytes_per_s=1, windows=("22-5",))
+
+
+def test_an_order_has_the_mirrors_of_its_profile() -> None:
+    profile = load_profile("iot-arm64")
+    mirrors = ("https://models.example/{digest}/{path}",)
+    ref = ArtifactRef(id="phi-onnx_genai-int4-cpu-0123456789ab", digest="ab" * 32)
+    actor = Actor("anna", datetime(2026, 11, 23, 12, tzinfo=UTC))
+    for given in ((), mirrors):
+        one = profile.model_copy(update={"delivery": profile.delivery.model_copy(update={"mirrors": given})})
+        made = make_order(("pi-1", 1, "d-1"), [(ref, 10)], one, DeployOptions(), actor, 86_400)
+        assert made.transfer.mirrors == given
+        assert (b'"mirrors"' in made.to_json()) is bool(given), "agents of the first release see what they always saw"
