@@ -2,7 +2,8 @@
 
 Every part is a process of its own, as in the product: broker, controller's chunk server, agent. The plain run is paho
 to paho, QoS 1, 128 KiB a message, with nothing hashed, nothing written. Both run in turns on the same broker; compare
-the ratio. Then our side over long round trips, emulated by a proxy, against the rate that the link has.
+the ratio. Then our side over long round trips, emulated by a proxy, against the rate that the link has; and the same
+from a web server (nginx), against curl.
 
     python -m bench.transfer [--mib 96] [--rounds 5] [--no-wan] [--json FILE]
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +38,7 @@ from bench.figures import Figure, table  # noqa: E402
 from tests.simulators.artifacts import make_artifact, noise  # noqa: E402
 from tests.simulators.broker import embedded, mosquitto  # noqa: E402
 from tests.simulators.proxy import proxy  # noqa: E402
+from tests.simulators.web import HAVE, nginx  # noqa: E402
 
 MESSAGE = 128 * 1024
 #: Below the 1000 messages that mosquitto queues for a client before it drops: the plain side has no flow control.
@@ -86,6 +90,8 @@ def figures(options: argparse.Namespace | None = None) -> list[Figure]:
         with embedded() as broker:
             options.url = broker.url
             measured.append(Figure("the same over the embedded broker", ours(options)["mib_s"], "MiB/s"))
+        if HAVE and shutil.which("curl"):
+            far += mirrored(options)
     return measured + far
 
 
@@ -134,6 +140,52 @@ def over_wan(options: argparse.Namespace, rtt_ms: int, mib_s: float) -> Figure:
             with role(options, "fetch") as agent:
                 speed = agent.result()["mib_s"]
     return Figure(f"over {rtt_ms} ms and {mib_s:g} MiB/s", speed, "MiB/s", "the link", mib_s, speed / mib_s)
+
+
+def mirrored(options: argparse.Namespace) -> list[Figure]:
+    """From a web server to verified on disk, against curl that writes the same to disk; here, and over round trips."""
+    links = [("loopback", None, 0, 0.0), *((f"{rtt} ms and {rate:g} MiB/s", True, rtt, rate) for rtt, rate in WAN)]
+    found: list[Figure] = []
+    for name, far, rtt_ms, mib_s in links:
+        size = min(options.mib, 32) if far else options.mib
+        shutil.rmtree(options.folder / "www", ignore_errors=True)
+        manifest = make_artifact(options.folder / "www" / "new", {"model.bin": noise(size << 20, rtt_ms)})
+        (options.folder / "www" / "new").rename(options.folder / "www" / manifest.digest)
+        (options.folder / "manifest.json").write_bytes(manifest.to_json())
+        with contextlib.ExitStack() as stack:
+            port = stack.enter_context(
+                nginx(options.folder / f"nginx-{rtt_ms}-{mib_s:g}", root=options.folder / "www")
+            ).port
+            if far:
+                link = proxy("127.0.0.1", port, delay_s=rtt_ms / 2000, bytes_per_s=mib_s * 1048576)
+                port = stack.enter_context(link).port
+            options.url = f"http://127.0.0.1:{port}/{{digest}}/{{path}}"
+            pairs = [
+                (curl(options, manifest, port), read_mirror(options)) for _ in range(options.rounds if not far else 3)
+            ]
+        ratio = statistics.median(one / theirs for theirs, one in pairs)
+        spread = f"{min(one / theirs for theirs, one in pairs):.2f} to {max(one / theirs for theirs, one in pairs):.2f}"
+        speed, theirs = (statistics.median(pair[place] for pair in pairs) for place in (1, 0))
+        what = f"artifact from a mirror, {name}"
+        found.append(Figure(what, speed, "MiB/s", "curl", theirs, ratio, at_least=0.97 if far else None, note=spread))
+    return found
+
+
+def curl(options: argparse.Namespace, manifest: Manifest, port: int) -> float:
+    """MiB/s of one file to disk, synchronized as an artifact is, and neither hashed nor compared."""
+    target = options.folder / "curl.bin"
+    began = time.monotonic()
+    url = f"http://127.0.0.1:{port}/{manifest.digest}/model.bin"
+    subprocess.run(["curl", "-sS", "--noproxy", "*", "-o", str(target), url], check=True)
+    subprocess.run(["sync", str(target)], check=True)
+    seconds = time.monotonic() - began
+    target.unlink()
+    return manifest.size / 1048576 / seconds
+
+
+def read_mirror(options: argparse.Namespace) -> float:
+    with role(options, "mirror") as agent:
+        return float(agent.result()["mib_s"])
 
 
 class Role:
@@ -239,6 +291,26 @@ def serve(options: argparse.Namespace) -> None:
         asyncio.run(run())
 
 
+def mirror(options: argparse.Namespace) -> None:
+    from agent.link import LinkSettings, MqttLink
+    from agent.store.artifacts import ArtifactStore
+    from agent.store.fetch import Fetcher
+
+    manifest = Manifest.from_json((options.folder / "manifest.json").read_bytes())
+
+    async def run(home: Path) -> None:
+        fetcher = Fetcher(MqttLink(LinkSettings("mqtt://127.0.0.1:1", "agent")), ArtifactStore(home), "agent")
+        started = time.monotonic()
+        await fetcher.fetch(
+            manifest, window_bytes=options.window, stall_s=30, on_progress=lambda progress: None, mirrors=[options.url]
+        )
+        say({"mib_s": manifest.size / 1048576 / (time.monotonic() - started)})
+
+    with quiet(), tempfile.TemporaryDirectory(dir=options.folder) as home:
+        asyncio.run(run(Path(home)))
+    until_told()
+
+
 def fetch(options: argparse.Namespace) -> None:
     import psutil
 
@@ -296,6 +368,7 @@ ROLES: dict[str, Callable[[argparse.Namespace], None]] = {
     "plain-publish": plain_publish,
     "serve": serve,
     "fetch": fetch,
+    "mirror": mirror,
 }
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ class SimTransfer:
     #: The share of the bytes that comes before no more does.
     stall_at: float | None = None
     fetched: list[str] = field(default_factory=list)
+    #: Those that it was told of last.
+    mirrors: Sequence[str] = ()
 
     async def fetch(
         self,
@@ -138,7 +140,9 @@ class SimTransfer:
         stall_s: float,
         on_progress: ProgressHandler,
         bytes_per_s: int | None = None,
+        mirrors: Sequence[str] = (),
     ) -> Progress:
+        self.mirrors = mirrors
         if self.hang:
             await asyncio.Event().wait()
         if self.error is not None:

@@ -180,6 +180,14 @@ async def test_what_passes_by_itself_is_waited_for_past_the_deadline_and_the_dep
             assert (await again.settled(2)).committed == ref(NEW)
 
 
+async def test_an_orders_mirrors_are_read_from():
+    mirrors = ("https://models.example/{digest}/{path}",)
+    async with Device().boot() as device:
+        device.deployer.orders.take(order(1, NEW, transfer=TransferLimits(mirrors=mirrors)))
+        assert (await device.settled(1)).committed == ref(NEW)
+        assert device.transfer.mirrors == mirrors
+
+
 NIGHT = TransferLimits(windows=("daily 22:00-05:00 UTC",))
 NOON, MIDNIGHT = datetime(2026, 11, 23, 12, tzinfo=UTC), datetime(2026, 11, 24, 0, tzinfo=UTC)
 

@@ -68,7 +68,7 @@ class SlowTransfer(SimTransfer):
         with self.files.used_by("fetch", digest):
             time.sleep(0.03)
 
-    async def fetch(self, manifest: Manifest, *, on_progress: ProgressHandler, **limits: float | None) -> Progress:
+    async def fetch(self, manifest: Manifest, *, on_progress: ProgressHandler, **limits: object) -> Progress:
         if manifest.digest not in self.store.complete:
             writing = asyncio.get_running_loop().run_in_executor(None, self._write, manifest.digest)
             try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 import ssl
-import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import web
+from aiohttp import web as http
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -31,11 +30,10 @@ from fleet.home import Home
 from fleet.trust.ca import DeviceCA
 from tests.disk import MIB, small_disk
 from tests.simulators.artifacts import make_artifact, noise
-from tests.simulators.broker import Broker, free_port
+from tests.simulators.broker import Broker
 from tests.simulators.transfer import linked, only, serving, settings
-from tests.waiting import wait_until
+from tests.simulators.web import HAVE, nginx
 
-NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 TEMPLATE = "/{digest}/{path}"
 
 
@@ -78,43 +76,20 @@ def missing_of(manifest: Manifest) -> int:
     return sum({digest: size for file in manifest.files for size, digest in file.chunks}.values())
 
 
-@contextmanager
-def nginx(root: Path, folder: Path) -> Iterator[tuple[str, Path]]:
-    port, log = free_port(), folder / "access.log"
-    folder.mkdir()
-    (folder / "nginx.conf").write_text(f"""
-        pid {folder}/nginx.pid; error_log {folder}/error.log; daemon off; user root;
-        events {{}}
-        http {{
-            log_format ranges '$status $http_range $body_bytes_sent';
-            access_log {log} ranges;
-            server {{ listen 127.0.0.1:{port}; root {root}; }}
-        }}
-    """)
-    running = subprocess.Popen([NGINX, "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
-    try:
-        wait_until((folder / "nginx.pid").exists, "nginx runs")
-        yield f"http://127.0.0.1:{port}{TEMPLATE}", log
-    finally:
-        running.terminate()
-        running.wait(10)
-
-
-needs_nginx = pytest.mark.skipif(not Path(NGINX).exists(), reason="needs nginx-light from Debian")
+needs_nginx = pytest.mark.skipif(not HAVE, reason="needs nginx-light from Debian")
 
 
 @needs_nginx
 async def test_an_artifact_comes_from_a_web_server_while_no_broker_is_there(tmp_path: Path) -> None:
     manifest = artifact(tmp_path / "source")
     served(tmp_path / "source", tmp_path / "www", manifest)
-    with nginx(tmp_path / "www", tmp_path / "nginx") as (url, log):
-        done = await fetched(tmp_path / "device", manifest, url)
-        lines = log.read_text().splitlines()
+    with nginx(tmp_path / "nginx", root=tmp_path / "www") as web:
+        done = await fetched(tmp_path / "device", manifest, web.template)
     ArtifactStore(tmp_path / "device").verify(manifest.digest)
     assert (done.bytes_mirrored, done.bytes_received) == (missing_of(manifest), 0)
     assert (done.bytes_done, done.chunks_rejected) == (manifest.size, 0)
-    assert sum(int(line.split()[-1]) for line in lines) == missing_of(manifest), "not a byte twice"
-    assert {line.split()[0] for line in lines} == {"206"}
+    assert sum(one.size for one in web.sent()) == missing_of(manifest), "not a byte twice"
+    assert {one.status for one in web.sent()} == {206}
 
 
 @needs_nginx
@@ -127,35 +102,49 @@ async def test_only_what_changed_is_read(tmp_path: Path) -> None:
     new = make_artifact(tmp_path / "new", {"model.bin": bytes(model)}, "new")
     served(tmp_path / "old", tmp_path / "www", old)
     served(tmp_path / "new", tmp_path / "www", new)
-    with nginx(tmp_path / "www", tmp_path / "nginx") as (url, log):
-        await fetched(tmp_path / "device", old, url)
-        before = len(log.read_text().splitlines())
-        done = await fetched(tmp_path / "device", new, url)
-        lines = log.read_text().splitlines()[before:]
+    with nginx(tmp_path / "nginx", root=tmp_path / "www") as web:
+        await fetched(tmp_path / "device", old, web.template)
+        before = len(web.sent())
+        done = await fetched(tmp_path / "device", new, web.template)
     ArtifactStore(tmp_path / "device").verify(new.digest)
-    assert len(lines) == 2, "the two that are near come in one request"
-    assert sum(int(line.split()[-1]) for line in lines) < 8 * MAX_CHUNK_BYTES
+    sent = web.sent()[before:]
+    assert len(sent) == 2, "the two that are near come in one request"
+    assert sum(one.size for one in sent) < 8 * MAX_CHUNK_BYTES
     assert done.bytes_mirrored <= 6 * MAX_CHUNK_BYTES < done.bytes_reused
 
 
-Answer = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]
+@needs_nginx
+async def test_a_sites_cache_brings_an_artifact_over_its_line_once(tmp_path: Path) -> None:
+    """Sixteen devices that come one after the other, two by two, through an nginx before the mirror."""
+    manifest = artifact(tmp_path / "source", 9)
+    served(tmp_path / "source", tmp_path / "www", manifest)
+    with nginx(tmp_path / "nginx", root=tmp_path / "www") as far, nginx(tmp_path / "site", before=far) as near:
+        for pair in range(8):
+            homes = [tmp_path / f"device-{2 * pair + one}" for one in range(2)]
+            done = await asyncio.gather(*(fetched(home, manifest, near.template) for home in homes))
+            assert [one.bytes_mirrored for one in done] == [missing_of(manifest)] * 2
+    assert sum(one.size for one in near.sent()) == 16 * missing_of(manifest)
+    assert sum(one.size for one in far.sent()) <= 1.05 * manifest.size
+
+
+Answer = Callable[[http.Request, bytes], Awaitable[http.StreamResponse]]
 
 
 @asynccontextmanager
 async def server(source: Path, answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A web server of the artifact's files, which answers as it is told."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
+    async def handle(request: http.Request) -> http.StreamResponse:
         path = source / request.match_info["path"]
         if not path.is_file():
-            raise web.HTTPNotFound
+            raise http.HTTPNotFound
         return await answer(request, path.read_bytes())
 
-    app = web.Application()
+    app = http.Application()
     app.router.add_get("/{digest}/{path:.*}", handle)
-    runner = web.AppRunner(app)
+    runner = http.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
+    site = http.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
     assert site._server is not None
     port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
@@ -165,39 +154,39 @@ async def server(source: Path, answer: Answer, tls: ssl.SSLContext | None = None
         await runner.cleanup()
 
 
-def piece(request: web.Request, data: bytes) -> tuple[int, bytes]:
+def piece(request: http.Request, data: bytes) -> tuple[int, bytes]:
     wanted = request.http_range
     start, stop = wanted.start or 0, wanted.stop or len(data)
     return start, data[start:stop]
 
 
-def partial(start: int, data: bytes, whole: int, **headers: str) -> web.Response:
+def partial(start: int, data: bytes, whole: int, **headers: str) -> http.Response:
     said = {"Content-Range": f"bytes {start}-{start + len(data) - 1}/{whole}"} | headers
-    return web.Response(body=data, status=206, headers=said)
+    return http.Response(body=data, status=206, headers=said)
 
 
-async def good(request: web.Request, data: bytes) -> web.StreamResponse:
+async def good(request: http.Request, data: bytes) -> http.StreamResponse:
     return partial(*piece(request, data), len(data))
 
 
-async def forbidden(_request: web.Request, _data: bytes) -> web.StreamResponse:
-    raise web.HTTPForbidden
+async def forbidden(_request: http.Request, _data: bytes) -> http.StreamResponse:
+    raise http.HTTPForbidden
 
 
-async def gone(_request: web.Request, _data: bytes) -> web.StreamResponse:
-    raise web.HTTPNotFound
+async def gone(_request: http.Request, _data: bytes) -> http.StreamResponse:
+    raise http.HTTPNotFound
 
 
-async def overloaded(_request: web.Request, _data: bytes) -> web.StreamResponse:
-    raise web.HTTPServiceUnavailable
+async def overloaded(_request: http.Request, _data: bytes) -> http.StreamResponse:
+    raise http.HTTPServiceUnavailable
 
 
-async def all_of_another(request: web.Request, data: bytes) -> web.StreamResponse:
+async def all_of_another(request: http.Request, data: bytes) -> http.StreamResponse:
     start, wanted = piece(request, data)
     return partial(start, noise(len(wanted), 99), len(data))
 
 
-async def one_bit_flipped(request: web.Request, data: bytes) -> web.StreamResponse:
+async def one_bit_flipped(request: http.Request, data: bytes) -> http.StreamResponse:
     start, wanted = piece(request, data)
     changed = bytearray(wanted)
     if start == 0 and len(changed) > 5:
@@ -205,43 +194,43 @@ async def one_bit_flipped(request: web.Request, data: bytes) -> web.StreamRespon
     return partial(start, bytes(changed), len(data))
 
 
-async def shorter_file(request: web.Request, data: bytes) -> web.StreamResponse:
+async def shorter_file(request: http.Request, data: bytes) -> http.StreamResponse:
     start, wanted = piece(request, data)
     return partial(start, wanted, len(data) - 1)
 
 
-async def another_range(request: web.Request, data: bytes) -> web.StreamResponse:
+async def another_range(request: http.Request, data: bytes) -> http.StreamResponse:
     start, wanted = piece(request, data)
     return partial(start + 1, wanted, len(data))
 
 
-async def a_range_in_words(request: web.Request, data: bytes) -> web.StreamResponse:
+async def a_range_in_words(request: http.Request, data: bytes) -> http.StreamResponse:
     start, wanted = piece(request, data)
     return partial(start, wanted, len(data), **{"Content-Range": "bytes some-of/it"})
 
 
-async def compressed(request: web.Request, data: bytes) -> web.StreamResponse:
+async def compressed(request: http.Request, data: bytes) -> http.StreamResponse:
     return partial(*piece(request, data), len(data), **{"Content-Encoding": "br"})
 
 
-async def a_login_page(_request: web.Request, _data: bytes) -> web.StreamResponse:
-    return web.Response(text="<h1>Hotel WiFi: accept our terms</h1>", content_type="text/html")
+async def a_login_page(_request: http.Request, _data: bytes) -> http.StreamResponse:
+    return http.Response(text="<h1>Hotel WiFi: accept our terms</h1>", content_type="text/html")
 
 
-async def round_and_round(request: web.Request, _data: bytes) -> web.StreamResponse:
-    raise web.HTTPFound(request.url)
+async def round_and_round(request: http.Request, _data: bytes) -> http.StreamResponse:
+    raise http.HTTPFound(request.url)
 
 
-async def nothing_at_all(request: web.Request, _data: bytes) -> web.StreamResponse:
+async def nothing_at_all(request: http.Request, _data: bytes) -> http.StreamResponse:
     assert request.transport is not None
     request.transport.close()
-    return web.Response()
+    return http.Response()
 
 
-async def more_than_asked_for(request: web.Request, data: bytes) -> web.StreamResponse:
+async def more_than_asked_for(request: http.Request, data: bytes) -> http.StreamResponse:
     """Endless: what was asked for, and then noise."""
     start, wanted = piece(request, data)
-    response = web.StreamResponse(status=206)
+    response = http.StreamResponse(status=206)
     response.headers["Content-Range"] = f"bytes {start}-{start + len(wanted) - 1}/{len(data)}"
     await response.prepare(request)
     await response.write(wanted)
@@ -295,10 +284,10 @@ async def test_nothing_that_came_before_a_break_comes_again(tmp_path: Path) -> N
     manifest = artifact(tmp_path / "source", 8)
     sent: list[int] = []
 
-    async def breaks(request: web.Request, data: bytes) -> web.StreamResponse:
+    async def breaks(request: http.Request, data: bytes) -> http.StreamResponse:
         """Says that all will come, and ends in the middle of the sixth chunk, but for the last pieces."""
         start, wanted = piece(request, data)
-        response = web.StreamResponse(status=206)
+        response = http.StreamResponse(status=206)
         response.headers["Content-Range"] = f"bytes {start}-{start + len(wanted) - 1}/{len(data)}"
         response.content_length = len(wanted)
         await response.prepare(request)
@@ -343,9 +332,9 @@ async def test_what_came_from_a_mirror_is_kept_when_the_transfer_is_stopped(tmp_
     manifest = artifact(tmp_path / "source", 8)
     halfway = asyncio.Event()
 
-    async def stops(request: web.Request, data: bytes) -> web.StreamResponse:
+    async def stops(request: http.Request, data: bytes) -> http.StreamResponse:
         start, wanted = piece(request, data)
-        response = web.StreamResponse(status=206)
+        response = http.StreamResponse(status=206)
         response.headers["Content-Range"] = f"bytes {start}-{start + len(wanted) - 1}/{len(data)}"
         await response.prepare(request)
         await response.write(wanted[: 4 * MIB])
@@ -380,9 +369,9 @@ async def test_a_mirror_that_trickles_is_left(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fetching, "LINK_PATIENCE_S", 0.1)
     manifest = artifact(tmp_path / "source", 4)
 
-    async def trickles(request: web.Request, data: bytes) -> web.StreamResponse:
+    async def trickles(request: http.Request, data: bytes) -> http.StreamResponse:
         start, wanted = piece(request, data)
-        response = web.StreamResponse(status=206)
+        response = http.StreamResponse(status=206)
         response.headers["Content-Range"] = f"bytes {start}-{start + len(wanted) - 1}/{len(data)}"
         await response.prepare(request)
         for place in range(0, len(wanted), 50_000):
@@ -401,7 +390,7 @@ async def test_a_full_disk_is_the_disks_failure_and_not_the_mirrors(tmp_path: Pa
         store = ArtifactStore(home, reserve_bytes=0)
         filler = home / "filler"
 
-        async def fills(request: web.Request, data: bytes) -> web.StreamResponse:
+        async def fills(request: http.Request, data: bytes) -> http.StreamResponse:
             """Somebody else takes the room; files are sparse there, whatever was reserved."""
             if not filler.exists():
                 for file in home.rglob("model.bin"):
@@ -435,8 +424,8 @@ async def test_with_tls_it_stays_with_tls(tmp_path: Path, monkeypatch: pytest.Mo
     manifest = artifact(tmp_path / "source", 1)
     async with server(tmp_path / "source", good, tls) as secure, server(tmp_path / "source", good) as plain:
 
-        async def elsewhere(request: web.Request, _data: bytes) -> web.StreamResponse:
-            raise web.HTTPFound(plain.replace(TEMPLATE, request.path))
+        async def elsewhere(request: http.Request, _data: bytes) -> http.StreamResponse:
+            raise http.HTTPFound(plain.replace(TEMPLATE, request.path))
 
         with pytest.raises(TransferError, match=r"[Cc]ertificate|CERTIFICATE"):
             await fetched(tmp_path / "stranger", manifest, secure)
