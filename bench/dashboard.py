@@ -91,7 +91,7 @@ async def _looked_at(stage: Stage, url: str, profile: Path, minutes: float) -> l
         Figure("... 95th percentile", share, "ms", at_most=100, note=slow),
         Figure(
             f"... the tab's memory after {minutes:g} minutes of reports", heap[-1], "MB", peer="before", theirs=heap[0],
-            ratio=heap[-1] / heap[0], at_most=1.2, note=f"{min(heap):.1f} to {max(heap):.1f} MB",
+            ratio=heap[-1] / heap[0], at_most=1.2, note=f"each half minute: {' '.join(f'{one:.1f}' for one in heap)}",
         ),
     ]  # fmt: skip
 
