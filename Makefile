@@ -14,7 +14,7 @@ export PIP_USER := 0
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo )
 DEV_EXTRAS := quantize,llamacpp,dev
 
-.PHONY: help demo test test-fast test-bare test-variants test-tuf check format bench docs dist clean
+.PHONY: help demo test test-fast test-bare test-variants test-tuf test-clients check format bench docs dist clean
 help:
 	@echo "make demo    a Phi model all the way: quantized, signed, delivered, proven, served, answering (ARGS=--keep)"
 	@echo "make test    all tests, what they cover, and the floors that must hold"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-bare  the documents' commands on a bare Debian 12 with systemd, as root; four minutes"
 	@echo "make test-variants  every Phi in every toolchain at every precision for every target, and the slowest of the other tests: half an hour"
 	@echo "make test-tuf   the public suite of TUF clients, from a clone of it (SUITE=folder), nine minutes"
+	@echo "make test-clients  LangChain, LiteLLM, llm, the AI SDK and others against every runtime's endpoint (pip and npm)"
 	@echo "make check   format, lint, types, import rules, generated docs"
 	@echo "make bench   the figures of the README, as ratios against a peer in the same run"
 	@echo "make docs    write the generated docs again"
@@ -111,6 +112,19 @@ test-tuf: $(VENV)/.dev
 	@command -v faketime >/dev/null || { $(SUDO)apt-get update -qq; $(SUDO)apt-get install -y -qq faketime >/dev/null; }
 	@PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest --rootdir $(SUITE) -c $(SUITE)/pyproject.toml $(SUITE)/tuf_conformance \
 	  --entrypoint "$(CURDIR)/$(BIN)/python -P -m tests.conformance.tuf_client" $(PYTEST_ARGS)
+
+# Client libraries as people have them, in environments of their own under .cache, against the endpoint of every runtime.
+CLIENTS := $(CURDIR)/.cache/clients
+test-clients: export PHIFLEET_CLIENTS := $(CLIENTS)
+test-clients: $(VENV)/.dev $(CLIENTS)/.made
+	@$(BIN)/python -m pytest tests/clients $(PYTEST_ARGS)
+$(CLIENTS)/.made: tests/clients/requirements.txt tests/clients/package.json
+	@command -v npm >/dev/null || { $(SUDO)apt-get update -qq; $(SUDO)apt-get install -y -qq --no-install-recommends nodejs npm >/dev/null; }
+	@mkdir -p $(CLIENTS)/node && $(PYTHON) -m venv $(CLIENTS)/python
+	@$(CLIENTS)/python/bin/python -m pip --disable-pip-version-check install --quiet -r tests/clients/requirements.txt
+	@cp tests/clients/package.json $(CLIENTS)/node/ && cd $(CLIENTS)/node && npm install --silent --no-audit --no-fund
+	@printf '#!/bin/sh\ncp "$$1" "$(CLIENTS)/node/"\ncd "$(CLIENTS)/node" && exec node "$$(basename "$$1")" "$$2" "$$3"\n' >$(CLIENTS)/node/run && chmod +x $(CLIENTS)/node/run
+	@touch $@
 
 # Every Phi's network in every toolchain at every precision for every target, and what else takes minutes; `make test` has FP32 of those that differ most.
 test-variants: export PHIFLEET_VARIANTS ?= all

@@ -85,6 +85,10 @@ class Link(Protocol):
         """No longer."""
         ...
 
+    def progressed(self) -> None:
+        """What came over this connection is verified and kept: when it is lost, the next attempt is soon."""
+        ...
+
 
 class Trust(Protocol):
     """Nothing is believed before it went through here."""

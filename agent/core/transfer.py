@@ -16,6 +16,7 @@ The server keeps no state a device, so everything that makes a transfer robust i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -32,6 +33,11 @@ MAX_CREDIT = 4096
 
 FIRST_WINDOW_BYTES = 1024 * 1024
 LEAST_WINDOW_BYTES = 2 * MAX_CHUNK_BYTES
+#: What is under way is what the link brings in twice its round trip and this long, and two chunks: so it never runs dry
+#: while we ask, and little is lost with the connection.
+AHEAD_S = 0.25
+#: The highest rate that was seen counts for so long, and as long again.
+RATE_KEPT_S = 5.0
 #: With a limit, so many seconds of it may be under way: a link that stood still brings no more at once.
 LIMITED_WINDOW_S = 1.0
 #: Chunks that later ones overtook may still come, from a second server or another queue of the first.
@@ -71,6 +77,38 @@ class _Asked:
     shared: bool
     before: _Asked | None = None
     """The request that this one repeats."""
+    delivered: int = 0
+    """Bytes that had come when it was asked for."""
+
+
+class _Pace:
+    """What the link brings: the most bytes a second of late, and the shortest round trip of this connection."""
+
+    def __init__(self, now: float) -> None:
+        self.delivered = 0
+        self._since = now
+        self._rate = self._rate_before = 0.0
+        self._round_trip: float | None = None
+
+    def window_bytes(self) -> int:
+        """How much may be under way."""
+        rate = max(self._rate, self._rate_before)
+        if not rate or self._round_trip is None:
+            return sys.maxsize
+        return int(rate * (2 * self._round_trip + AHEAD_S)) + 2 * MAX_CHUNK_BYTES
+
+    def arrived(self, size: int, asked: _Asked, now: float) -> None:
+        """What was asked for came: all that came meanwhile took as long, so the link brings that much at least."""
+        self.delivered += size
+        seconds = max(now - asked.at, 1e-4)
+        self._round_trip = seconds if self._round_trip is None else min(self._round_trip, seconds)
+        if now - self._since > RATE_KEPT_S:
+            self._since, self._rate_before, self._rate = now, self._rate, 0.0
+        self._rate = max(self._rate, (self.delivered - asked.delivered) / seconds)
+
+    def link_lost(self) -> None:
+        """The next connection may take another way; what it brings is known by and by."""
+        self._round_trip = None
 
 
 class TransferCore:
@@ -99,6 +137,7 @@ class TransferCore:
         if bytes_per_s is not None:
             self._limit = min(self._limit, max(LEAST_WINDOW_BYTES, int(bytes_per_s * LIMITED_WINDOW_S)))
         self._window = min(self._limit, FIRST_WINDOW_BYTES)
+        self._pace = _Pace(now)
         self._state = bytearray(_MISSING if first == index else _HAVE for index, first in enumerate(table.first))
         self._asked: dict[int, _Asked] = {}
         self._retries: list[tuple[float, int]] = []
@@ -167,7 +206,9 @@ class TransferCore:
         asked = self._settle(index)
         if asked is not None:
             # What comes on the shared topic answers the first request, however often it was repeated.
-            self._answered(asked.before if shared and asked.before else asked, now)
+            answered = asked.before if shared and asked.before else asked
+            self._pace.arrived(size, answered, now)
+            self._answered(answered, now)
         elif shared:
             self._seen(index)
         if outcome is Outcome.BAD:
@@ -185,6 +226,7 @@ class TransferCore:
         """Return what to ask for at ``now``, if anything. Call after each batch of chunks, and a few times a second."""
         if self.complete:
             return []
+        self._window = min(self._window, self._pace.window_bytes())
         self._find_overtaken(now)
         if now < self._quiet_until:
             return []
@@ -205,6 +247,7 @@ class TransferCore:
 
     def link_lost(self) -> None:
         """The connection ended: nothing that was asked for will come, and nothing may be asked until it is back."""
+        self._pace.link_lost()
         for index in list(self._asked):
             self._settle(index)
             self._state[index] = _MISSING
@@ -296,7 +339,9 @@ class TransferCore:
         index, asked = min(self._asked.items(), key=lambda item: item[1].order)
         self._bandwidth.take(self._table.sizes[index])
         self._order += 1
-        self._asked[index] = _Asked(self._order, now, shared=False, before=asked.before or asked)
+        self._asked[index] = _Asked(
+            self._order, now, shared=False, before=asked.before or asked, delivered=self._pace.delivered
+        )
         return Request(((index, index),), 1, shared=False)
 
     def _has_room(self) -> bool:
@@ -345,7 +390,7 @@ class TransferCore:
     def _ask(self, index: int, now: float, *, shared: bool) -> None:
         self._state[index] = _ASKED
         self._order += 1
-        self._asked[index] = _Asked(self._order, now, shared)
+        self._asked[index] = _Asked(self._order, now, shared, delivered=self._pace.delivered)
         self.in_flight_bytes += self._table.sizes[index]
         self._bandwidth.take(self._table.sizes[index])
 

@@ -189,6 +189,10 @@ class MqttLink:
         gone = frozenset(topics)
         self._exact = {topic: entry for topic, entry in self._exact.items() if topic not in gone}
 
+    def progressed(self) -> None:
+        """What came over this connection is verified and kept: when it is lost, the next attempt is soon."""
+        self._network.progressed()
+
     async def unsubscribe(self, topic: str) -> None:
         """No longer."""
         self._forget(topic)

@@ -85,6 +85,7 @@ class Network:
         self._reason = "not started"
         self._up = False
         self._connections = 0
+        self._of_use = False
         #: Messages of this connection that are not acknowledged yet, in the order in which they came.
         self._owed: deque[_Owed] = deque()
         self._running = False
@@ -145,6 +146,10 @@ class Network:
         self._bulk = source
         self._wake()
 
+    def progressed(self) -> None:
+        """What came over this connection is verified and kept: when it is lost, the next attempt is soon."""
+        self._of_use = True
+
     def wake_bulk(self) -> None:
         """``source`` has something again. Needless on the link's own thread."""
         if threading.current_thread() is not self._thread:
@@ -169,7 +174,10 @@ class Network:
         backoff = Backoff()
         try:
             while not self._stopping.is_set():
+                self._of_use = False
                 backoff = self._attempt(backoff)
+                if self._of_use:
+                    backoff = backoff.progressed()
                 if self._stopping.is_set():
                     self._reason = "closed"
                 backoff = backoff.lost(time.monotonic(), self._settings.backoff)

@@ -20,7 +20,14 @@ from agent.platform.config_files import unread
 
 #: Variables that begin as settings do and are none: each is read where it is used.
 OTHER_VARIABLES = frozenset(
-    {"PHIFLEET_CONFIG", "PHIFLEET_AGENT_CONFIG", "PHIFLEET_VARIANTS", "PHIFLEET_BARE", "PHIFLEET_BARE_TESTS"}
+    {
+        "PHIFLEET_CONFIG",
+        "PHIFLEET_AGENT_CONFIG",
+        "PHIFLEET_VARIANTS",
+        "PHIFLEET_BARE",
+        "PHIFLEET_BARE_TESTS",
+        "PHIFLEET_CLIENTS",
+    }
 )
 
 #: Likeness of two words, of which one is the other mistyped. Two letters that changed places in AGENT give 0.8; FLEET_,

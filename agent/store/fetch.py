@@ -215,11 +215,14 @@ class _Session:
 
     def _take_arrivals(self) -> None:
         self._wake_pending = False  # before looking: what comes from now on wakes again
-        now = self._monotonic()
+        now, good = self._monotonic(), False
         while self._arrivals:
             first, outcome, size, shared = self._arrivals.popleft()
             self._taken_bytes += size
+            good = good or outcome is Outcome.GOOD
             self._core.arrived(first, outcome, size, shared=shared, now=now)
+        if good:
+            self._link.progressed()
 
     def _ask(self) -> None:
         if self._linked != self._link.connected:

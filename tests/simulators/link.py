@@ -240,6 +240,9 @@ class MemoryLink:
         self.broker.remove(self, pattern, group)
         await asyncio.sleep(0)
 
+    def progressed(self) -> None:
+        """This connection comes back when it is told to."""
+
     def receive(self, subscription: _Subscription, message: Message, delay_s: float) -> None:
         loop = asyncio.get_running_loop()
         if delay_s:

@@ -24,8 +24,9 @@ from agent.runtimes.engines.generation import Generation
 from agent.runtimes.engines.sampling import Drawn, Logits, TokenSampler
 from agent.runtimes.engines.schema import read, text_of
 
-#: Room to lay JSON out, but not for ever: small models like to fill an answer with white space.
-_JSON = {"whitespace_pattern": r"[ \n]{0,24}"}
+#: Room to lay JSON out as programs do, a space or a new line with its indentation, and no more: small models like to
+#: fill an answer with white space, until it is cut.
+_JSON = {"whitespace_pattern": r"( |\n {0,24})?"}
 
 
 class Constraint(Protocol):

@@ -55,6 +55,9 @@ class ThinLink:
     async def unsubscribe(self, topic: str) -> None:
         await self._link.unsubscribe(topic)
 
+    def progressed(self) -> None:
+        self._link.progressed()
+
 
 class RealTransfer:
     """A device with a real disk and a real link."""

@@ -24,6 +24,16 @@ def test_only_a_connection_that_was_stable_resets_it() -> None:
     assert stable.failures == 1
 
 
+def test_a_poor_link_that_works_is_tried_again_soon() -> None:
+    backoff = Backoff(failures=6)
+    for _ in range(20):  # it breaks every five seconds, and each time something has come
+        backoff = backoff.connected(0.0).progressed().lost(5.0, POLICY)
+        assert backoff.failures == 1
+    assert backoff.lost(5.0, POLICY).failures == 2, (
+        "what came before says nothing about an attempt that brought nothing"
+    )
+
+
 @given(st.integers(1, 10_000), st.floats(0, 1, exclude_max=True))
 def test_delay_stays_within_the_cap_and_spreads_devices(failures: int, share: float) -> None:
     delay = Backoff(failures).delay_s(POLICY, share)

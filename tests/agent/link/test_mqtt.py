@@ -556,3 +556,14 @@ async def test_slow_broker_slows_the_source(mosquitto_broker: Broker) -> None:
             before = asked
             await asyncio.sleep(0.5)
             assert asked - before < 100
+
+
+async def test_a_connection_that_breaks_soon_and_was_of_use_is_made_again_soon(embedded_broker: Broker) -> None:
+    """Fourteen times: as many failures in a row would be waited for by the hour."""
+    slow = BackoffPolicy(base_s=0.1, cap_s=3600.0)
+    with proxy(embedded_broker.host, embedded_broker.port) as line:
+        async with asyncio.timeout(60), MqttLink(LinkSettings(line.url, "poor", backoff=slow)) as link:
+            for turn in range(1, 15):
+                await until(lambda turn=turn: link.connected and line.connections >= turn, timeout_s=20)
+                link.progressed()
+                await asyncio.to_thread(line.cut)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -248,6 +249,37 @@ def test_window_starts_small_grows_as_chunks_come_and_shrinks_in_silence() -> No
     assert again[0].shared is False
     assert again[0].ranges == ((17, 32),)
     assert core.in_flight_bytes <= 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("rate", "round_trip", "at_least", "at_most"),
+    [
+        # Bytes a second, seconds; what may be under way once the link is known.
+        (250_000, 0.3, 256 * KIB, 600 * KIB),
+        (30_000, 0.6, 256 * KIB, 400 * KIB),
+        (20 << 20, 0.1, 4 << 20, 4 << 20),
+        (300 << 20, 0.002, 4 << 20, 4 << 20),
+    ],
+)
+def test_as_much_is_under_way_as_the_link_needs(rate: float, round_trip: float, at_least: int, at_most: int) -> None:
+    """A link with a queue before it, as they have: what is asked for beyond its rate waits there."""
+    size = 128 * KIB
+    core, now, free = core_of(table_of([size] * 400), window=4 << 20), 0.0, 0.0
+    under_way: list[tuple[float, int]] = []
+    seen: list[int] = []
+    while not core.complete:
+        for request in core.tick(now):
+            for index in indices(request):
+                free = max(free, now + round_trip) + size / rate
+                under_way.append((free, index))
+        seen.append(core.in_flight_bytes)
+        now = min(at for at, _ in under_way)
+        for at, index in [one for one in under_way if one[0] <= now]:
+            under_way.remove((at, index))
+            core.arrived(index, Outcome.GOOD, size, shared=False, now=at)
+    later = seen[len(seen) // 4 : -40]
+    assert at_least <= max(later) <= at_most + size
+    assert now <= 1.25 * 400 * size / rate + 20 * round_trip, "and the link never ran dry"
 
 
 def test_in_silence_one_chunk_is_asked_for_ever_more_seldom() -> None:
