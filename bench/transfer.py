@@ -90,7 +90,7 @@ def figures(options: argparse.Namespace | None = None) -> list[Figure]:
         with embedded() as broker:
             options.url = broker.url
             measured.append(Figure("the same over the embedded broker", ours(options)["mib_s"], "MiB/s"))
-        if HAVE and shutil.which("curl"):
+        if HAVE and shutil.which("curl") and not options.no_wan:
             far += mirrored(options)
     return measured + far
 
