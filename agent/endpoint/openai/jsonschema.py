@@ -1,6 +1,6 @@
 """Whether something is a JSON schema that constrained decoding can work with: checked before a worker sees it. Pure.
 
-Draft 2020-12's keywords where they hold schemas; only local references, none recursive, bounded depth and size.
+Draft 2020-12's keywords where they hold schemas; only local references, bounded depth and size.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from agent.core.subschemas import MANY, NAMED, ONE, at
 from agent.endpoint.openai.errors import invalid
 
 MAX_DEPTH = 32
 MAX_NODES = 4096
 
 _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
-_ONE = ("additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then")
-_MANY = ("allOf", "anyOf", "oneOf", "prefixItems")
-_NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
-_DEFINITIONS = ("$defs", "definitions")
 _NUMBERS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf")
 
 
@@ -37,15 +34,21 @@ class _Check:
         self.root = root
         self.where = where
         self.nodes = 0
+        self.places: dict[str, str] = {}
 
     def run(self) -> None:
         try:
             json.dumps(self.root, allow_nan=False)
         except ValueError:
             raise invalid(f"{self.where} holds a number that JSON does not have", self.where) from None
-        self._schema(self.root, self.where, 0, ())
+        self._schema(self.root, self.where, 0)
+        checked: set[str] = set()
+        while unchecked := self.places.keys() - checked:
+            for reference in unchecked:
+                checked.add(reference)
+                self._schema(self._resolve(reference), f"{self.where}.{reference}"[:200], 0)
 
-    def _schema(self, schema: Any, where: str, depth: int, following: tuple[str, ...]) -> None:
+    def _schema(self, schema: Any, where: str, depth: int) -> None:
         self.nodes += 1
         if depth > MAX_DEPTH or self.nodes > MAX_NODES:
             raise invalid(f"the schema is too large: at most {MAX_DEPTH} levels and {MAX_NODES} subschemas", self.where)
@@ -55,21 +58,22 @@ class _Check:
             raise invalid(f"{where} is no JSON schema: expected an object or a boolean", where)
         _keywords(schema, where)
         if "$ref" in schema:
-            self._reference(schema["$ref"], f"{where}.$ref", depth, following)
+            self._reference(schema["$ref"], f"{where}.$ref")
         for below, name in _children(schema, where):
-            self._schema(below, name, depth + 1, following)
+            self._schema(below, name, depth + 1)
 
-    def _reference(self, reference: Any, where: str, depth: int, following: tuple[str, ...]) -> None:
+    def _reference(self, reference: Any, where: str) -> None:
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise invalid(f"{where} must be a local reference like '#/$defs/name'", where)
-        if reference in following or reference == "#":
-            raise invalid(f"{where}: the schema refers to itself through {reference!r}; unroll it", where)
-        self._schema(self._resolve(reference, where), where, depth + 1, (*following, reference))
+        # Where it leads is looked at once, and later: a schema may hold itself.
+        if reference != "#":
+            self.places.setdefault(reference, where)
 
-    def _resolve(self, reference: str, where: str) -> Any:
+    def _resolve(self, reference: str) -> Any:
         try:
-            return _follow(reference, self.root)
+            return at(self.root, reference)
         except KeyError:
+            where = self.places[reference]
             raise invalid(f"{where}: {reference[:128]!r} is not in the schema", where) from None
 
 
@@ -93,54 +97,19 @@ def _keywords(schema: Mapping[str, Any], where: str) -> None:
 
 
 def _children(schema: Mapping[str, Any], where: str) -> Iterator[tuple[Any, str]]:
-    for name in _ONE:
+    for name in ONE:
         if name in schema:
             yield schema[name], f"{where}.{name}"
-    for name in _MANY:
+    for name in MANY:
         if name in schema:
             listed = schema[name]
             if not isinstance(listed, list) or not listed:
                 raise invalid(f"{where}.{name} must be a list of schemas", f"{where}.{name}")
             for index, below in enumerate(listed):
                 yield below, f"{where}.{name}[{index}]"
-    for name in _NAMED:
+    for name in NAMED:
         if name in schema:
             if not isinstance(schema[name], Mapping):
                 raise invalid(f"{where}.{name} must be an object of schemas", f"{where}.{name}")
             for key, below in schema[name].items():
                 yield below, f"{where}.{name}.{key[:64]}"
-
-
-def _follow(reference: str, root: Any) -> Any:
-    node = root
-    for step in reference.removeprefix("#/").split("/"):
-        key = step.replace("~1", "/").replace("~0", "~")
-        if not isinstance(node, Mapping):
-            raise KeyError(key)
-        node = node[key]
-    return node
-
-
-def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checked schema without references, so that it may stand inside another one."""
-    expanded: dict[str, Any] = _inline(schema, schema)
-    return expanded
-
-
-def _inline(schema: Any, root: Mapping[str, Any]) -> Any:
-    if not isinstance(schema, Mapping):
-        return schema
-    out: dict[str, Any] = {}
-    if "$ref" in schema:
-        target = _inline(_follow(schema["$ref"], root), root)
-        out = dict(target) if isinstance(target, Mapping) else {}
-    for name, value in schema.items():
-        if name in _ONE:
-            out[name] = _inline(value, root)
-        elif name in _MANY:
-            out[name] = [_inline(one, root) for one in value]
-        elif name in _NAMED and name not in _DEFINITIONS:
-            out[name] = {key: _inline(one, root) for key, one in value.items()}
-        elif name != "$ref" and name not in _DEFINITIONS:
-            out[name] = value
-    return out

@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.core.inference import Capabilities, Guidance, GuidanceKind
 from agent.endpoint.openai.errors import invalid, unsupported
-from agent.endpoint.openai.jsonschema import check_schema, inlined
+from agent.endpoint.openai.jsonschema import check_schema
 from agent.endpoint.openai.reading import AnswerReader, thought_begun
 from agent.endpoint.openai.shapes import AllowedChoice, Function, Tool, ToolChoice
 from agent.endpoint.openai.tools import ToolParser, calls_guidance
@@ -105,12 +105,12 @@ def _described(function: Function, where: str) -> dict[str, Any]:
 
 
 def _constraining(function: Function, where: str) -> dict[str, Any]:
-    """Return a function whose schema constrains the answer: it must be one, and is shown without references."""
+    """Return a function whose schema constrains the answer: it must be one."""
     parameters = function.parameters or _NOTHING
     check_schema(parameters, f"{where}.parameters")
     if parameters.get("type", "object") != "object":
         raise invalid(f"{where}.parameters must be the schema of an object", f"{where}.parameters.type")
-    return _shown(function, inlined(parameters))
+    return _shown(function, parameters)
 
 
 def _shown(function: Function, parameters: dict[str, Any] | None) -> dict[str, Any]:
@@ -121,4 +121,7 @@ def _shown(function: Function, parameters: dict[str, Any] | None) -> dict[str, A
 def _forced(functions: list[dict[str, Any]], capabilities: Capabilities, *, several: bool) -> Guidance:
     if GuidanceKind.JSON_SCHEMA not in capabilities.guidance:
         raise unsupported("tool_choice", "the runtime that is loaded cannot force a call: use 'auto' or 'none'")
-    return Guidance(GuidanceKind.JSON_SCHEMA, calls_guidance(functions, several=several))
+    try:
+        return Guidance(GuidanceKind.JSON_SCHEMA, calls_guidance(functions, several=several))
+    except ValueError as error:
+        raise invalid(f"the schema of a tool {error}", "tools") from None

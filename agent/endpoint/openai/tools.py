@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agent.core.subschemas import moved
 from agent.endpoint.openai.toolscan import CallArguments, CallEvent, CallScanner, CallStart, ScanError
 
 _OPEN = ("<|tool_call|>", "<|tool_calls|>", "functools")
@@ -153,23 +154,29 @@ def partial_mark(text: str, marks: Sequence[str]) -> int:
 
 
 def calls_schema(functions: Sequence[Mapping[str, Any]], *, several: bool) -> dict[str, Any]:
-    """Return the JSON schema of a list of calls of these functions, for constrained decoding."""
-    schemas = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
+    """Return the JSON schema of a list of calls of these functions, for constrained decoding.
+
+    Raises:
+        ValueError: a function's schema cannot stand inside of another one.
+    """
+    schemas: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
+    for number, function in enumerate(functions):
+        arguments, its = moved(function.get("parameters") or {"type": "object"}, f"{number}-")
+        definitions |= its
+        schemas.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     items = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-    return {"type": "array", "items": items, "minItems": 1, "maxItems": 8 if several else 1}
+    whole = {"type": "array", "items": items, "minItems": 1, "maxItems": 8 if several else 1}
+    return whole | ({"$defs": definitions} if definitions else {})
 
 
 def calls_guidance(functions: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-    """Return the same as JSON text."""
+    """Return the same as JSON text; raises the same."""
     return json.dumps(calls_schema(functions, several=several), ensure_ascii=False)

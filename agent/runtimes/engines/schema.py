@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from agent.core.inference import GuidanceKind, InferenceError
-from agent.runtimes.engines.subschemas import mapped, without_exclusive_one_of
+from agent.core.subschemas import mapped, with_definitions, without_exclusive_one_of
 
 _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 _OF_OLDER_DRAFTS = frozenset({"additionalItems", "dependencies", "$recursiveRef"})
@@ -51,6 +51,11 @@ def read(text: str) -> Any:
         raise _refusal("the schema", "must be an object")
     if isinstance(schema, dict) and _ENGINES_OWN in schema:
         raise _refusal("the schema", f"holds {_ENGINES_OWN!r}, which could lift what it demands")
+    if isinstance(schema, dict):
+        try:
+            schema = with_definitions(schema)
+        except ValueError as error:
+            raise _refusal("the schema", str(error)) from None
     _no_empty_circle(schema)
     return mapped(without_exclusive_one_of(schema), _checked)
 
@@ -181,8 +186,8 @@ def _direct(schema: Any) -> list[str]:
     if not isinstance(schema, dict):
         return []
     own = [schema["$ref"]] if isinstance(schema.get("$ref"), str) else []
-    parts = schema.get("anyOf")
-    return own + [name for part in (parts if isinstance(parts, list) else []) for name in _direct(part)]
+    several = [schema[name] for name in ("allOf", "anyOf", "oneOf") if isinstance(schema.get(name), list)]
+    return own + [name for parts in several for part in parts for name in _direct(part)]
 
 
 def _ranges(schema: Mapping[str, Any], where: str) -> None:

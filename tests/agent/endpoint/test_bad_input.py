@@ -103,7 +103,11 @@ BODIES: list[tuple[Any, str | None, str]] = [
     (chat(response_format={"type": "xml"}), "response_format.type", "invalid_value"),
     (chat(response_format={"type": "json_schema"}), "response_format.json_schema.schema", "invalid_value"),
     (chat(response_format=schema({"type": "objekt"})), "response_format.json_schema.schema.type", "invalid_value"),
-    (chat(response_format=schema({"$ref": "#"})), "response_format.json_schema.schema.$ref", "invalid_value"),
+    (
+        chat(response_format=schema({"$ref": "#/$defs/none"})),
+        "response_format.json_schema.schema.$ref",
+        "invalid_value",
+    ),
     (
         b'{"model": "phi-test", "messages": [{"role": "user", "content": "x"}], "response_format": '
         b'{"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "number", "maximum": NaN}}}}',

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jsonschema
 import pytest
 
 from agent.endpoint.openai.errors import ApiError
-from agent.endpoint.openai.jsonschema import check_schema, inlined
+from agent.endpoint.openai.jsonschema import check_schema
+from agent.endpoint.openai.tools import calls_schema
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -46,10 +48,9 @@ BROKEN: list[tuple[Any, str]] = [
     ({"$ref": "http://elsewhere/schema"}, "local reference"),
     ({"$ref": 1}, "local reference"),
     ({"$ref": "#/$defs/missing"}, "not in the schema"),
-    ({"$ref": "#"}, "refers to itself"),
-    ({"properties": {"next": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}}, "itself"),
+    ({"$ref": "#/enum/0", "enum": ["no schema"]}, "s.#/enum/0 is no JSON schema"),
+    ({"$ref": "#/x-mine", "x-mine": {"type": "strin"}}, "s.#/x-mine.type"),
     (nested(200), "too large"),
-    (laughs(30), "too large"),
     ({"properties": {f"p{n}": {} for n in range(5000)}}, "too large"),
 ]
 
@@ -73,21 +74,43 @@ def test_refused(schema: Any, says: str):
         {"properties": {"$ref": {"type": "string"}, "type": {"type": "string"}}},
         {"type": "object", "additionalProperties": False, "minProperties": 1},
         nested(20),
+        laughs(30),
+        {"$ref": "#"},
+        {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+        {"properties": {"next": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}},
+        {"anyOf": [{"type": "null"}, {"items": {"$ref": "#/anyOf/0"}}]},
+        {"$defs": {f"d{n}": {"items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(900)} | {"d900": True}},
     ],
 )
 def test_taken(schema: Any):
     check_schema(schema, "s")
 
 
-def test_references_are_written_out():
-    schema = {
-        "type": "object",
-        "properties": {"a": {"$ref": "#/$defs/unit", "description": "of a"}, "b": {"items": {"$ref": "#/$defs/unit"}}},
-        "$defs": {"unit": {"enum": ["c", "f"]}},
-        "default": {"$ref": "left alone"},
-    }
-    assert inlined(schema) == {
-        "type": "object",
-        "properties": {"a": {"enum": ["c", "f"], "description": "of a"}, "b": {"items": {"enum": ["c", "f"]}}},
-        "default": {"$ref": "left alone"},
-    }
+def test_the_schemas_of_several_tools_stand_in_one_whatever_they_refer_to():
+    """Each with definitions of the same names, with one that refers to the whole, and with names that need escapes."""
+    unit = {"unit": {"$ref": "#/$defs/a~1b"}}
+    tools = [
+        {"name": "c", "parameters": {"type": "object", "properties": unit, "$defs": {"a/b": {"enum": ["c", "f"]}}}},
+        {"name": "k", "parameters": {"type": "object", "properties": unit, "$defs": {"a/b": {"enum": ["k"]}}}},
+        {"name": "old", "parameters": {"$ref": "#/definitions/x", "$defs": {"x": False},
+                                       "definitions": {"x": {"properties": {"n": {"type": "integer"}}}}}},
+        {"name": "tree", "parameters": {"type": "object", "properties": {"below": {"items": {"$ref": "#"}}}}},
+        {"name": "free", "parameters": None},
+    ]  # fmt: skip
+    schema = calls_schema(tools, several=False)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+
+    def fits(name: str, arguments: dict[str, Any]) -> bool:
+        return check.is_valid([{"name": name, "arguments": arguments}])
+
+    assert fits("c", {"unit": "f"}) and fits("k", {"unit": "k"}) and not fits("c", {"unit": "k"})
+    assert fits("old", {"n": 1}) and not fits("old", {"n": "x"})
+    assert fits("tree", {"below": [{"below": []}]}) and not fits("tree", {"below": [{"below": [1]}]})
+    assert fits("free", {"any": "thing"}) and not fits("none", {})
+
+
+def test_a_tool_that_refers_to_too_many_places_is_refused_by_name():
+    places = {f"p{number}": {"$ref": f"#/properties/p{number + 1}"} for number in range(40)}
+    with pytest.raises(ValueError, match="refers to more than 32 places"):
+        calls_schema([{"name": "x", "parameters": {"properties": places | {"p40": True}}}], several=False)

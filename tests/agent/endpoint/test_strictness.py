@@ -264,6 +264,9 @@ async def test_a_tools_schema_that_constrains_nothing_costs_nothing(serve: Serve
 async def test_a_tools_schema_that_constrains_is_checked(endpoint: Endpoint):
     tools = [{"type": "function", "function": {"name": "f", "parameters": RECURSIVE}}]
     status, answer, _ = await posted(endpoint, chat(tools=tools, tool_choice="required"))
+    assert status == 200, answer
+    tools[0]["function"]["parameters"] = {"type": "object", "properties": {"a": {"type": "strin"}}}  # type: ignore[index]
+    status, answer, _ = await posted(endpoint, chat(tools=tools, tool_choice="required"))
     assert status == 400
     assert answer["error"]["param"].startswith("tools[0].function.parameters")
 

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from agent.core.inference import DoneEvent, FinishReason, Guidance, GuidanceKind, InferenceError
+from agent.endpoint.openai.tools import calls_schema
 from agent.runtimes.engines.schema import CONSTRAINING, ENFORCED
 from tests.agent.runtimes.conftest import installed
 from tests.agent.runtimes.test_engines import Run, running
@@ -136,6 +137,11 @@ REAL: dict[str, dict[str, Any]] = {
         "maxItems": 3,
     },
     "a tree": {"$defs": {"n": NODE}, "$ref": "#/$defs/n"},
+    "a list that holds itself, as zod writes it": json.loads(json.dumps(NODE).replace("#/$defs/n", "#")),
+    "calls of tools whose arguments hold themselves": calls_schema(
+        [{"name": "one", "parameters": {"$defs": {"n": NODE}, "$ref": "#/$defs/n"}},
+         {"name": "other", "parameters": json.loads(json.dumps(NODE).replace("#/$defs/n", "#"))}], several=False,
+    ),
     "remarks, and words of other tools": {
         "title": "T", "description": "D", "type": "boolean", "default": True, "examples": [True], "x-order": 3,
     },
