@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr
 
 CHECKS: dict[str, Callable[[str, str], None]] = {}
 #: Short: what is tried is whether they understand each other.
@@ -27,6 +27,9 @@ ASKED, MOST = "What is the capital of France?", 64
 
 class Lamp(BaseModel):
     """Switch the lamp."""
+
+    # Else a small model may go on with properties of its own until it is cut.
+    model_config = ConfigDict(extra="forbid")
 
     state: Literal["on", "off"]
 
@@ -248,8 +251,8 @@ def openai_agents(url: str, model: str) -> None:
 
     lamp = agents.function_tool(_lamp, name_override="lamp")
     # What is cut is a failure to this one.
-    settings = agents.ModelSettings(temperature=0, max_tokens=1000)
-    forced = agents.ModelSettings(temperature=0, max_tokens=1000, tool_choice="lamp")
+    settings = agents.ModelSettings(temperature=0, max_tokens=400)
+    forced = agents.ModelSettings(temperature=0, max_tokens=400, tool_choice="lamp")
     for kind in (agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel):
 
         def switches(kind: Any = kind) -> Any:
