@@ -15,6 +15,8 @@ from pydantic import AfterValidator, Field, StringConstraints
 from agent.contract.manifest import Manifest
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(?={_LABEL})(?=.{{1,253}}$)(?:{_LABEL}\.)*{_LABEL}\.?|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*")
 _FIELDS = ("digest", "id", "path")
 FORM = "write https://HOST/{digest}/{path}, with {id} in place of {digest} if you like"
 
@@ -23,26 +25,30 @@ def check_mirror(text: str) -> str:
     """Return a template that can be used.
 
     Raises:
-        ValueError: it cannot, and why.
+        ValueError: it cannot, and why; without the text, which may hold a password.
     """
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError(f"{text!r} is no URL: write other characters as %XX; {FORM}")
+        raise ValueError(f"is no URL: write other characters as %XX; {FORM}")
     unknown = [name for name in _FIELD.findall(text) if name not in _FIELDS]
     if unknown:
-        raise ValueError(f"{text}: there is no {{{unknown[0]}}}; {FORM}")
+        raise ValueError(f"has a field in braces that is none of {{digest}}, {{id}} and {{path}}; {FORM}")
     if any(brace in _FIELD.sub("", text) for brace in "{}"):
-        raise ValueError(f"{text}: a brace without its other; {FORM}")
-    parts = urlsplit(text)  # Raises ValueError by itself where the address is none.
-    if parts.scheme not in ("http", "https") or not parts.hostname or "{" in parts.netloc:
-        raise ValueError(f"{text} is no address of a web server; {FORM}")
-    if parts.port == 0:
-        raise ValueError(f"{text}: 0 is no port")
+        raise ValueError(f"has a brace without its other; {FORM}")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"is no address, or has a port that is none; {FORM}") from None
+    if parts.scheme not in ("http", "https") or not _HOST.fullmatch(parts.hostname or ""):
+        raise ValueError(f"is no address of a web server; {FORM}")
+    if port == 0:
+        raise ValueError("has port 0, which is none")
     if "@" in parts.netloc:
-        raise ValueError(f"{parts.scheme}://{parts.hostname}: no password may be in it, for every device is told")
+        raise ValueError("has a password in it, which every device would be told")
     if parts.fragment or text.endswith("#"):
-        raise ValueError(f"{text}: what follows # is never sent to a server")
+        raise ValueError("has a #: what follows is never sent to a server")
     if "{path}" not in text or not ("{digest}" in text or "{id}" in text):
-        raise ValueError(f"{text}: every file of every artifact needs an address of its own; {FORM}")
+        raise ValueError(f"gives files the same address: every file of every artifact needs its own; {FORM}")
     return text
 
 

@@ -34,8 +34,9 @@ MAX_CREDIT = 4096
 FIRST_WINDOW_BYTES = 1024 * 1024
 LEAST_WINDOW_BYTES = 2 * MAX_CHUNK_BYTES
 #: What is under way is what the link brings in twice its round trip and this long, and two chunks: so it never runs dry
-#: while we ask, and little is lost with the connection.
-AHEAD_S = 0.25
+#: while we ask, and little is lost with the connection. Others' requests may make a round trip look shorter than it is;
+#: one of up to this long costs nothing by that.
+AHEAD_S = 0.5
 #: The highest rate that was seen counts for so long, and as long again.
 RATE_KEPT_S = 5.0
 #: With a limit, so many seconds of it may be under way: a link that stood still brings no more at once.
@@ -77,8 +78,8 @@ class _Asked:
     shared: bool
     before: _Asked | None = None
     """The request that this one repeats."""
-    delivered: int = 0
-    """Bytes that had come when it was asked for."""
+    delivered: int | None = None
+    """Bytes that had come when it was asked for; None: asked for before, so which request is answered is unknown."""
 
 
 class _Pace:
@@ -100,6 +101,8 @@ class _Pace:
     def arrived(self, size: int, asked: _Asked, now: float) -> None:
         """What was asked for came: all that came meanwhile took as long, so the link brings that much at least."""
         self.delivered += size
+        if asked.delivered is None:
+            return
         seconds = max(now - asked.at, 1e-4)
         self._round_trip = seconds if self._round_trip is None else min(self._round_trip, seconds)
         if now - self._since > RATE_KEPT_S:
@@ -140,6 +143,7 @@ class TransferCore:
         self._pace = _Pace(now)
         self._state = bytearray(_MISSING if first == index else _HAVE for index, first in enumerate(table.first))
         self._asked: dict[int, _Asked] = {}
+        self._ever_asked = bytearray(len(table))
         self._retries: list[tuple[float, int]] = []
         self._attempts: dict[int, int] = {}
         self._order = self._newest_order = 0
@@ -339,9 +343,7 @@ class TransferCore:
         index, asked = min(self._asked.items(), key=lambda item: item[1].order)
         self._bandwidth.take(self._table.sizes[index])
         self._order += 1
-        self._asked[index] = _Asked(
-            self._order, now, shared=False, before=asked.before or asked, delivered=self._pace.delivered
-        )
+        self._asked[index] = _Asked(self._order, now, shared=False, before=asked.before or asked)
         return Request(((index, index),), 1, shared=False)
 
     def _has_room(self) -> bool:
@@ -390,7 +392,9 @@ class TransferCore:
     def _ask(self, index: int, now: float, *, shared: bool) -> None:
         self._state[index] = _ASKED
         self._order += 1
-        self._asked[index] = _Asked(self._order, now, shared, delivered=self._pace.delivered)
+        first_time = not self._ever_asked[index]
+        self._ever_asked[index] = 1
+        self._asked[index] = _Asked(self._order, now, shared, delivered=self._pace.delivered if first_time else None)
         self.in_flight_bytes += self._table.sizes[index]
         self._bandwidth.take(self._table.sizes[index])
 

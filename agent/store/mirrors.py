@@ -158,7 +158,9 @@ class MirrorReader:
                 came, fault = self._came, None
                 try:
                     await self._request(url, run, file.size)
-                except (_PassingError, aiohttp.ClientError, TimeoutError, OSError, EOFError) as error:
+                except MirrorError:
+                    raise
+                except Exception as error:  # a proxy or a name can make the libraries raise anything
                     fault = error
                 if self._intake.error is not None:
                     return
@@ -185,7 +187,9 @@ class MirrorReader:
                         batch = []
                     if self._intake.error is not None:
                         return
-            except (aiohttp.ClientError, TimeoutError, OSError, EOFError):
+            except MirrorError:
+                raise
+            except Exception:
                 await self._take(url, batch)  # what has come is kept
                 raise
             await self._take(url, batch)

@@ -21,7 +21,7 @@ from agent.contract.base import explain
 from agent.platform.http import opener
 from fleet.api.handlers import ROUTES
 from fleet.api.problems import ProblemError
-from fleet.api.routes import PREFIX, Call, Route
+from fleet.api.routes import PREFIX, Call, Json, Route
 from fleet.core.roles import Role
 from fleet.errors import (
     BrokerError,
@@ -95,7 +95,8 @@ class LocalClient:
         given = {name: value for name, value in query.items() if value is not None}
         call = Call(self._fleet, nobody, self._actor.who, datetime.now(UTC), found, given, model)
         try:
-            return route.handler(call).body
+            body = route.handler(call).body
+            return json.loads(body) if isinstance(body, Json) else body
         except ProblemError as problem:
             raise UsageError(problem.detail) from None
 
@@ -139,9 +140,10 @@ class RemoteClient:
                     return self._answer(response.read())
             except urllib.error.HTTPError as error:
                 raise self._refusal(error) from None
-            except (urllib.error.URLError, OSError, HTTPException) as error:
-                reason = getattr(error, "reason", None) or error
-                if attempt == TRIES - 1 or isinstance(reason, ssl.SSLError):
+            except (urllib.error.URLError, OSError, HTTPException, UnicodeError) as error:
+                # Not of a UnicodeError, whose reason is a part of what it says: its name is one that no host can have.
+                reason = error if isinstance(error, UnicodeError) else getattr(error, "reason", None) or error
+                if attempt == TRIES - 1 or isinstance(reason, ssl.SSLError | UnicodeError):
                     raise FleetError(f"{self._url} cannot be reached: {reason}") from None
                 time.sleep(0.2 * (attempt + 1))
         raise AssertionError("unreachable")

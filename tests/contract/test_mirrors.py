@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -13,7 +15,8 @@ from agent.contract.manifest import ArtifactFile
 from agent.contract.messages import TransferLimits
 from agent.contract.mirrors import check_mirror, mirror_url
 from agent.contract.profile import Delivery
-from agent.settings import AgentSettings
+from agent.errors import ConfigError
+from agent.settings import AgentSettings, load
 from tests.simulators.artifacts import manifest_of
 
 
@@ -39,17 +42,24 @@ def test_an_address_that_can_be_used(text: str) -> None:
         ("file:///srv/{digest}/{path}", "is no address of a web server"),
         ("https:///{digest}/{path}", "is no address of a web server"),
         ("https://{digest}.example/{path}", "is no address of a web server"),
-        ("https://models.example/{digest}", "every file of every artifact needs an address of its own"),
-        ("https://models.example/{path}", "every file of every artifact needs an address of its own"),
-        ("https://models.example/{digest}/{file}", r"there is no \{file\}; write https://HOST/\{digest\}/\{path\}"),
-        ("https://models.example/{digest}/{path}/{}", r"there is no \{\}"),
+        ("https://a..b/{digest}/{path}", "is no address of a web server"),
+        (f"https://{'a' * 64}.example/{{digest}}/{{path}}", "is no address of a web server"),
+        (f"https://{'a.' * 150}example/{{digest}}/{{path}}", "is no address of a web server"),
+        ("https://-a.example/{digest}/{path}", "is no address of a web server"),
+        ("https://models.example/{digest}", "every file of every artifact needs its own"),
+        ("https://models.example/{path}", "every file of every artifact needs its own"),
+        (
+            "https://models.example/{digest}/{file}",
+            r"is none of \{digest\}, \{id\} and \{path\}; write https://HOST/\{digest\}/\{path\}",
+        ),
+        ("https://models.example/{digest}/{path}/{}", "a field in braces that is none of"),
         ("https://models.example/{digest}/{path}{", "a brace without its other"),
         ("https://models.example/{{digest}}/{path}", "a brace without its other"),
-        ("https://anna:secret@models.example/{digest}/{path}", "no password may be in it"),
-        ("https://models.example/{digest}/{path}#part", "is never sent to a server"),
-        ("https://models.example/{digest}/{path}#", "is never sent to a server"),
-        ("https://models.example:99999/{digest}/{path}", "Port out of range"),
-        ("https://models.example:0/{digest}/{path}", "0 is no port"),
+        ("https://anna:secret@models.example/{digest}/{path}", "has a password in it"),
+        ("https://models.example/{digest}/{path}#part", "what follows is never sent to a server"),
+        ("https://models.example/{digest}/{path}#", "what follows is never sent to a server"),
+        ("https://models.example:99999/{digest}/{path}", "has a port that is none"),
+        ("https://models.example:0/{digest}/{path}", "has port 0"),
         ("https://models.example/ä/{digest}/{path}", "write other characters as %XX"),
         ("https://models.example/a b/{digest}/{path}", "write other characters as %XX"),
         ("https://models.example/{digest}/{path}\r\nHost: evil", "write other characters as %XX"),
@@ -62,10 +72,25 @@ def test_one_that_is_none_says_why_wherever_it_stands(text: str, why: str) -> No
             kind(mirrors=(text,), **more)  # type: ignore[call-arg]
 
 
-def test_a_password_is_not_repeated() -> None:
-    with pytest.raises(ValueError, match="no password") as error:
-        check_mirror("https://anna:hunter2@models.example/{digest}/{path}")
-    assert "hunter2" not in str(error.value)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://anna:hunter2@models.example/{digest}/{path}",
+        "https://anna:hunter2ä@models.example/{digest}/{path}",
+        "anna:hunter2@models.example/{digest}/{path}",
+        "https://anna:hunter2@models.example/{digest}",
+        "https://models.example:hunter2/{digest}/{path}",
+        "https://models.example/{hunter2}/{path}",
+    ],
+)
+def test_a_password_is_not_repeated(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^(has|is) ") as error:
+        check_mirror(text)
+    file = tmp_path / "agent.toml"
+    file.write_text(f"mirrors = [{json.dumps(text)}]\n")
+    with pytest.raises(ConfigError, match="mirrors") as told:
+        load({}, file)
+    assert "hunter2" not in f"{error.value} {told.value}"
 
 
 paths = st.lists(

@@ -328,6 +328,22 @@ async def test_a_failure_names_the_mirrors_too(tmp_path: Path, monkeypatch: pyte
     assert error.value.code is FailureCode.TRANSFER_STALLED
 
 
+@pytest.mark.parametrize(
+    ("host", "proxy"), [("a..b", ""), ("xn--a.example", ""), ("[::1]:1", ""), ("127.0.0.1:1", "junk://x y")]
+)
+async def test_no_name_and_no_proxy_fails_the_transfer(
+    host: str, proxy: str, tmp_path: Path, embedded_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of these make the libraries raise what is no network error at all."""
+    monkeypatch.setenv("http_proxy", proxy)
+    manifest = artifact(tmp_path / "source", 0.5, seed=sum(host.encode()))
+    async with serving(embedded_broker.url, only(manifest, tmp_path / "source")):
+        with capture_logs() as logs:
+            await fetched(tmp_path / "device", manifest, f"http://{host}{TEMPLATE}", url=embedded_broker.url)
+    ArtifactStore(tmp_path / "device").verify(manifest.digest)
+    assert [line["event"] for line in logs].count("mirror given up") == 1
+
+
 async def test_what_came_from_a_mirror_is_kept_when_the_transfer_is_stopped(tmp_path: Path) -> None:
     manifest = artifact(tmp_path / "source", 8)
     halfway = asyncio.Event()

@@ -148,6 +148,9 @@ def test_what_a_server_says_has_the_exit_code_that_it_has_here(
     monkeypatch.setattr("fleet.api.client.time.sleep", lambda _: None)
     assert run(["--server", f"http://127.0.0.1:{free_port()}", "status"]) == 1
     assert "cannot be reached: [Errno 111] Connection refused" in capsys.readouterr().err
+    for url in ("https://a..b", "https://xn--a.example", f"https://{'a' * 70}.example"):
+        assert run(["--server", url, "status"]) == 1
+        assert f"error: {url} cannot be reached: " in capsys.readouterr().err
     for url, says in (
         ("http://fleet.example:8700", "must be https://: a token would be sent in the clear"),
         ("ftp://127.0.0.1", "must be https://HOST:PORT"),

@@ -12,13 +12,16 @@ import pytest
 from sqlalchemy import update
 
 from agent.contract.messages import HealthReport, State
+from fleet.api.client import LocalClient
 from fleet.core.freshness import age_s, is_stale, presence
 from fleet.operations import overview as operation
+from fleet.operations.fleet import Fleet
 from fleet.operations.overview import LISTED
 from fleet.operations.views import confirmed, summarize
 from fleet.registry import Received, Recorder
 from fleet.registry.models import DeviceRow
 from fleet.registry.rows import MANY
+from fleet.settings import FleetSettings
 from tests.fleet.registry.conftest import fresh_postgresql, postgresql, url
 from tests.fleet.world import World, controller_runs, make_world, topic_of
 
@@ -149,3 +152,10 @@ def test_what_devices_write_is_shown_as_they_wrote_it(world: World):
     shown = overview(world)
     assert (shown["artifacts"], shown["profiles"], shown["artifact"]) == ([hostile], [hostile], [0])
     assert (shown["tpot_ms"], shown["ttft_ms"], shown["tokens_per_s"]) == ([pytest.approx(1e300)], [0.0], [None])
+
+
+def test_a_command_on_the_controller_reads_what_the_api_answers(world: World, url: str):
+    world.add("pi-1")
+    with Fleet(FleetSettings(home=world.home.root, database=url)) as fleet:
+        answer = LocalClient(fleet, world.actor).call("GET", "/overview")
+    assert answer["devices"] == ["pi-1"]
