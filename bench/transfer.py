@@ -44,6 +44,8 @@ MESSAGE = 128 * 1024
 #: Below the 1000 messages that mosquitto queues for a client before it drops: the plain side has no flow control.
 MIB = 112
 WINDOW = 4 * 1024 * 1024
+#: How long a connection of the poorest link holds.
+CUT_S = 5.0
 #: Round trips of the emulated links, in ms, and their rate, in MiB/s.
 WAN = ((20, 20.0), (100, 20.0), (100, 2.0))
 
@@ -87,6 +89,7 @@ def figures(options: argparse.Namespace | None = None) -> list[Figure]:
             measured = on_mosquitto(options, rounds)
             options.broker = broker
             far = [] if options.no_wan else [over_wan(options, rtt_ms, mib_s) for rtt_ms, mib_s in WAN]
+            far += [] if options.no_wan else [cut_often(options)]
         with embedded() as broker:
             options.url = broker.url
             measured.append(Figure("the same over the embedded broker", ours(options)["mib_s"], "MiB/s"))
@@ -140,6 +143,35 @@ def over_wan(options: argparse.Namespace, rtt_ms: int, mib_s: float) -> Figure:
             with role(options, "fetch") as agent:
                 speed = agent.result()["mib_s"]
     return Figure(f"over {rtt_ms} ms and {mib_s:g} MiB/s", speed, "MiB/s", "the link", mib_s, speed / mib_s)
+
+
+def cut_often(options: argparse.Namespace) -> Figure:
+    """A poor link that works: 2 Mbit/s, 300 ms, and every few seconds its connections break."""
+    rate, manifest = 250_000, make_artifact(options.folder / "source", {"model.bin": noise(4 << 20, 5)})
+    (options.folder / "manifest.json").write_bytes(manifest.to_json())
+    with proxy(options.broker.host, options.broker.port, delay_s=0.15, bytes_per_s=rate) as far:
+        options.url = options.broker.url
+        with role(options, "serve") as server:
+            server.ready()
+            done = threading.Event()
+
+            def cut() -> None:
+                while not done.wait(CUT_S):
+                    far.cut()
+
+            cutting = threading.Thread(target=cut)
+            cutting.start()
+            try:
+                options.url = far.url
+                with role(options, "fetch") as agent:
+                    found = agent.result()
+            finally:
+                done.set()
+                cutting.join()
+    speed, link = found["mib_s"], rate / 1048576
+    note = f"{far.connections} connections, {found['received'] / manifest.size:.2f} of the bytes came"
+    what = f"over 300 ms and 2 Mbit/s whose connections break every {CUT_S:g} s"
+    return Figure(what, speed, "MiB/s", "the link", link, speed / link, note=note)
 
 
 def mirrored(options: argparse.Namespace) -> list[Figure]:
