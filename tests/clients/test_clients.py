@@ -32,6 +32,7 @@ LONGEST_S = 1800.0
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(LONGEST_S + 60),  # MLX on a CPU
     pytest.mark.skipif(CLIENTS is None, reason="`make test-clients` installs the clients and runs it"),
 ]
 
@@ -69,8 +70,12 @@ async def test_every_client_understands_it(served: Served, program: str, script:
         str(Path(str(CLIENTS)) / program), str(HERE / script), served.url, served.model, env=environment,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(LONGEST_S):
-        said, errors = await running.communicate()
+    try:
+        async with asyncio.timeout(LONGEST_S):
+            said, errors = await running.communicate()
+    finally:
+        if running.returncode is None:
+            running.kill()
     found = [json.loads(line) for line in said.decode().splitlines()]
     assert running.returncode == 0 and found, errors.decode()[-2000:]
     failed = "\n".join(f"{one['check']}: {one['failure']}" for one in found if one["failure"])
