@@ -16,7 +16,7 @@ from agent.contract.manifest import Manifest
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_HOST = re.compile(rf"(?={_LABEL})(?=.{{1,253}}$)(?:{_LABEL}\.)*{_LABEL}\.?|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*")
+_HOST = re.compile(rf"(?=.{{1,253}}$)(?:{_LABEL}\.)*{_LABEL}\.?|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*")
 _FIELDS = ("digest", "id", "path")
 FORM = "write https://HOST/{digest}/{path}, with {id} in place of {digest} if you like"
 
@@ -29,8 +29,7 @@ def check_mirror(text: str) -> str:
     """
     if not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError(f"is no URL: write other characters as %XX; {FORM}")
-    unknown = [name for name in _FIELD.findall(text) if name not in _FIELDS]
-    if unknown:
+    if any(name not in _FIELDS for name in _FIELD.findall(text)):
         raise ValueError(f"has a field in braces that is none of {{digest}}, {{id}} and {{path}}; {FORM}")
     if any(brace in _FIELD.sub("", text) for brace in "{}"):
         raise ValueError(f"has a brace without its other; {FORM}")

@@ -6,6 +6,7 @@ A file is replaced by a temporary file in the same folder, fsync, rename, and fs
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -38,6 +39,16 @@ def reason(error: OSError, folder: Path) -> str:
 def explained(error: OSError, folder: Path) -> str:
     """Return the error with the file that it names; where the disk is full, also what to do."""
     return reason(error, folder) if is_disk_full(error) else str(error)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the file's digest, in hex.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, data: bytes, mode: int = PUBLIC) -> None:

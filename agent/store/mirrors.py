@@ -12,7 +12,7 @@ import re
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -112,13 +112,15 @@ class MirrorReader:
         self._bandwidth = Bandwidth(bytes_per_s, monotonic())
         self._unflushed = 0
 
-    async def read(self, templates: Iterable[str]) -> list[str]:
+    async def read(self, templates: Collection[str]) -> list[str]:
         """Everything missing that one of them has; returns what was wrong with those that did not bring the rest.
 
         Raises:
             agent.errors.StoreError: the disk fails.
         """
         told: list[str] = []
+        if not templates:  # nor are the system's certificates read
+            return told
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
         # The system's proxies and certificates hold here as for every other program.
         connector = aiohttp.TCPConnector(ssl=ssl.create_default_context())

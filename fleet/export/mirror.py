@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from agent.contract.manifest import Manifest
-from agent.platform.files import reason, sync_folder, sync_tree
+from agent.platform.files import reason, sha256_of, sync_folder, sync_tree
 from fleet.errors import StoreError
 from fleet.export.export import beside, copied
 from fleet.store.folder import FolderStore
@@ -45,11 +44,6 @@ def mirror(
 
 def _is_whole(manifest: Manifest, folder: Path) -> bool:
     try:
-        return all(_sha256(folder / PurePosixPath(file.path)) == file.sha256 for file in manifest.files)
+        return all(sha256_of(folder / PurePosixPath(file.path)) == file.sha256 for file in manifest.files)
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from agent.platform.files import sha256_of
 from fleet.errors import StoreError
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -174,8 +175,7 @@ def _verified(layout: Path, descriptor: Any) -> Path:
         )
     blob = layout / "blobs" / kind / value
     try:
-        with blob.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(blob)
     except OSError as error:
         raise StoreError(f"{blob}: cannot be read: {error.strerror or error}; copy the layout again") from None
     if found != value:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import builtins
-import hashlib
 from pathlib import Path
 
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import ArtifactFile, Manifest
-from agent.platform.files import reason, write_atomic
+from agent.platform.files import reason, sha256_of, write_atomic
 from fleet.errors import StoreError
 from fleet.store.half_made import HALF_MADE
 from fleet.store.local import LocalArtifact
@@ -159,8 +158,7 @@ def _unreadable(path: Path, error: OSError) -> str:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise _UnreadableError(_unreadable(path, error)) from None
 

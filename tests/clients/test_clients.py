@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,9 @@ import pytest
 import pytest_asyncio
 
 from agent.contract.manifest import Toolchain
-from agent.endpoint import EndpointConfig, EndpointServer
-from agent.endpoint.openai.chat import render
-from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostSettings
 from agent.runtimes.protocol.registry import REGISTRY
-from tests.agent.runtimes.conftest import SIMULATED, installed
+from tests.agent.runtimes.conftest import SIMULATED, endpoint_of, installed
 from tests.models import built, sample_checkpoint
 
 #: Where `make test-clients` has put them: `python`, an environment, and `node`, a folder with node_modules.
@@ -46,12 +42,7 @@ class Served:
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=installed(without=SIMULATED))
 async def served(request: pytest.FixtureRequest) -> AsyncIterator[Served]:
     artifact = built(sample_checkpoint(), Toolchain(REGISTRY[request.param].toolchain))
-    async with AsyncExitStack() as stack:
-        host = WorkerHost(render, HostSettings())
-        stack.push_async_callback(host.close)
-        await host.prove(artifact.manifest, artifact.files)
-        await host.activate(artifact.manifest, artifact.files)
-        server = await stack.enter_async_context(EndpointServer(host, EndpointConfig(port=0), stats=host.stats))
+    async with endpoint_of(artifact, HostSettings()) as (server, _):
         yield Served(server.url, artifact.manifest.model.name)
 
 

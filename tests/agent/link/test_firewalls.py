@@ -6,7 +6,6 @@ All of them are what people have: Debian's nginx, tinyproxy and microsocks, in f
 from __future__ import annotations
 
 import asyncio
-import shutil
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -30,9 +29,9 @@ from fleet.store.local import LocalArtifact
 from fleet.trust.ca import DeviceCA
 from tests.agent.link.test_tls import make_artifact, noise
 from tests.simulators.broker import free_port, have_mosquitto, mosquitto
+from tests.simulators.web import NGINX
 from tests.waiting import listens, until, wait_until
 
-NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 HAVE = all(Path(one).exists() for one in (NGINX, "/usr/bin/tinyproxy", "/usr/bin/microsocks")) and have_mosquitto()
 pytestmark = pytest.mark.skipif(not HAVE, reason="needs mosquitto, nginx-light, tinyproxy and microsocks from Debian")
 QUICK = BackoffPolicy(0.1, 0.5)

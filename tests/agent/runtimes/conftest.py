@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Container
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from agent.contract.manifest import (
     Toolchain,
     artifact_digest,
 )
-from agent.core.inference import DoneEvent, GenerationRequest, Sampling, TokenEvent
+from agent.core.inference import DoneEvent, GenerationRequest, ModelInfo, Sampling, TokenEvent
+from agent.endpoint import EndpointConfig, EndpointServer
+from agent.endpoint.openai.chat import render as render_chat
 from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.runtimes.protocol.registry import REGISTRY, versions
@@ -48,6 +51,18 @@ def tiny_artifact_of(runtime: str) -> Built:
     if runtime == "onnx_qnn":
         return tiny_npu_artifact()
     return built(tiny_checkpoint(), Toolchain(REGISTRY[runtime].toolchain))
+
+
+@asynccontextmanager
+async def endpoint_of(artifact: Built, settings: HostSettings) -> AsyncIterator[tuple[EndpointServer, ModelInfo]]:
+    """A real endpoint that serves it, proven and loaded as on a device."""
+    async with AsyncExitStack() as stack:
+        host = WorkerHost(render_chat, settings)
+        stack.push_async_callback(host.close)
+        await host.prove(artifact.manifest, artifact.files)
+        info = await host.activate(artifact.manifest, artifact.files)
+        server = EndpointServer(host, EndpointConfig(port=0), stats=host.stats)
+        yield await stack.enter_async_context(server), info
 
 
 @pytest.fixture(autouse=True)

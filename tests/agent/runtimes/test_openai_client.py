@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,13 +19,10 @@ from pydantic import BaseModel
 
 from agent.contract.manifest import Toolchain
 from agent.core.inference import Capabilities, GuidanceKind
-from agent.endpoint import EndpointConfig, EndpointServer
-from agent.endpoint.openai.chat import render
-from agent.runtimes.host.model_host import WorkerHost
 from agent.runtimes.host.settings import HostSettings
 from agent.runtimes.protocol.registry import REGISTRY, features
 from tests.agent.endpoint.conftest import PLAIN
-from tests.agent.runtimes.conftest import SIMULATED, installed, tiny_artifact_of
+from tests.agent.runtimes.conftest import SIMULATED, endpoint_of, installed, tiny_artifact_of
 from tests.models import built, sample_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -82,16 +78,12 @@ async def device(request: pytest.FixtureRequest) -> AsyncIterator[Device]:
         artifact = tiny_artifact_of(request.param)
     else:
         artifact = built(sample_checkpoint(), Toolchain(REGISTRY[request.param].toolchain))
-    async with AsyncExitStack() as stack:
-        host = WorkerHost(render, HostSettings(runtime_options=SIMULATED))
-        stack.push_async_callback(host.close)
-        await host.prove(artifact.manifest, artifact.files)
-        info = await host.activate(artifact.manifest, artifact.files)
-        server = await stack.enter_async_context(EndpointServer(host, EndpointConfig(port=0), stats=host.stats))
-        client = openai.AsyncOpenAI(
+    async with (
+        endpoint_of(artifact, HostSettings(runtime_options=SIMULATED)) as (server, info),
+        openai.AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120, http_client=PLAIN()
-        )
-        stack.push_async_callback(client.close)
+        ) as client,
+    ):
         declared = features(REGISTRY[request.param])
         yield Device(request.param, client, artifact.manifest.model.name, info.capabilities, declared)
 
