@@ -152,17 +152,31 @@ def _onnx(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> int:
     if recipe.precision in _FLOATS:
         weights = floats * sum(one.weights for one in [*matrices, output])
         embedding = 0 if shape.tied else floats * shape.embedding.weights
+    elif options.get("budget"):
+        own = [] if shape.tied else [shape.embedding]
+        weights = int(options["budget"] * sum(one.weights for one in [*matrices, output, *own]) / 8)
+        embedding = 0
     else:
         bits = 4 if recipe.precision is Precision.INT4 else 8
         weights = sum(
             _onnx_quantized(one, _onnx_bits(one, shape, bits, options), floats, options) for one in [*matrices, output]
         )
-        # The embedding shares the output's weights at INT4 alone.
-        shared = shape.tied and recipe.precision is Precision.INT4
-        embedding = 0 if shared else floats * shape.embedding.weights
+        embedding = _onnx_embedding(shape, recipe, floats)
     graph = 9_800 if recipe.target is Target.DML else 7_400
     files = shape.vocabulary.file_bytes + _SMALL_FILES + graph * shape.layers
     return weights + embedding + floats * shape.vectors + floats * _rope_cache(shape) + files
+
+
+def _onnx_embedding(shape: ModelShape, recipe: Recipe, floats: int) -> int:
+    """On a CPU it shares the output's weights where they are one matrix, and is INT8 in blocks of 32 where not.
+
+    Elsewhere it shares them at INT4 alone.
+    """
+    if shape.tied and (recipe.precision is Precision.INT4 or recipe.target is Target.CPU):
+        return 0
+    if recipe.target is Target.CPU:
+        return _onnx_quantized(shape.embedding, 8, floats, {"block_size": 32})
+    return floats * shape.embedding.weights
 
 
 def _onnx_float_bytes(recipe: Recipe) -> int:
@@ -210,7 +224,12 @@ def _openvino(shape: ModelShape, recipe: Recipe, options: Mapping[str, Any]) -> 
     elif recipe.precision is Precision.INT8:
         weights = sum(_openvino_int8(one, options) for one in [*matrices, *edges]) + 4 * shape.vectors
     else:
-        weights = _openvino_int4(shape, matrices, edges, options) + 4 * shape.vectors
+        budget = options.get("budget")
+        weights = (
+            int(budget * sum(one.weights for one in [*matrices, *edges]) / 8)
+            if budget
+            else _openvino_int4(shape, matrices, edges, options)
+        ) + 4 * shape.vectors
     words = shape.vocabulary
     text = 2 * words.text_bytes + words.merge_bytes + 16 * shape.vocabulary_size + 8 * words.merges
     graph = 88_000 if recipe.precision in (Precision.INT4, Precision.INT8) else 74_000

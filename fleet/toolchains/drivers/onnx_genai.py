@@ -17,11 +17,13 @@ from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
 from fleet.toolchains.drivers.onnx_graph import OnnxGraph
 from fleet.toolchains.drivers.onnx_window import attend_within_window
-from fleet.toolchains.drivers.options import Option, check_calibration, check_groups, complete
+from fleet.toolchains.drivers.options import Option, check_budget, check_calibration, check_groups, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.gptq import Grid, Quantized
+from fleet.toolchains.recovery.gptq import Grid, nearest
+from fleet.toolchains.recovery.grids import Offer, Requantized, within_budget
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
+from fleet.toolchains.recovery.sensitivity import sensitivity_bytes
 
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 _COMMON: dict[str, Option] = {"block_size": (32, _BLOCK_SIZES), "symmetric": (True, (True, False))}
@@ -32,11 +34,24 @@ _QUANTIZED: dict[Precision, dict[str, Option]] = {
         "recover": (False, (True, False)),
         # What is INT8 all the same: the last product, or that and the layers that llama.cpp thinks sensitive.
         "mixed": (None, (None, "last", "layers")),
+        # Bits a weight on average, scales and all: each matrix gets the bits and blocks with which all together lose
+        # the least.
+        "budget": (None, (None, float, int)),
         "calibration": (None, (None, str)),
     },
     Precision.INT8: _COMMON | {"algorithm": ("default", ("default", "rtn", "k_quant"))},
 }  # fmt: skip
 _BITS = {Precision.INT4: 4, Precision.INT8: 8}
+#: Bits a weight, on average, that widths can be chosen within.
+BUDGETS = (4.25, 8.5)
+#: Of the blocks that a budget chooses among: sixteen weights with a scale of four bytes are six bits each.
+_SMALLEST_BLOCK = 32
+#: Options that a budget stands for.
+_BY_BUDGET = ("block_size", "symmetric", "algorithm", "mixed")
+#: What the builder lays out for a budget, before it is replaced.
+_LAID_OUT: dict[str, Any] = {"block_size": 32, "symmetric": True, "algorithm": "default", "mixed": None}
+#: How the embedding is stored beside products of eight bits, and where it is not the last product's.
+_EMBEDDING = Grid(8, 32, "symmetric")
 _MIXED = {"last": "last_matmul:int8", "layers": "last_matmul:int8,mixed_layers:int8"}
 
 
@@ -65,7 +80,12 @@ class OnnxGenai:
             known = known | {"accuracy_level": (4 if recipe.target is Target.CPU else 0, (0, 1, 2, 3, 4))}
         options = complete(what, recipe.options, known)
         check_recovery(what, options, model)
-        check_calibration(what, options, ("recover",))
+        check_calibration(what, options, ("recover", "budget"))
+        if options.get("budget") is not None:
+            check_budget(what, options["budget"], BUDGETS, recipe.options, _BY_BUDGET, model)
+            if recipe.target is not Target.CPU:
+                raise ProfileError(f"{what}: budget is for cpu, whose kernels have all widths")
+            return {name: value for name, value in options.items() if name not in _BY_BUDGET}
         if options.get("recover") and (options["mixed"] or options["algorithm"] == "k_quant"):
             raise ProfileError(f"{what}: recover goes with algorithm default or rtn, and not with mixed")
         if options.get("recover"):  # the builder pads rows, a recovery does not
@@ -79,7 +99,11 @@ class OnnxGenai:
 
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """Estimate the memory: weights in float32 as loaded, and what is written, beside the libraries."""
-        return 4 * model.facts.parameters * 3 + 2**30 + recovery_bytes(recipe, model, output=True)
+        converting = 4 * model.facts.parameters * 3 + 2**30
+        if recipe.options.get("budget"):
+            largest = model.shape.embedding.weights
+            converting = max(converting, sensitivity_bytes(model.facts.parameters, largest))
+        return converting + recovery_bytes(recipe, model, output=True)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Run the builder, and take out what differs from build to build."""
@@ -96,9 +120,12 @@ class OnnxGenai:
         attend_within_window(job.out)
         progress(Progress("checking"))
         graph = OnnxGraph(job.out / "model.onnx")
-        notes = graph.check(_BITS[job.precision], job.options) if job.options else {}
-        if job.options.get("recover"):
-            notes["recovered"] = graph.replace(_recovered(job, source, progress))
+        notes = graph.check(_BITS[job.precision], _LAID_OUT | job.options) if job.options else {}
+        if job.options.get("budget") or job.options.get("recover"):
+            notes |= _requantize(job, source, graph, progress)
+        if job.options and job.target is Target.CPU:
+            tied = bool(json.loads((source / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+            graph.quantize_embedding(lambda values: nearest(values, _EMBEDDING), _EMBEDDING, tied=tied)
         graph.unstamp()
         _limit_context(job.out / "genai_config.json", job.context)
         return Converted(entry=".", kv_element_bytes=graph.kv_element_bytes(), notes=notes)
@@ -126,23 +153,46 @@ def _run_builder(job: ConvertJob, source: Path) -> None:
 
     pairs = {}
     if job.options:
+        options = _LAID_OUT | job.options
         pairs = {
-            "algo_config": job.options["algorithm"],
-            "block_size": job.options["block_size"],
-            "is_symmetric": str(job.options["symmetric"]).lower(),
-            "accuracy_level": job.options["accuracy_level"],
+            "algo_config": options["algorithm"],
+            "block_size": options["block_size"],
+            "is_symmetric": str(options["symmetric"]).lower(),
+            "accuracy_level": options["accuracy_level"],
         }
-        if job.options.get("mixed"):
-            pairs["matmul_mixed_precision"] = _MIXED[job.options["mixed"]]
+        if options["mixed"]:
+            pairs["matmul_mixed_precision"] = _MIXED[options["mixed"]]
     arguments = ("", str(source), str(job.out), str(job.precision), str(job.target), str(job.scratch / "cache"))
     extra = builder.parse_extra_options(*arguments, [f"{key}={value}" for key, value in pairs.items()])
     builder.create_model(*arguments, **extra)
 
 
-def _recovered(job: ConvertJob, source: Path, progress: ProgressCallback) -> dict[str, Quantized]:
-    grid = Grid(4, job.options["block_size"], "symmetric" if job.options["symmetric"] else "asymmetric")
-    wanted = Wanted(lambda _: grid, grid)
-    return recover(source, job.calibration, wanted, threads=job.threads, progress=progress)
+def _requantize(job: ConvertJob, source: Path, graph: OnnxGraph, progress: ProgressCallback) -> dict[str, Any]:
+    """Put matrices in the place of the builder's: within the budget, recovered, or both; what the manifest says."""
+    options = job.options
+    if options.get("budget"):
+        made = within_budget(
+            source, job.calibration, options["budget"], _offers,
+            recovered=options["recover"], threads=job.threads, progress=progress,
+        )  # fmt: skip
+    else:
+        grid = Grid(4, options["block_size"], "symmetric" if options["symmetric"] else "asymmetric")
+        wanted = Wanted(lambda _: grid, output=grid)
+        matrices = recover(source, job.calibration, wanted, threads=job.threads, progress=progress)
+        made = Requantized(matrices, dict.fromkeys(matrices, grid), {})
+    replaced = graph.replace(made.matrices, made.grids)
+    recovered = {"recovered": replaced} if options["recover"] else {}
+    return {**made.notes, **recovered, "products": graph.widths()}
+
+
+def _offers(columns: int) -> list[Offer]:
+    """Four bits with zero points, and eight without, in the blocks that divide a row; scales are float32.
+
+    At eight bits small blocks gain next to nothing, so that there is the largest alone.
+    """
+    blocks = [block for block in _BLOCK_SIZES if not columns % block and block >= _SMALLEST_BLOCK]
+    offers = [Offer(Grid(4, block, "asymmetric"), 4 + 36 / block) for block in blocks]
+    return [*offers, Offer(Grid(8, blocks[-1], "symmetric"), 8 + 32 / blocks[-1])]
 
 
 def _limit_context(path: Path, context: int) -> None:

@@ -15,11 +15,14 @@ from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
-from fleet.toolchains.drivers.openvino_weights import Constants
-from fleet.toolchains.drivers.options import Option, check_calibration, check_groups, complete
+from fleet.toolchains.drivers.openvino_weights import Constants, compress
+from fleet.toolchains.drivers.options import Option, check_budget, check_calibration, check_groups, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.gptq import Grid
+from fleet.toolchains.recovery.grids import Offer, within_budget
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
+from fleet.toolchains.recovery.sensitivity import sensitivity_bytes
 
 MODEL = "openvino_model.xml"
 _TARGETS = (Target.CPU, Target.GPU, Target.NPU)
@@ -38,11 +41,19 @@ _INT4_OPTIONS: dict[str, Option] = {
     "lora_correction": (False, (True, False)),
     # Quantize anew on the calibration text, see ``recovery``, into what NNCF laid out.
     "recover": (False, (True, False)),
+    # Bits a weight on average, scales and all: each matrix, the embedding among them, gets the bits and groups with
+    # which all together lose the least.
+    "budget": (None, (None, float, int)),
 }
 _INT8_OPTIONS: dict[str, Option] = {"symmetric": (False, (True, False))}
 _NEEDS_TEXT = ("scale_estimation", "gptq", "lora_correction")
 #: NNCF's own ways to lose less, which ``recover`` would undo.
 _OF_NNCF = ("awq", "scale_estimation", "gptq", "lora_correction", "all_layers")
+#: Bits a weight, on average, that widths can be chosen within; the options that a budget stands for.
+BUDGETS = (4.25, 8.5)
+_BY_BUDGET = ("group_size", "symmetric", "ratio", *_OF_NNCF)
+#: Groups that a budget chooses among, at four bits; a scale of two bytes and a zero point of four bits each.
+_BUDGET_GROUPS = (32, 64, 128)
 #: Tokens of one calibration sample: statistics grow with it, and so does memory.
 _SAMPLE_TOKENS = 256
 
@@ -71,6 +82,11 @@ class OpenVino:
         fitting = (group for group in ((128,) if npu else (64, 32)) if not model.shape.misfit(group))
         defaults = {"group_size": next(fitting, -1)} | ({"symmetric": True} if npu else {})
         options = complete(what, defaults | recipe.options, _INT4_OPTIONS)
+        if options["budget"] is not None:
+            check_budget(what, options["budget"], BUDGETS, recipe.options, _BY_BUDGET, model)
+            if npu:
+                raise ProfileError(f"{what}: an NPU compiles one width for all; leave out budget")
+            return {name: value for name, value in options.items() if name not in _BY_BUDGET}
         _check_int4(what, options, recipe.target)
         check_groups(what, model.shape, options["group_size"], NPU_GROUPS if npu else OPENVINO_GROUPS)
         check_recovery(what, options, model)
@@ -79,7 +95,10 @@ class OpenVino:
     def peak_memory_bytes(self, recipe: Recipe, model: Checkpoint) -> int:
         """The checkpoint as loaded and as traced; a calibration runs it beside its compressed copy."""
         calibrated = 4 * model.facts.parameters if recipe.options.get("calibration") else 0
-        return 2 * model.weights_bytes + calibrated + 3 * 2**30 + recovery_bytes(recipe, model, output=False)
+        budget = bool(recipe.options.get("budget"))
+        if budget:
+            calibrated = sensitivity_bytes(model.facts.parameters, model.shape.embedding.weights)
+        return 2 * model.weights_bytes + calibrated + 3 * 2**30 + recovery_bytes(recipe, model, output=budget)
 
     def convert(self, job: ConvertJob, progress: ProgressCallback) -> Converted:
         """Export, then compress what was exported."""
@@ -90,7 +109,7 @@ class OpenVino:
         _export(source, out, "fp16" if job.precision is Precision.FP16 else "fp32", progress)
         notes: dict[str, Any] = {}
         if quantized:
-            notes = _compress(job, out, progress)
+            notes = _within_budget(job, out, progress) if job.options.get("budget") else _compress(job, out, progress)
             for file in sorted(out.iterdir()):
                 if file.is_file() and file.stem != Path(MODEL).stem:
                     file.replace(job.out / file.name)
@@ -169,6 +188,27 @@ def _compress(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
         notes["recovered"] = _recover(job, compressed, progress)
     openvino.save_model(compressed, job.out / MODEL, compress_to_fp16=False)
     return notes
+
+
+def _within_budget(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[str, Any]:
+    import openvino
+
+    made = within_budget(
+        job.scratch / "source", job.calibration, job.options["budget"], _offers,
+        recovered=job.options["recover"], threads=job.threads, progress=progress,
+    )  # fmt: skip
+    model = openvino.Core().read_model(whole / MODEL)
+    compress(model, made.matrices, made.grids)
+    recovered = {"recovered": len(made.matrices)} if job.options["recover"] else {}
+    openvino.save_model(model, job.out / MODEL, compress_to_fp16=False)
+    return {**made.notes, **recovered, "weights": _count_types(model)}
+
+
+def _offers(columns: int) -> list[Offer]:
+    """Four bits in groups that divide a row, and eight in whole rows, all with zero points."""
+    groups = [group for group in _BUDGET_GROUPS if not columns % group]
+    offers = [Offer(Grid(4, group, "asymmetric"), 4 + 20 / group) for group in groups]
+    return [*offers, Offer(Grid(8, columns, "asymmetric"), 8 + 24 / columns)]
 
 
 class _Skipped(logging.Handler):

@@ -55,7 +55,7 @@ def check_budget(
         raise ProfileError(f"{what}: budget is bits a weight, from {low:g} to {high:g}, not {budget:g}")
     if named := [name for name in chosen if options.get(name)]:
         raise ProfileError(f"{what}: budget chooses for every matrix; leave out {', '.join(named)}")
-    if not options["calibration"]:
+    if not options.get("calibration"):
         raise ProfileError(f"{what}: budget needs a calibration: 'bundled', or a text file")
     if model.facts.architecture != "Phi3ForCausalLM":
         raise ProfileError(f"{what}: budget is for Phi3ForCausalLM, not for {model.facts.architecture}")

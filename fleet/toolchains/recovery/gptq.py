@@ -99,6 +99,15 @@ def round_to(weights: Tensor, grid: Grid, found: Quantized) -> None:
     found.q = torch.clamp(torch.round(weights / scale + zero), 0, grid.top).to(torch.uint8)
 
 
+def nearest(weights: Tensor, grid: Grid) -> Quantized:
+    """Round the weights of shape (rows, columns), with the scales of the least squared error."""
+    import torch
+
+    even = torch.ones(weights.shape[1])
+    parts = [fit_scales(rows, even, grid) for rows in weights.float().split(_ROWS)]
+    return Quantized(*(torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scale", "zero")))
+
+
 def fit_scales(weights: Tensor, importance: Tensor, grid: Grid) -> Quantized:
     """Scales and zeros of each group with the least squared error, weighted by ``importance`` (columns)."""
     import torch

@@ -13,11 +13,13 @@ from fleet.errors import BuildError, ProfileError
 from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, quantize
+from fleet.toolchains.recovery.gptq import LEAST_SQUARES_BYTES, Grid, Quantized, nearest, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Names of the first and the last matrix in a checkpoint.
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _SEQUENCE = 256
 #: Of the bundled calibration text, for estimates.
 _EXPECTED_TOKENS = 16_384
@@ -31,10 +33,12 @@ _AS_EMBEDDING = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """``grid_of`` says how a matrix of that name is to be quantized; None leaves it. ``output`` is for the last one."""
+    """``grid_of`` says how a matrix of that name is to be quantized; None leaves it. ``output`` is for the last one,
+    ``embedding`` for the first where that is not the same."""
 
     grid_of: Callable[[str], Grid | None]
     output: Grid | None = None
+    embedding: Grid | None = None
 
 
 def check_recovery(what: str, options: dict[str, Any], model: Checkpoint) -> None:
@@ -129,6 +133,7 @@ class _Walk:
 
     def run(self) -> dict[str, Quantized]:
         self._output()
+        self._embedding()
         self._rounded = list(self._model.model.embed_tokens(self._ids).split(4))
         for number, layer in enumerate(self._layers):
             self._progress(Progress("recovering", number / len(self._layers)))
@@ -154,8 +159,17 @@ class _Walk:
         self._progress(Progress("recovering the last layer"))
         with _one_thread():
             result = quantize(head.weight, gram, self._wanted.output, damp=_DAMP)
-        self.found["lm_head.weight"] = result
+        self.found[OUTPUT] = result
         head.weight.data.copy_(result.dequantized())
+
+    def _embedding(self) -> None:
+        """The first matrix, where it is not the last one too: rows are looked up, so that no error makes up for one."""
+        if self._wanted.embedding is None:
+            return
+        weight = self._model.model.embed_tokens.weight
+        result = nearest(weight, self._wanted.embedding)
+        self.found[EMBEDDING] = result
+        weight.data.copy_(result.dequantized())
 
     def _layer(self, prefix: str, layer: Any) -> None:
         """Quantize each matrix in the order in which it runs, on inputs that those before it have shaped."""

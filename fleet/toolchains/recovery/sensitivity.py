@@ -101,11 +101,11 @@ def sensitivity_bytes(parameters: int, largest: int) -> int:
     return 4 * parameters + 4 * parameters // BLOCK + 12 * largest + 2**30
 
 
-def sampled(information: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def sampled(information: NDArray[Any], count: int = ROWS) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the rows to quantize for an estimate, and their information weighed by the rows that each stands for."""
     import numpy as np
 
-    rows = chosen_rows(information, ROWS)
+    rows = chosen_rows(information, count)
     numbers = np.array(list(rows))
     return numbers, information[numbers] * np.array(list(rows.values()))[:, None]
 

@@ -143,7 +143,7 @@ def test_a_last_product_in_another_file_than_the_embedding_is_no_tied_one(tmp_pa
 @given(st.integers(1, 9), st.integers(0, 2**31))
 def test_two_values_a_byte_and_rows_padded_to_bytes(columns: int, seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 16, (4, columns)).astype(np.uint8)
-    found = _packed(values)
+    found = _packed(values, 4)
     assert found.shape == (4, (columns + 1) // 2)
     unpacked = np.stack([found & 15, found >> 4], axis=2).reshape(4, -1)[:, :columns]
     assert (unpacked == values).all()

@@ -69,17 +69,21 @@ def test_some_rows_stand_for_all() -> None:
     assert chosen_rows(information[:10], 500) == dict.fromkeys(range(10), 1.0)
 
 
-@pytest.mark.parametrize("toolchain", [Toolchain.LLAMACPP, slow(Toolchain.MLX)])
+@pytest.mark.parametrize(
+    "toolchain", [Toolchain.LLAMACPP, Toolchain.ONNX_GENAI, Toolchain.OPENVINO, slow(Toolchain.MLX)]
+)
 def test_a_budget_loses_less_than_one_width_of_the_same_size(tiny_dir: Path, toolchain: Toolchain) -> None:
     """And its estimate is what is measured, within the noise of so small a model."""
     plain: dict[Toolchain, dict[str, object]] = {
         Toolchain.LLAMACPP: {"type": "Q4_1", "embedding_type": "Q4_1", "calibration": few_texts()},
+        Toolchain.ONNX_GENAI: {},
+        Toolchain.OPENVINO: {"all_layers": True, "group_size": 32},
         Toolchain.MLX: {"bits_of": {"down_proj": 5, "o_proj": 5}},
     }
     one = built(tiny_dir, toolchain, Precision.INT4, Target.CPU, **plain[toolchain])
     bits = 8 * (one.manifest.size - 3_600_000) / checkpoint(tiny_dir).facts.parameters
-    bits = 5.0 if toolchain is Toolchain.LLAMACPP else bits
-    budget = {"budget": round(max(4.6, min(bits, 6.0)), 2), "calibration": few_texts()}
+    known = {Toolchain.LLAMACPP: 5.0, Toolchain.ONNX_GENAI: 5.0, Toolchain.OPENVINO: 4.62}
+    budget = {"budget": known.get(toolchain, round(max(4.6, min(bits, 6.0)), 2)), "calibration": few_texts()}
     other = built(tiny_dir, toolchain, Precision.INT4, Target.CPU, **budget)
     assert other.manifest.size <= one.manifest.size * 1.02
     given: dict[str, Any] = {"eval_text": Path(few_texts()), "cache": CACHE / "references", "threads": 2}
@@ -91,7 +95,11 @@ def test_a_budget_loses_less_than_one_width_of_the_same_size(tiny_dir: Path, too
     assert 0.3 < expected / lost[1].kl_divergence < 3
 
 
-@pytest.mark.parametrize("toolchain", [Toolchain.LLAMACPP, Toolchain.MLX])
-def test_a_budget_that_nothing_fits_says_what_does(tiny_dir: Path, toolchain: Toolchain) -> None:
-    with pytest.raises(BuildError, match=r"a budget of 4\.3 bits a weight is too small: .* 4\.50"):
+@pytest.mark.parametrize(
+    ("toolchain", "least"),
+    [(Toolchain.LLAMACPP, "4.50"), (Toolchain.MLX, "4.50"), (Toolchain.ONNX_GENAI, "4.56"), (Toolchain.OPENVINO, "4.31")],
+    ids=str,
+)
+def test_a_budget_that_nothing_fits_says_what_does(tiny_dir: Path, toolchain: Toolchain, least: str) -> None:
+    with pytest.raises(BuildError, match=rf"a budget of 4\.3 bits a weight is too small: .* {least}"):
         built(tiny_dir, toolchain, Precision.INT4, Target.CPU, budget=4.3, calibration=few_texts())

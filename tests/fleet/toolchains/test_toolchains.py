@@ -19,6 +19,7 @@ from fleet.profiles_loader import load_profile
 from fleet.toolchains.build.build import build
 from fleet.toolchains.checkpoint.checkpoint_shape import read_shape
 from fleet.toolchains.drivers.onnx_graph import OnnxGraph
+from fleet.toolchains.quality import quality
 from tests.models import EVERYTHING, Built, built, checkpoint, few_texts, slow
 
 T, P, D = Toolchain, Precision, Target
@@ -44,6 +45,14 @@ RECIPES: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], dict[str,
         {"recovered": 11},
     ),
     "onnx fp16 for cuda": (T.ONNX_GENAI, P.FP16, D.CUDA, {}, {}),
+    "onnx within a budget": (T.ONNX_GENAI, P.INT4, D.CPU, {"budget": 6, **TEXT}, {"budget": 6}),
+    "onnx within a budget, recovered": (
+        T.ONNX_GENAI,
+        P.INT4,
+        D.CPU,
+        {"budget": 5.5, "recover": True, **TEXT},
+        {"recovered": 11},
+    ),
     "onnx int4 for directml, recovered": (T.ONNX_GENAI, P.INT4, D.DML, {"recover": True, **TEXT}, {"recovered": 15}),
     "onnx int4 for webgpu": (T.ONNX_GENAI, P.INT4, D.WEBGPU, {}, {"products": {"int4": 11}}),
     "gguf q4_k_m": (T.LLAMACPP, P.INT4, D.CPU, {}, {"fallback_tensors": 8}),
@@ -70,6 +79,14 @@ RECIPES: dict[str, tuple[Toolchain, Precision, Target, dict[str, Any], dict[str,
         D.CPU,
         {"recover": True, "group_size": -1, **TEXT},
         {"recovered": 8},
+    ),
+    "openvino within a budget": (T.OPENVINO, P.INT4, D.CPU, {"budget": 4.7, **TEXT}, {"budget": 4.7}),
+    "openvino within a budget, recovered": (
+        T.OPENVINO,
+        P.INT4,
+        D.CPU,
+        {"budget": 5.5, "recover": True, **TEXT},
+        {"recovered": 9},
     ),
     "openvino symmetric, recovered": (
         T.OPENVINO,
@@ -131,7 +148,7 @@ def test_it_builds_loads_and_generates(tiny_dir: Path, name: str) -> None:
         assert manifest.recipe[key] == value
     recipe = Recipe(toolchain=manifest.toolchain, precision=manifest.precision, target=manifest.target)
     assert manifest.size == pytest.approx(predicted_bytes(read_shape(tiny_dir), recipe, manifest.recipe), rel=0.05)
-    if manifest.toolchain is T.OPENVINO and manifest.precision is P.INT4:
+    if manifest.toolchain is T.OPENVINO and manifest.precision is P.INT4 and "budget" not in RECIPES[name][3]:
         small = "i4" if manifest.recipe["symmetric"] else "u4"
         assert manifest.recipe["weights"][small] > (70_000 if manifest.recipe["ratio"] == 1 else 20_000)
 
@@ -160,6 +177,25 @@ def untied(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
     return folder
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("recover", [True, slow(False)], ids=["recovered", "rounded"])
+@pytest.mark.parametrize("toolchain", [T.ONNX_GENAI, T.OPENVINO])
+def test_a_budget_has_a_grid_for_the_embedding_and_for_the_last_product(
+    untied: Path, tmp_path: Path, toolchain: Toolchain, recover: bool
+) -> None:
+    """Two matrices of the same shape: one that took the other's place would answer with noise."""
+    options = {"budget": 5.2, "recover": recover, **TEXT}
+    recipe = Recipe(toolchain=toolchain, precision=P.INT4, target=D.CPU, options=options)
+    manifest = build(checkpoint(untied), load_profile("iot-x86"), recipe, Home(tmp_path))
+    files = tmp_path / "artifacts" / manifest.id / "files"
+    lost = quality.measure(
+        untied, files, manifest, eval_text=Path(few_texts()), cache=tmp_path / "references", threads=2, foreign=False
+    )
+    assert lost.quality.kl_divergence < 0.05
+    assert sum(manifest.recipe["allocated"]["grids"].values()) == 10
+    assert manifest.size == pytest.approx(predicted_bytes(read_shape(untied), recipe, manifest.recipe), rel=0.05)
 
 
 @pytest.mark.toolchain
