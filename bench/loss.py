@@ -60,15 +60,18 @@ CASES = (
     Case(T.LLAMACPP, P.INT4, "5.25 bits a weight, off the grid", BUDGET, off_grid=True),
     Case(T.ONNX_GENAI, P.INT4, "round to nearest"),
     Case(T.ONNX_GENAI, P.INT4, "recovered", RECOVERED, 0.75, 92, seconds=120),
+    Case(T.ONNX_GENAI, P.INT4, "5.1 bits a weight, recovered", RECOVERED | {"budget": 5.1}, 0.29, 92, seconds=120),
+    Case(T.ONNX_GENAI, P.INT4, "6.05 bits a weight, recovered", RECOVERED | {"budget": 6.05}, 0.13, 108),
     Case(T.OPENVINO, P.INT4, "the toolchain's own"),
     Case(T.OPENVINO, P.INT4, "recovered", RECOVERED, seconds=120),
     Case(T.OPENVINO, P.INT4, "recovered in whole rows", RECOVERED | {"group_size": -1}, 0.75, 88),
+    Case(T.OPENVINO, P.INT4, "5.15 bits a weight, recovered", RECOVERED | {"budget": 5.15}, 0.26, 92, seconds=120),
+    Case(T.OPENVINO, P.INT4, "6.1 bits a weight, recovered", RECOVERED | {"budget": 6.1}, 0.13, 108),
     Case(T.MLX, P.INT4, "the toolchain's own"),
     Case(T.MLX, P.INT4, "recovered", RECOVERED, 0.9, 88),
     Case(T.MLX, P.INT4, "5.2 bits a weight", BUDGET | {"budget": 5.2}),
-    Case(
-        T.MLX, P.INT4, "5.2 bits a weight, recovered", BUDGET | {"budget": 5.2, "recover": True}, 0.27, 92, seconds=120
-    ),
+    Case(T.MLX, P.INT4, "5.2 bits a weight, recovered", RECOVERED | {"budget": 5.2}, 0.27, 92, seconds=120),
+    Case(T.MLX, P.INT4, "6.2 bits a weight, recovered", RECOVERED | {"budget": 6.2}, 0.13, 108),
     *(Case(toolchain, P.INT8, "", {}, 0.03) for toolchain in toolchains_for(Target.CPU)),
 )
 QNN_CASES = (

@@ -44,8 +44,9 @@ _QUANTIZED: dict[Precision, dict[str, Option]] = {
 _BITS = {Precision.INT4: 4, Precision.INT8: 8}
 #: Bits a weight, on average, that widths can be chosen within.
 BUDGETS = (4.25, 8.5)
-#: Of the blocks that a budget chooses among: sixteen weights with a scale of four bytes are six bits each.
-_SMALLEST_BLOCK = 32
+#: The blocks that a budget chooses among. Sixteen weights with a scale of four bytes are six bits each; and the kernels
+#: round activations to eight bits in the same blocks, which in blocks of 128 and more loses what is saved.
+_BUDGET_BLOCKS = (32, 64)
 #: Options that a budget stands for.
 _BY_BUDGET = ("block_size", "symmetric", "algorithm", "mixed")
 #: What the builder lays out for a budget, before it is replaced.
@@ -190,7 +191,7 @@ def _offers(columns: int) -> list[Offer]:
 
     At eight bits small blocks gain next to nothing, so that there is the largest alone.
     """
-    blocks = [block for block in _BLOCK_SIZES if not columns % block and block >= _SMALLEST_BLOCK]
+    blocks = [block for block in _BUDGET_BLOCKS if not columns % block]
     offers = [Offer(Grid(4, block, "asymmetric"), 4 + 36 / block) for block in blocks]
     return [*offers, Offer(Grid(8, blocks[-1], "symmetric"), 8 + 32 / blocks[-1])]
 

@@ -27,6 +27,8 @@ _EXPECTED_TOKENS = 16_384
 #: fit the calibration text too closely.
 _CORRECTION = 0.6
 _DAMP = 0.02
+#: Of how many sequences one is looked at for the last matrix.
+_OUTPUT_EVERY = 2
 #: Weight of the embedding's own error beside that of the last layer, where they are one matrix.
 _AS_EMBEDDING = 0.1
 
@@ -146,7 +148,8 @@ class _Walk:
 
         if self._wanted.output is None:
             return
-        hidden = self._whole
+        # A pass of its own through all layers; a part of the text tells what this matrix gets as well as all of it.
+        hidden = self._whole[::_OUTPUT_EVERY]
         for number, layer in enumerate(self._layers):
             self._progress(Progress("running the model", number / len(self._layers)))
             hidden = [self._through(layer, part) for part in hidden]
@@ -172,39 +175,54 @@ class _Walk:
         weight.data.copy_(result.dequantized())
 
     def _layer(self, prefix: str, layer: Any) -> None:
-        """Quantize each matrix in the order in which it runs, on inputs that those before it have shaped."""
-        linears = [(name, part) for name, part in layer.named_modules() if type(part).__name__ == "Linear"]
-        before: dict[str, list[Tensor]] = {}
+        """Quantize each matrix in the order in which it runs, on inputs that those before it have shaped.
+
+        A layer is run by its parts, so that each of them runs once.
+        """
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = {
+            f"{prefix}.self_attn.qkv_proj.weight": attention.qkv_proj,
+            f"{prefix}.self_attn.o_proj.weight": attention.o_proj,
+            f"{prefix}.mlp.gate_up_proj.weight": mlp.gate_up_proj,
+            f"{prefix}.mlp.down_proj.weight": mlp.down_proj,
+        }
+        before: dict[str, list[Tensor]] = {name: [] for name in linears}
         after = []
         for part in self._whole:
-            taken, out = self._inputs(layer, part, [module for _, module in linears])
+            taken, out = self._inputs(layer, part, list(linears.values()))
             after.append(out)
-            for (name, _), value in zip(linears, taken, strict=True):
-                before.setdefault(name, []).append(value)
-        for name, module in linears:
-            grid = self._wanted.grid_of(f"{prefix}.{name}.weight")
-            if grid is None:
-                continue
-            gram, cross = self._grams(layer, module, before.pop(name))
-            with _one_thread():
-                target = _corrected(module.weight, gram, cross)
-                result = quantize(target, gram, grid, damp=_DAMP)
-            self.found[f"{prefix}.{name}.weight"] = result
-            module.weight.data.copy_(result.dequantized())
+            for values, value in zip(before.values(), taken, strict=True):
+                values.append(value)
         self._whole = after
-        self._rounded = [self._through(layer, part) for part in self._rounded]
 
-    def _grams(self, layer: Any, module: Any, before: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """``X^T X`` of the inputs as they are now, and ``(X_before - X)^T X``."""
-        import torch
+        def quantize_next(now: list[Tensor]) -> None:
+            name = next(iter(before))
+            self._quantize(name, linears[name], now, before.pop(name))
 
-        columns = module.weight.shape[1]
-        gram, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
-        for part, whole in zip(self._rounded, before, strict=True):
-            now = self._input(layer, part, module)
-            gram += now.T @ now
-            cross += (whole - now).T @ now
-        return gram, cross
+        normed = [layer.input_layernorm(part) for part in self._rounded]
+        quantize_next(normed)
+        mixed = [
+            _input_of(attention.o_proj, attention, hidden_states=part, attention_mask=None, **self._rotary)
+            for part in normed
+        ]
+        quantize_next(mixed)
+        states = [part + attention.o_proj(one) for part, one in zip(self._rounded, mixed, strict=True)]
+        normed = [layer.post_attention_layernorm(part) for part in states]
+        quantize_next(normed)
+        gated = [_input_of(mlp.down_proj, mlp, part) for part in normed]
+        quantize_next(gated)
+        self._rounded = [part + mlp.down_proj(one) for part, one in zip(states, gated, strict=True)]
+
+    def _quantize(self, name: str, module: Any, now: list[Tensor], before: list[Tensor]) -> None:
+        grid = self._wanted.grid_of(name)
+        if grid is None:
+            return
+        gram, cross = _grams(now, before)
+        with _one_thread():
+            target = _corrected(module.weight, gram, cross)
+            result = quantize(target, gram, grid, damp=_DAMP)
+        self.found[name] = result
+        module.weight.data.copy_(result.dequantized())
 
     def _through(self, layer: Any, hidden: Tensor) -> Tensor:
         out = layer(hidden, attention_mask=None, **self._rotary)
@@ -225,21 +243,36 @@ class _Walk:
                 hook.remove()
         return [taken[module] for module in modules], out
 
-    def _input(self, layer: Any, hidden: Tensor, module: Any) -> Tensor:
-        taken: list[Tensor] = []
 
-        def take(_: Any, args: tuple[Tensor, ...]) -> None:
-            taken.append(args[0].flatten(0, 1))
-            raise _Captured
+def _grams(now: list[Tensor], before: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``X^T X`` of the inputs as they are now, and ``(X_before - X)^T X``."""
+    import torch
 
-        hook = module.register_forward_pre_hook(take)
-        try:
-            self._through(layer, hidden)
-        except _Captured:
-            pass
-        finally:
-            hook.remove()
-        return taken[0]
+    columns = now[0].shape[-1]
+    gram, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
+    for part, whole in zip(now, before, strict=True):
+        flat = part.flatten(0, 1)
+        gram.addmm_(flat.T, flat)
+        cross.addmm_((whole - flat).T, flat)
+    return gram, cross
+
+
+def _input_of(module: Any, around: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What reaches ``module`` when what is ``around`` it is called so; it is not run itself."""
+    taken: list[Tensor] = []
+
+    def take(_: Any, args: tuple[Tensor, ...]) -> None:
+        taken.append(args[0])
+        raise _Captured
+
+    hook = module.register_forward_pre_hook(take)
+    try:
+        around(*args, **kwargs)
+    except _Captured:
+        pass
+    finally:
+        hook.remove()
+    return taken[0]
 
 
 def use_threads(threads: int) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fleet.toolchains.drivers import process
 from fleet.toolchains.drivers.mlx_weights import packed, replace
 from fleet.toolchains.drivers.onnx_graph import _packed
+from fleet.toolchains.recovery import recovery
 from fleet.toolchains.recovery.gptq import (
     LEAST_SQUARES_BYTES,
     STEPS,
@@ -179,3 +180,24 @@ def test_recovered_weights_do_not_depend_on_the_number_of_threads() -> None:
         check=True,
     ).stdout.split()
     assert len(told) == 3 and len(set(told)) == 1
+
+
+def test_the_layers_run_by_parts_are_the_layers() -> None:
+    """What the walk carries on is what the quantized model computes, and matrices are quantized as they run."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = Phi3ForCausalLM(config).eval(), torch.randint(0, 128, (6, 32))
+    with torch.inference_mode():
+        walk = recovery._Walk(model, ids, recovery.Wanted(lambda name: Grid(4, 32, "symmetric")), lambda step: None)
+        found = walk.run()
+        states = list(model.model.embed_tokens(ids).split(4))
+        for layer in model.model.layers:
+            states = [walk._through(layer, part) for part in states]
+    assert torch.equal(torch.cat(states), torch.cat(walk._rounded))
+    order = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    assert list(found) == [f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in order]

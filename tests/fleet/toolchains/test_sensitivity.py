@@ -97,7 +97,12 @@ def test_a_budget_loses_less_than_one_width_of_the_same_size(tiny_dir: Path, too
 
 @pytest.mark.parametrize(
     ("toolchain", "least"),
-    [(Toolchain.LLAMACPP, "4.50"), (Toolchain.MLX, "4.50"), (Toolchain.ONNX_GENAI, "4.56"), (Toolchain.OPENVINO, "4.31")],
+    [
+        (Toolchain.LLAMACPP, "4.50"),
+        (Toolchain.MLX, "4.50"),
+        (Toolchain.ONNX_GENAI, "4.56"),
+        (Toolchain.OPENVINO, "4.31"),
+    ],
     ids=str,
 )
 def test_a_budget_that_nothing_fits_says_what_does(tiny_dir: Path, toolchain: Toolchain, least: str) -> None:
