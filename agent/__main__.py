@@ -16,7 +16,7 @@ import click
 from pydantic import TypeAdapter, ValidationError
 
 from agent import settings as config
-from agent.cli import local
+from agent.cli import local, stick
 from agent.compose import compose, host_settings
 from agent.contract.base import DeviceId
 from agent.contract.enrolment import EnrolmentToken
@@ -179,7 +179,7 @@ def _told(report: RuntimeReport) -> dict[str, Any]:
     }
 
 
-for _command in (local.status, local.logs, local.rollback, local.pause, local.resume, local.chat):
+for _command in (local.status, local.logs, local.rollback, local.pause, local.resume, local.chat, stick.stick):
     cli.add_command(_command)
 
 

@@ -16,6 +16,7 @@ from agent.daemon.reporter import Identity as Reporting
 from agent.daemon.reporter import Reporter
 from agent.daemon.state import AgentState
 from agent.daemon.steps import StepParts, Steps
+from agent.daemon.stick import StickLink, Sticks
 from agent.endpoint import ApiKey, EndpointConfig, EndpointServer, FinishedRequest, Limits, Strictness
 from agent.endpoint.openai.chat import render
 from agent.link import LinkSettings, MqttLink
@@ -40,7 +41,8 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
     state = AgentState()
     host_events: asyncio.Queue[HostEvent] = asyncio.Queue()
     boot = next_boot(settings.state_dir, SystemClock().now())
-    link = MqttLink(_link_settings(settings, who, boot))
+    network = MqttLink(_link_settings(settings, who, boot))
+    link = StickLink(network, who.device)
     trust = TrustClient(who, link, SystemClock())
     clock = trust.clock
     store = ArtifactStore(settings.state_dir)
@@ -61,7 +63,7 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
     def certificate_ends(at: datetime) -> None:
         state.certificate_expires_at = at
 
-    renewal = CertificateRenewal(who, link, clock, certificate_ends)
+    renewal = CertificateRenewal(who, network, clock, certificate_ends)
     parts = StepParts(
         trust,
         store,
@@ -102,6 +104,7 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
         health_interval_s=settings.health_interval_s,
         canary_interval_s=settings.canary_interval_s,
         renew_certificate=renewal.run,
+        sticks=Sticks(link, state, reporter, clock, certificate=who.certificate, private_key=who.private_key),
     )
 
 

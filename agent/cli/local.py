@@ -50,7 +50,7 @@ def settings_of(outer: Outer, **flags: Any) -> AgentSettings:
     return settings
 
 
-def ask(state_dir: Path, command: str) -> dict[str, Any]:
+def ask(state_dir: Path, command: str, argument: str = "") -> dict[str, Any]:
     """Ask the running agent.
 
     Raises:
@@ -65,7 +65,7 @@ def ask(state_dir: Path, command: str) -> dict[str, Any]:
         raise NotRunningError(_not_running(state_dir)) from error
     try:
         with connection:
-            connection.sendall(json.dumps({"token": token, "command": command}).encode() + b"\n")
+            connection.sendall(json.dumps({"token": token, "command": command, "argument": argument}).encode() + b"\n")
             line = connection.makefile("rb").readline()
     except TimeoutError:
         raise AgentError(f"the agent runs, and has not answered `{command}` within {ANSWER_TIMEOUT_S:g} s") from None

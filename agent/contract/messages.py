@@ -25,6 +25,7 @@ from agent.contract.base import (
     canonical_json,
 )
 from agent.contract.failures import FailureCode
+from agent.contract.manifest import MAX_CHUNK_BYTES
 from agent.contract.mirrors import Mirrors
 from agent.contract.profile import HealthLimits
 from agent.contract.windows import TransferWindows
@@ -358,6 +359,17 @@ class MetadataAnswer(WireModel):
             pydantic.ValidationError: a property is missing or no number.
         """
         return cls.model_validate(properties)
+
+
+def metadata_segment(want: MetadataWant, data: bytes | None) -> tuple[MetadataAnswer, bytes]:
+    """Return the answer to a request, and its payload: always as much as fits, so that a short segment is a fault.
+
+    ``data`` is the whole file, None where there is none.
+    """
+    if data is None:
+        return MetadataAnswer(status=MetadataStatus.NOT_FOUND, name=want.name, offset=want.offset, wants=WANTS), b""
+    answer = MetadataAnswer(status=MetadataStatus.OK, name=want.name, offset=want.offset, total=len(data), wants=WANTS)
+    return answer, data[want.offset : want.offset + MAX_CHUNK_BYTES]
 
 
 class SignedDesired(WireModel):

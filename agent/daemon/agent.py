@@ -17,14 +17,15 @@ from agent.contract.failures import FailureCode
 from agent.contract.messages import Failure, RuntimeFact, SignedDesired, State
 from agent.core import deployment as core
 from agent.core.health import after_unhealthy
-from agent.core.ports import Link, Message, ModelHost
+from agent.core.ports import Message, ModelHost
 from agent.core.supervision import HostNews, RestartPolicy, meaning_of_host_event
-from agent.daemon.control import ControlServer
+from agent.daemon.control import Command, ControlServer
 from agent.daemon.deployer import Deployer
 from agent.daemon.jobs import RETRY, Job, Jobs
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Reporter
 from agent.daemon.state import AgentState
+from agent.daemon.stick import Connection, Sticks
 from agent.errors import AgentError
 from agent.platform import facts, systemd
 from agent.runtimes.host.settings import HostEvent
@@ -36,22 +37,6 @@ FACTS_EVERY_S = 600.0
 _CANDIDATE_SERVES = frozenset({State.ACTIVATING, State.PROBATION})
 
 T = TypeVar("T")
-
-
-class Connection(Link, Protocol):
-    """A link that is started and closed."""
-
-    async def start(self) -> None:
-        """Connect, and keep connected, in the background."""
-        ...
-
-    async def close(self) -> None:
-        """Disconnect for good."""
-        ...
-
-    def on_connected(self, callback: Callable[[], None]) -> None:
-        """Called after each connection."""
-        ...
 
 
 class Server(Protocol):
@@ -104,6 +89,8 @@ class Body:
     throttled: Callable[[], bool | None] = facts.throttled
     #: Keeps the device's certificate from ending; returns where the broker asks for none.
     renew_certificate: Callable[[], Coroutine[Any, Any, None]] | None = None
+    #: Orders that come on a stick; None where the link is no ``StickLink``.
+    sticks: Sticks | None = None
 
 
 #: Presence and state are reported again within it.
@@ -205,7 +192,11 @@ class Agent:
                     pass
 
     async def _answer_at_the_device(self) -> None:
-        commands = {"status": self._status, "rollback": self._roll_back, "pause": self._pause, "resume": self._resume}
+        commands: dict[str, Command] = {
+            "status": self._status, "rollback": self._roll_back, "pause": self._pause, "resume": self._resume,
+        }  # fmt: skip
+        if self._body.sticks is not None:
+            commands |= {"stick": self._body.sticks.plug, "stick-end": self._body.sticks.end}
         control = ControlServer(self._body.state_dir, commands)
         try:
             await control.start()
@@ -213,7 +204,7 @@ class Agent:
         finally:
             await control.stop()
 
-    async def _status(self) -> dict[str, Any]:
+    async def _status(self, _: str) -> dict[str, Any]:
         body, active = self._body, self._body.host.active()
         reported, vitals = body.reporter.reported(), body.monitor.vitals()
         fields = reported.model_dump(mode="json", exclude_none=True, exclude={"version", "endpoint"})
@@ -225,9 +216,10 @@ class Agent:
             "serving": None if active is None else {"model": active.name, "artifact": active.artifact},
             **fields,
             "health": {"verdict": body.monitor.verdict.value, **asdict(vitals)},
+            "stick": body.sticks.status() if body.sticks is not None else None,
         }
 
-    async def _roll_back(self) -> dict[str, Any]:
+    async def _roll_back(self, _: str) -> dict[str, Any]:
         try:
             return {"ok": self._body.deployer.roll_back("the person at the device asked for it")}
         except AgentError as error:
@@ -240,7 +232,7 @@ class Agent:
             log.warning("pause not read, orders are taken", path=str(self._paused), error=str(error))
             return False
 
-    async def _pause(self) -> dict[str, Any]:
+    async def _pause(self, _: str) -> dict[str, Any]:
         self._body.deployer.orders.pause()
         self._body.reporter.report()
         try:
@@ -250,7 +242,7 @@ class Agent:
             return {"ok": f"paused until the agent restarts: {self._paused} cannot be written ({error.strerror})"}
         return {"ok": "paused: new orders are held; what serves goes on serving"}
 
-    async def _resume(self) -> dict[str, Any]:
+    async def _resume(self, _: str) -> dict[str, Any]:
         self._body.deployer.orders.resume()
         self._body.reporter.report()
         try:

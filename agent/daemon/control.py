@@ -20,16 +20,18 @@ from agent.errors import AgentError
 
 log = structlog.get_logger(component=__name__)
 
-Command = Callable[[], Awaitable[dict[str, Any]]]
+Command = Callable[[str], Awaitable[dict[str, Any]]]
 FILE = "control.json"
-_LINE_BYTES = 4096
+#: A path may be as long as this alone.
+_LINE_BYTES = 16384
 _PATIENCE_S = 10.0
 
 
 class ControlServer:
     """Answers ``{"token": ..., "command": name}`` with its object, or with ``{"error": text}``.
 
-    A command that raises is answered with its error too. A peer has ten seconds to send its request.
+    An ``argument`` beside them is given to the command; without one it is empty. A command that raises is answered
+    with its error too. A peer has ten seconds to send its request.
     """
 
     def __init__(self, folder: Path, commands: Mapping[str, Command]) -> None:
@@ -70,8 +72,8 @@ class ControlServer:
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             asked = json.loads(line)
-            token, name = str(asked["token"]), str(asked["command"])
-        except (ValueError, KeyError, TypeError):
+            token, name, argument = str(asked["token"]), str(asked["command"]), str(asked.get("argument", ""))
+        except (ValueError, KeyError, TypeError, AttributeError):
             return {"error": "not a request"}
         if not secrets.compare_digest(token.encode(), self._token.encode()):
             return {"error": "the token is wrong"}
@@ -80,7 +82,7 @@ class ControlServer:
             return {"error": f"no command {name}; there are {', '.join(self._commands)}"}
         log.info("asked at the device", command=name)
         try:
-            return await command()
+            return await command(argument)
         except Exception as error:
             # The person at the device must read what happened, not find the connection closed.
             expected = isinstance(error, AgentError | OSError)

@@ -143,6 +143,10 @@ class Reporter:
         """Where the deployment stands, and everything else of ``AgentState``."""
         self._put(topics.reported(self.identity.device), self.reported())
 
+    def newest(self) -> tuple[str, DeviceMessage]:
+        """Return what the next report would be and its topic, to be carried some other way."""
+        return topics.reported(self.identity.device), self._numbered(self.reported())
+
     def reported(self) -> Reported:
         """Return the message as of now."""
         state, active = self._state, self._active()

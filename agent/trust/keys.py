@@ -8,7 +8,7 @@ from datetime import datetime
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -72,6 +72,15 @@ def request_for(key: PrivateKey, device: str) -> str:
     algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, algorithm)
     return request.public_bytes(Encoding.PEM).decode()
+
+
+def signature_of(key: PrivateKey, data: bytes) -> bytes:
+    """Sign with the device's key: ECDSA with SHA-256, Ed25519, or RSA-PSS with SHA-256."""
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return key.sign(data, ec.ECDSA(hashes.SHA256()))
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return key.sign(data)
+    return key.sign(data, padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.DIGEST_LENGTH), hashes.SHA256())
 
 
 def read_certificate(pem: str | bytes) -> Certificate:

@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "webhook": ("fleet.cli.access:webhook", "Send what happens to other programs."),
     "db": ("fleet.cli.db:db", "Show and upgrade the tables of the database."),
     "broker": ("fleet.cli.broker:broker", "Write what a broker needs to serve this fleet."),
+    "stick": ("fleet.cli.stick:stick", "Carry orders to devices without a network, and their reports back."),
     "trust": ("fleet.cli.trust:trust", "Show, renew and rotate keys and metadata."),
     "completion": ("fleet.cli.completion:completion", "Print the script that completes commands in a shell."),
     "simulate": ("fleet.cli.simulate:simulate", "Run simulated devices; with --rollout, a rollout that stops itself."),

@@ -15,7 +15,7 @@ import structlog
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import MAX_CHUNK_BYTES
-from agent.contract.messages import WANTS, MetadataAnswer, MetadataStatus, MetadataWant, MetadataWantV1
+from agent.contract.messages import MetadataWant, MetadataWantV1, metadata_segment
 from fleet.delivery.admission import Admission, everybody
 
 #: Requests being answered at once, and waiting at most; a device asks again after its timeout.
@@ -177,7 +177,7 @@ class MetadataServer:
         async with self._slots:
             try:
                 data = await self._read(want.name)
-                answer, segment = segment_of(want, data)
+                answer, segment = metadata_segment(want, data)
                 await self._link.publish(
                     topics.metadata(device), segment, correlation=correlation, properties=answer.to_properties()
                 )
@@ -196,11 +196,3 @@ class MetadataServer:
             while len(self._cache) > _CACHED_FILES:
                 self._cache.popitem(last=False)
         return data
-
-
-def segment_of(want: MetadataWant, data: bytes | None) -> tuple[MetadataAnswer, bytes]:
-    """Return the answer to a request, and its payload: always as much as fits, so that a short segment is a fault."""
-    if data is None:
-        return MetadataAnswer(status=MetadataStatus.NOT_FOUND, name=want.name, offset=want.offset, wants=WANTS), b""
-    answer = MetadataAnswer(status=MetadataStatus.OK, name=want.name, offset=want.offset, total=len(data), wants=WANTS)
-    return answer, data[want.offset : want.offset + MAX_CHUNK_BYTES]

@@ -21,7 +21,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -155,6 +155,37 @@ class DeviceCA:
                 f"{name!r} could be a device's: the name of a controller has a dot, as in fleet.controller"
             )
         return self._certify(name, days, ExtendedKeyUsageOID.CLIENT_AUTH, ())
+
+    def verify(self, certificate_pem: str, signature: bytes, data: bytes) -> str:
+        """Return the device whose key has signed ``data``, by the certificate that this CA gave it.
+
+        That the certificate has ended does not matter: the key is the one that was enrolled.
+
+        Raises:
+            UsageError: the certificate is none of this CA's, or the signature is wrong.
+            RepositoryError: there is no CA here.
+        """
+        with _boundary(self._folder):
+            ca, _ = self._ca()
+        try:
+            certificate = x509.load_pem_x509_certificate(certificate_pem.encode())
+            certificate.verify_directly_issued_by(ca)
+            key = certificate.public_key()
+            if isinstance(key, ec.EllipticCurvePublicKey):
+                key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+            elif isinstance(key, ed25519.Ed25519PublicKey):
+                key.verify(signature, data)
+            elif isinstance(key, rsa.RSAPublicKey):
+                pss = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.DIGEST_LENGTH)
+                key.verify(signature, data, pss, hashes.SHA256())
+            else:
+                raise UsageError(f"its certificate has a key of the kind {type(key).__name__}, which no device has")
+        except InvalidSignature:
+            raise UsageError("the signature is wrong, or its certificate is of another fleet") from None
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise UsageError(f"its certificate cannot be used: {error}") from None
+        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return str(names[0].value) if names else ""
 
     def revoke(self, device: str) -> int:
         """Put every certificate of a device on ``crl.pem``; returns how many. The broker must read it again."""

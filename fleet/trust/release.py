@@ -175,22 +175,34 @@ class Release:
             self._write_role(state, role, tuple(also) if role == since else ())
         self._prune(state)
 
+    def sign_lasting(self, state: Signatures, lasting: timedelta) -> dict[str, bytes]:
+        """Return a snapshot and a timestamp that hold so long, by name; nothing is written.
+
+        Their versions are used up: whoever sees this release goes on with the next one, which is to be written now.
+        """
+        return dict(self._sign_role(state, role, (), lasting) for role in (Snapshot.type, Timestamp.type))
+
     def _write_role(self, state: Signatures, role: str, also: Sequence[Signer]) -> None:
+        name, data = self._sign_role(state, role, also)
+        write_atomic(self.metadata / name, data)
+
+    def _sign_role(
+        self, state: Signatures, role: str, also: Sequence[Signer], lasting: timedelta | None = None
+    ) -> tuple[str, bytes]:
         metadata = state.of(role)
-        self._stamp(metadata)
+        self._stamp(metadata, lasting)
         holders = state.root.signed.roles[role]
         signers = self.signers(role, holders.keyids, holders.threshold if not also else 0)
         data = _signed(metadata, [*signers, *also])
         if role == Timestamp.type:
-            write_atomic(self.metadata / "timestamp.json", data)
-            return
+            return "timestamp.json", data
         version = metadata.signed.version
-        write_atomic(self.metadata / f"{version}.{role}.json", data)
         meta = MetaFile.from_data(version, data, ["sha256"])
         if role == Targets.type:
             state.snapshot.signed.meta["targets.json"] = meta
         else:
             state.timestamp.signed.snapshot_meta = meta
+        return f"{version}.{role}.json", data
 
     def sign_root(self, old: Root, new: Root) -> tuple[Metadata[Root], bytes]:
         """``new`` as the root after ``old``, signed by the thresholds of both; nothing is written.
@@ -211,10 +223,10 @@ class Release:
         """From here on devices see this root."""
         write_atomic(self.metadata / f"{root.version}.root.json", data)
 
-    def _stamp(self, metadata: Metadata[Any]) -> None:
+    def _stamp(self, metadata: Metadata[Any], lasting: timedelta | None = None) -> None:
         signed, now = metadata.signed, self._clock().replace(microsecond=0)
         signed.version += 1
-        signed.expires = now + self.expiry().of(signed.type)
+        signed.expires = now + (lasting or self.expiry().of(signed.type))
         if signed.type == Timestamp.type:
             signed.unrecognized_fields[ISSUED_AT_FIELD] = now.isoformat()
         if signed.type == Snapshot.type and (head := self.audit_head()) is not None:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,33 @@ class Repository:
             coming = self._files.signers(role, [key.keyid for key in new], len(new))
             self._files.write(state, since=role, also=coming)
         self._files.write_root(signed.signed, data)
+
+    def lasting(self, lasting: timedelta, digests: Sequence[str]) -> tuple[dict[str, bytes], datetime]:
+        """Return all that a device without a network needs to verify these artifacts, by the names that it asks for.
+
+        Snapshot and timestamp hold ``lasting``, and with them the rest until the time that is returned: the first end
+        of any role. Devices that are online never see these two.
+
+        Raises:
+            RepositoryError: an artifact is not published, or keys cannot be opened.
+        """
+        with self._writing() as state:
+            found = self._files.sign_lasting(state, lasting)
+            ends = min(state.of(role).signed.expires for role in (Root.type, Targets.type, *ONLINE_ROLES))
+            self._files.write(state, since=Snapshot.type)
+        targets = state.targets.signed
+        names = [f"{version}.root.json" for version in range(1, state.root.signed.version + 1)]
+        names.append(f"{targets.version}.targets.json")
+        for path in (DIRECTOR_TARGET, *map(manifest_target, digests)):
+            if path not in targets.targets:
+                raise RepositoryError(f"{path} is not published")
+            names.append(f"targets/{targets.targets[path].get_prefixed_paths()[0]}")
+        for name in names:
+            data = self.read(name)
+            if data is None:
+                raise RepositoryError(f"{self._home.tuf} is damaged: {name} is missing; restore it from a backup")
+            found[name] = data
+        return found, ends
 
     def root_bytes(self) -> bytes:
         """Return the newest root: what a bundle embeds.

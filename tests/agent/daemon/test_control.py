@@ -18,7 +18,7 @@ from agent.errors import AgentError, StoreError
 async def refusal(folder: Path, error: Exception) -> str:
     """What the person at the device reads when the command raises ``error``."""
 
-    async def command() -> dict[str, Any]:
+    async def command(_: str) -> dict[str, Any]:
         raise error
 
     server = ControlServer(folder, {"rollback": command})
@@ -48,7 +48,7 @@ async def test_a_defect_is_told_as_one(tmp_path: Path):
 async def test_a_slow_command_is_answered_and_never_stopped_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(control, "_PATIENCE_S", 0.05)
 
-    async def command() -> dict[str, Any]:
+    async def command(_: str) -> dict[str, Any]:
         await asyncio.sleep(0.3)  # longer than a peer may take for its request
         return {"ok": "rolled back"}
 

@@ -12,10 +12,10 @@ from structlog.testing import capture_logs
 
 from agent.contract import topics
 from agent.contract.manifest import MAX_CHUNK_BYTES
-from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, MetadataWantV1
+from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, MetadataWantV1, metadata_segment
 from agent.core.ports import Message
 from fleet.delivery import metadata
-from fleet.delivery.metadata import MetadataServer, segment_of
+from fleet.delivery.metadata import MetadataServer
 from tests.simulators.link import MemoryBroker, MemoryLink
 from tests.waiting import until
 
@@ -192,6 +192,6 @@ async def test_two_controllers_share_the_load(scene: Scene) -> None:
 
 @given(data=st.binary(max_size=300_000), offset=st.integers(0, 400_000))
 def test_a_segment_is_as_long_as_it_can_be(data: bytes, offset: int) -> None:
-    answer, segment = segment_of(MetadataWant(name="x", offset=offset), data)
+    answer, segment = metadata_segment(MetadataWant(name="x", offset=offset), data)
     assert (answer.total, answer.offset) == (len(data), offset)
     assert segment == data[offset : offset + MAX_CHUNK_BYTES]
