@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import psutil
 
+from agent.contract.bundle import Bundle
 from agent.contract.manifest import ArtifactFile, Manifest, artifact_digest
 from agent.contract.messages import ArtifactRef, Desired, Reported, State
 from agent.contract.profile import HealthLimits, QualityGate
@@ -32,6 +33,7 @@ from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor, open_registry
 from fleet.settings import load
+from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
 from tests.models import Built
 from tests.simulators import broker as brokers
@@ -43,7 +45,12 @@ TIMEOUT_S = 90.0
 class Rig:
     """Everything in one temporary folder; processes are ended with it, however it ends."""
 
-    def __init__(self, broker: str = "mosquitto", device: str = "pi-1", folder: Path | None = None) -> None:
+    def __init__(
+        self, broker: str = "mosquitto", device: str = "pi-1", folder: Path | None = None, *, certified: bool = False
+    ) -> None:
+        self._certified = certified
+        #: Runs the agent's module in its own way.
+        self.launcher: tuple[str, ...] = ()
         self.device = device
         self.folder = folder or Path(tempfile.mkdtemp(prefix="phifleet-rig-"))
         self.state_dir = self.folder / "device"
@@ -63,7 +70,18 @@ class Rig:
         Repository(self.home).init()
         profile = load_profile("iot-x86").model_copy(update={"quality": QualityGate()})
         add_device(self.fleet, self.device, profile, self.bundle, Actor("rig", datetime.now(UTC)), custom=True)
+        if self._certified:
+            self._certify()
         return self
+
+    def _certify(self) -> None:
+        """Give the device a key and a certificate, which it has only where the broker speaks TLS."""
+        ca = DeviceCA(self.home)
+        ca.init()
+        own = ca.enrol(self.device)
+        bundle = Bundle.from_json(self.bundle.read_bytes())
+        change = {"certificate": own.certificate, "private_key": own.private_key, "broker_ca": own.ca}
+        self.bundle.write_bytes(bundle.model_copy(update=change).to_json())
 
     def __exit__(self, *_: object) -> None:
         for process in reversed(self._processes):
@@ -92,7 +110,7 @@ class Rig:
     def start_agent(self, *arguments: str, **environment: str) -> int:
         command = ["agent", "run", "--bundle", str(self.bundle), "--state-dir", str(self.state_dir), "--port", "0"]
         quick = {"PHIFLEET_AGENT_HEALTH_INTERVAL_S": "0.5"}
-        self.agent = self._start("agent", [*command, *arguments], quick | environment)
+        self.agent = self._start("agent", [*self.launcher, *command, *arguments], quick | environment)
         return self.agent.pid
 
     def _start(self, name: str, arguments: list[str], environment: dict[str, str]) -> Process:

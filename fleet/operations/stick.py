@@ -148,7 +148,9 @@ def read_stick(fleet: Fleet, folder: Path, actor: Actor, *, unsigned: bool = Fal
             continue
         own = [(parse_device(message.topic), message) for message in report.messages]
         messages = [one for topic, one in own if topic is not None and topic[0] == report.device and topic[1] in _READ]
-        recorder.record([Received(one.topic, one.payload.encode(), actor.at) for one in messages])
+        # As what a broker has kept: it tells how things stood, and not that the device is there now.
+        at = min(report.at, actor.at)
+        recorder.record([Received(one.topic, one.payload.encode(), at, retained=True) for one in messages])
         reported = next((one for one in messages if one.topic.endswith("/reported")), None)
         found.append(Read(report.device, reported=Reported.from_json(reported.payload) if reported else None))
     taken = [one.device for one in found if one.refused is None]

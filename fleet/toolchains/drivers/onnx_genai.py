@@ -44,9 +44,8 @@ _QUANTIZED: dict[Precision, dict[str, Option]] = {
 _BITS = {Precision.INT4: 4, Precision.INT8: 8}
 #: Bits a weight, on average, that widths can be chosen within.
 BUDGETS = (4.25, 8.5)
-#: The blocks that a budget chooses among. Sixteen weights with a scale of four bytes are six bits each; and the kernels
-#: round activations to eight bits in the same blocks, which in blocks of 128 and more loses what is saved.
-_BUDGET_BLOCKS = (32, 64)
+#: The blocks that a budget chooses among: sixteen weights with a scale of four bytes are six bits each.
+_BUDGET_BLOCKS = (32, 64, 128, 256)
 #: Options that a budget stands for.
 _BY_BUDGET = ("block_size", "symmetric", "algorithm", "mixed")
 #: What the builder lays out for a budget, before it is replaced.
