@@ -8,6 +8,7 @@ import unicodedata
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -64,6 +65,16 @@ Alias = Annotated[
     str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="what applications call a model by, such as chat")
 ]
 Timestamp = Annotated[AwareDatetime, Field(description="ISO 8601 with an offset")]
+
+
+def _stays_inside(path: str) -> str:
+    parts = path.split("/")
+    if not path or any(char in path for char in "\\:\0") or any(part in ("", ".", "..") for part in parts):
+        raise ValueError("must be a relative path with forward slashes, without '.' or '..'")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_stays_inside), Field(description="relative, with forward slashes")]
 CertificateRequest = Annotated[
     str, Field(min_length=1, max_length=16384, description="PKCS #10, PEM; its subject is CN=device")
 ]

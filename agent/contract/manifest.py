@@ -9,9 +9,18 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from agent.contract.base import ArtifactId, Bytes, Digest, GrownModel, WireModel, canonical_json, sha256_hex
+from agent.contract.base import (
+    ArtifactId,
+    Bytes,
+    Digest,
+    GrownModel,
+    RelativePath,
+    WireModel,
+    canonical_json,
+    sha256_hex,
+)
 
 #: AWS IoT Core's payload limit; no chunk and no metadata segment is larger.
 MAX_CHUNK_BYTES = 128 * 1024
@@ -63,18 +72,10 @@ class Target(StrEnum):
 class ArtifactFile(WireModel):
     """A file of the artifact. On the wire ``chunks`` is a list of ``[size, sha256]`` pairs, in order."""
 
-    path: Annotated[str, Field(description="relative, with forward slashes")]
+    path: RelativePath
     size: Bytes
     sha256: Digest
     chunks: tuple[tuple[Annotated[int, Field(gt=0, le=MAX_CHUNK_BYTES)], Digest], ...]
-
-    @field_validator("path")
-    @classmethod
-    def _stays_inside(cls, path: str) -> str:
-        parts = path.split("/")
-        if not path or "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
-            raise ValueError("must be a relative path with forward slashes, without '.' or '..'")
-        return path
 
     @model_validator(mode="after")
     def _chunks_cover_the_file(self) -> Self:

@@ -16,7 +16,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from agent.contract.base import Bytes, Count, DeviceId, Name, Timestamp, WireModel
+from agent.contract.base import Bytes, Count, DeviceId, Name, RelativePath, Timestamp, WireModel
 
 INDEX, METADATA, ORDERS, ARTIFACTS, REPORTS = "stick.json", "tuf", "orders", "artifacts", "reports"
 #: Of a report's file; what a device says of itself is a few kilobytes.
@@ -28,7 +28,7 @@ REPORT_PREFIX = b"phifleet stick report v1\n"
 class StickFile(WireModel):
     """A file of the stick, with ``/`` between the parts of its path, and its size in bytes."""
 
-    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    path: RelativePath
     size: Bytes
 
 

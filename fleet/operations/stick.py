@@ -7,7 +7,6 @@ manifests, and a report is signed by its device's key.
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -45,6 +44,7 @@ from fleet.store import FolderStore, find
 
 #: What a device says without a network, and what of it changes the registry.
 _READ = frozenset({"facts", "reported", "health"})
+_DAY = timedelta(days=1)
 #: Orders that are no longer meant.
 _VOID = frozenset({Stage.SUPERSEDED, Stage.FAILED, Stage.ROLLED_BACK})
 
@@ -87,11 +87,14 @@ def write_stick(
     manifests = [find(store, digest) for digest in digests]
     metadata, ends = fleet.repository.lasting(lasting, digests)
     soonest = min([ends, *(order.expires_at for _, order in orders.values())])
-    warnings = [
-        f"the order of {device} ends on {order.expires_at:%Y-%m-%d}, before the rest of the stick does"
-        for device, (_, order) in sorted(orders.items())
-        if order.expires_at < ends
-    ]
+    early = sorted((order.expires_at, device) for device, (_, order) in orders.items() if order.expires_at < ends - _DAY)
+    warnings = []
+    if early:
+        until, device = early[0]
+        warnings.append(
+            f"{len(early)} order(s) end before the rest of the stick does, the first, of {device}, on {until:%Y-%m-%d}; "
+            "deploy again for longer"
+        )
     if ends < actor.at + lasting - timedelta(minutes=1):
         warnings.append(f"a signature of the fleet ends on {ends:%Y-%m-%d}: see `phifleet trust status`")
     files = {f"{METADATA}/{name}": data for name, data in metadata.items()}
@@ -187,9 +190,11 @@ def _verified(fleet: Fleet, path: Path, *, unsigned: bool) -> StickReport:
         signed = SignedReport.from_json(path.read_bytes())
         data = base64.b64decode(signed.report, validate=True)
         signature = base64.b64decode(signed.signature, validate=True)
+    except MalformedMessageError:
+        raise
     except OSError as error:
         raise UsageError(f"it cannot be read: {reason(error, path.parent)}") from error
-    except binascii.Error as error:
+    except ValueError as error:  # base64 that is none, in several ways
         raise UsageError(f"it is damaged: {error}") from error
     report = StickReport.from_json(data)
     row = fleet.registry.devices.get(report.device)

@@ -52,6 +52,7 @@ from agent.contract.messages import (
     WantV1,
 )
 from agent.contract.profile import HealthLimits
+from agent.contract.stick import SignedReport, StickFile, StickIndex, StickMessage, StickReport
 
 GOLDEN = Path(__file__).parent / "golden"
 AT = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
@@ -129,6 +130,14 @@ EXAMPLES: dict[str, WireModel] = {
     "metadata_want": MetadataWantV1(device="pi-1", name="3.targets.json", offset=131072),
     "want.v2": Want(artifact="5" * 64, ranges=(ChunkRange(first=0, last=9), ChunkRange(first=12, last=12)), credit=11),
     "metadata_want.v2": MetadataWant(name="3.targets.json", offset=131072),
+    "stick_index": StickIndex(
+        written_at=AT, expires_at=datetime(2026, 12, 23, tzinfo=UTC), devices={"pi-1": "pi-1-7"},
+        files=(StickFile(path="tuf/timestamp.json", size=640),),
+    ),
+    "stick_report": StickReport(
+        device="pi-1", at=AT, messages=(StickMessage(topic="phifleet/v1/devices/pi-1/reported", payload="{}"),)
+    ),
+    "signed_report": SignedReport(report="e30=", certificate="-----BEGIN", signature="AAAA"),
     "manifest": MANIFEST,
     "manifest_sampling": MANIFEST.model_copy(
         update={"sampling": SamplingDefaults(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.1)}

@@ -94,7 +94,7 @@ def test_a_password_is_not_repeated(text: str, tmp_path: Path) -> None:
 
 
 paths = st.lists(
-    st.text(st.characters(exclude_characters="/\\:", exclude_categories=("Cs",)), min_size=1), min_size=1, max_size=3
+    st.text(st.characters(exclude_characters="/\\:\0", exclude_categories=("Cs",)), min_size=1), min_size=1, max_size=3
 ).filter(lambda parts: not {".", ".."} & set(parts))
 
 
