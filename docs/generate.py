@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from agent.contract import manifest, messages, profile, topics
+from agent.contract import manifest, messages, profile, stick, topics
 from agent.contract.failures import FailureCode
 from agent.contract.messages import State
 from agent.contract.profile import DeviceProfile
@@ -68,6 +68,11 @@ MODELS: list[type[BaseModel]] = [
     messages.ChunkRange,
     messages.MetadataWantV1,
     messages.WantV1,
+    stick.StickIndex,
+    stick.StickFile,
+    stick.SignedReport,
+    stick.StickReport,
+    stick.StickMessage,
     manifest.Manifest,
     manifest.ArtifactFile,
     manifest.ModelFacts,
@@ -129,6 +134,7 @@ def _kind(annotation: Any) -> str:
         "agent.contract.manifest.",
         "agent.contract.messages.",
         "agent.contract.profile.",
+        "agent.contract.stick.",
         "datetime.",
     ):
         text = text.replace(noise, "")
