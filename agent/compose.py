@@ -29,7 +29,7 @@ from agent.runtimes.host.settings import HostEvent, HostSettings
 from agent.settings import AgentSettings
 from agent.store.artifacts import ArtifactStore
 from agent.store.boots import next_boot
-from agent.store.fetch import Fetcher
+from agent.store.fetch import Fetcher, OwnLimits
 from agent.store.journal import FileJournal
 from agent.trust.client import TrustClient
 from agent.trust.identity import Identity
@@ -72,14 +72,14 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
             store,
             who.device,
             dialect=trust.dialect,
-            bytes_per_s=settings.download_bytes_per_s,
-            mirrors=settings.mirrors,
+            own=OwnLimits(settings.download_bytes_per_s, settings.metered_bytes, settings.mirrors),
         ),
         host,
         monitor,
         clock,
         available_bytes,
         linked=lambda: link.connected,
+        at_hand=lambda: link.stick is not None,
     )
     steps = Steps(parts, reporter.progress)
     deployer = Deployer(steps, parts, FileJournal(settings.state_dir / "journal"), state, reporter.report)

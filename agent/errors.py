@@ -49,6 +49,10 @@ class TransferError(AgentError):
     default_code = FailureCode.TRANSFER_STALLED
 
 
+class MeteredError(TransferError):
+    """More bytes than a metered network may carry unasked; it waits for somebody who allows it."""
+
+
 class StoreError(AgentError):
     """The disk does not hold what it should. ``needs_bytes`` must be free on it, where that is what is missing."""
 

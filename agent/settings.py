@@ -96,6 +96,9 @@ class AgentSettings(BaseSettings):
     download_bytes_per_s: Annotated[
         int | None, Field(ge=1024, description="of artifacts, on average; none: not limited")
     ] = None
+    metered_bytes: Annotated[
+        int | None, Field(ge=0, description="an artifact that lacks more bytes waits; none: the network is not metered")
+    ] = None
     mirrors: Annotated[Mirrors, Field(description="web servers near this device, asked before those of an order")] = ()
     health_interval_s: Annotated[float, Field(gt=0, description="seconds between two health reports")] = 10.0
     canary_interval_s: Annotated[float, Field(ge=0, description="seconds between two canaries; 0: none")] = 300.0

@@ -125,13 +125,16 @@ class ArtifactRef(WireModel):
 class TransferLimits(GrownModel):
     """How the bytes may come."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"max_bytes_per_s", "windows", "mirrors"})
+    _later: ClassVar[frozenset[str]] = frozenset({"max_bytes_per_s", "windows", "mirrors", "metered_bytes"})
 
     window_bytes: Annotated[int, Field(gt=0, description="bytes wanted and not yet received")] = 4 * 1024 * 1024
     stall_s: Annotated[float, Field(gt=0, description="seconds without a chunk until the device waits")] = 900.0
     max_bytes_per_s: Annotated[int | None, Field(ge=1024, description="on average; none: not limited")] = None
     windows: TransferWindows = ()
     mirrors: Mirrors = ()
+    metered_bytes: Annotated[
+        int | None, Field(ge=0, le=MAX_INTEGER, description="an artifact that lacks more waits; none: not metered")
+    ] = None
 
 
 class Window(WireModel):

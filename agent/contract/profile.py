@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from agent.contract.base import GrownModel
+from agent.contract.base import MAX_INTEGER, GrownModel
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.mirrors import Mirrors
 from agent.contract.windows import TransferWindows
@@ -120,6 +120,10 @@ class Delivery(_Strict):
     ] = None
     windows: TransferWindows = ()
     mirrors: Mirrors = ()
+    metered_bytes: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_INTEGER, description="an artifact that lacks more waits to be allowed; none: not metered"),
+    ] = None
 
     @property
     def rate(self) -> int:

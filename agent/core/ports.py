@@ -193,11 +193,14 @@ class Transfer(Protocol):
         on_progress: ProgressHandler,
         bytes_per_s: int | None = None,
         mirrors: Sequence[str] = (),
+        metered_bytes: int | None = None,
+        at_hand: bool = False,
     ) -> Progress:
         """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
 
         ``bytes_per_s``: no more than so many on average; None for as fast as they come. ``mirrors`` are templates of
-        ``agent.contract.mirrors``, which are read from before the broker is asked.
+        ``agent.contract.mirrors``, which are read from before the broker is asked. With ``metered_bytes``, no more than
+        so many are fetched at all. ``at_hand``: the bytes are at the device itself, so that none of this holds.
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.

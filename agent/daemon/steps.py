@@ -21,7 +21,7 @@ from agent.core.inference import ModelInfo
 from agent.core.ports import ArtifactStore, Clock, ModelHost, Transfer, Trust
 from agent.core.selection import Measured, Resources, constrain, fastest
 from agent.daemon.monitor import Monitor
-from agent.errors import AgentError, RuntimeLoadError, StoreError, TrustError
+from agent.errors import AgentError, MeteredError, RuntimeLoadError, StoreError, TrustError
 from agent.platform.concurrency import in_thread
 
 log = structlog.get_logger(component=__name__)
@@ -49,6 +49,8 @@ class StepParts:
     linked: Callable[[], bool]
     #: Seconds between attempts to reach the controller; the last one repeats until the state's deadline.
     retry_s: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+    #: Whether what answers is at the device itself, such as a stick: no limit of a network holds then.
+    at_hand: Callable[[], bool] = lambda: False
 
     def wait_s(self, attempt: int) -> float:
         """Before attempt number ``attempt + 1``."""
@@ -62,6 +64,8 @@ class Steps:
         self._parts = parts
         self._on_progress = on_progress
         self._manifests: dict[str, Manifest] = {}
+        #: Orders that need more than a metered network may carry unasked.
+        self._metered: set[int] = set()
         #: One model is loaded, proven or swapped at a time: memory is planned for that.
         self.host_lock = asyncio.Lock()
         #: What is being read back is not discarded meanwhile: a step and the serving may want the same artifact.
@@ -192,6 +196,10 @@ class Steps:
             AgentError: what it answered is no good.
         """
         attempt = max(0, deployment.waits - 1)
+        # Nothing is asked meanwhile, as that costs too: a new order, a stick or the device's settings end it.
+        while order.sequence in self._metered and not self._parts.at_hand():  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        self._metered.discard(order.sequence)
         # In slices: the clock may be set meanwhile, and no event tells.
         while (opens := self._opens(deployment.candidates, order)) is not None:
             attempt = 0
@@ -231,6 +239,8 @@ class Steps:
 
     def _opens(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> datetime | None:
         """Return when the order's next transfer window opens; None: bytes may be fetched now, or are all here."""
+        if self._parts.at_hand():
+            return None
         now = self._parts.clock.now()
         opens = open_from(parsed(order.transfer.windows), now)
         missing = any(self._parts.store.path(ref.digest) is None for ref in candidates)
@@ -245,7 +255,7 @@ class Steps:
         if (opens := self._opens(candidates, order)) is not None:
             raise _closed(order, opens)
         windows, now = parsed(order.transfer.windows), self._parts.clock.now()
-        closes = open_until(windows, now)
+        closes = None if self._parts.at_hand() else open_until(windows, now)
         left = None if closes is None else (closes - now).total_seconds()
         try:
             async with asyncio.timeout(left) as limit:
@@ -270,14 +280,20 @@ class Steps:
         return core.Transferred(tuple(here))
 
     async def _fetch(self, ref: ArtifactRef, order: Desired) -> None:
-        progress = await self._parts.transfer.fetch(
-            await self._manifest(ref),
-            window_bytes=order.transfer.window_bytes,
-            stall_s=order.transfer.stall_s,
-            on_progress=self._on_progress,
-            bytes_per_s=order.transfer.max_bytes_per_s,
-            mirrors=order.transfer.mirrors,
-        )
+        try:
+            progress = await self._parts.transfer.fetch(
+                await self._manifest(ref),
+                window_bytes=order.transfer.window_bytes,
+                stall_s=order.transfer.stall_s,
+                on_progress=self._on_progress,
+                bytes_per_s=order.transfer.max_bytes_per_s,
+                mirrors=order.transfer.mirrors,
+                metered_bytes=order.transfer.metered_bytes,
+                at_hand=self._parts.at_hand(),
+            )
+        except MeteredError:
+            self._metered.add(order.sequence)
+            raise
         self._on_progress(progress)
 
     async def _verify(self, candidates: tuple[ArtifactRef, ...], order: Desired) -> core.Verified:

@@ -12,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -23,7 +24,7 @@ from agent.core.chunks import ChunkTable
 from agent.core.dialect import Dialect
 from agent.core.ports import Link, Message, ProgressHandler
 from agent.core.transfer import Outcome, Request, TransferCore
-from agent.errors import LinkError, TransferError
+from agent.errors import LinkError, MeteredError, TransferError
 from agent.platform.concurrency import Stop, ended, in_thread
 from agent.store.artifacts import ArtifactStore
 from agent.store.intake import FLUSH_BYTES, Intake
@@ -39,11 +40,20 @@ LINK_PATIENCE_S = 30.0
 _log = structlog.get_logger(component=__name__)
 
 
-class Fetcher:
-    """Implements ``agent.core.ports.Transfer``.
+@dataclass(frozen=True, slots=True)
+class OwnLimits:
+    """What the device's own settings say of all transfers, beside each order: the lower limit holds.
 
-    ``bytes_per_s`` is the device's own limit for all transfers, ``mirrors`` its own, which go before those of an order.
+    Its ``mirrors`` go before those of an order.
     """
+
+    bytes_per_s: int | None = None
+    metered_bytes: int | None = None
+    mirrors: tuple[str, ...] = ()
+
+
+class Fetcher:
+    """Implements ``agent.core.ports.Transfer``."""
 
     def __init__(
         self,
@@ -52,14 +62,12 @@ class Fetcher:
         device: str,
         *,
         dialect: Dialect | None = None,
-        bytes_per_s: int | None = None,
-        mirrors: Sequence[str] = (),
+        own: OwnLimits | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._dialect = dialect or Dialect()
-        self._bytes_per_s = bytes_per_s
-        self._mirrors = tuple(mirrors)
+        self._own = own or OwnLimits()
         self._link = link
         self._store = store
         self._device = device
@@ -75,6 +83,8 @@ class Fetcher:
         on_progress: ProgressHandler,
         bytes_per_s: int | None = None,
         mirrors: Sequence[str] = (),
+        metered_bytes: int | None = None,
+        at_hand: bool = False,
     ) -> Progress:
         """Everything missing, each chunk verified; resumes from what is on disk. Cancel the task to stop it.
 
@@ -83,6 +93,7 @@ class Fetcher:
 
         Raises:
             agent.errors.StoreError: the disk is too small (before the transfer starts, with the figures) or fails.
+            agent.errors.MeteredError: it is more than a metered network may carry unasked.
             agent.errors.TransferError: no chunk for ``stall_s`` seconds, no link for LINK_PATIENCE_S (both
                 TRANSFER_STALLED), or chunks that come are refused or wrong (TRANSFER_UNAVAILABLE).
         """
@@ -92,7 +103,8 @@ class Fetcher:
         partial = await in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
         try:
             present = await in_thread(lambda stop: self._find(partial, stop))
-            rate = min((one for one in (bytes_per_s, self._bytes_per_s) if one is not None), default=None)
+            rate = None if at_hand else _least(bytes_per_s, self._own.bytes_per_s)
+            metered = None if at_hand else _least(metered_bytes, self._own.metered_bytes)
             core = TransferCore(
                 partial.table,
                 present,
@@ -103,10 +115,10 @@ class Fetcher:
                 bytes_per_s=rate,
             )
             if not core.complete:
-                _tell_plan(manifest, core.progress(self._monotonic()), on_progress)
+                _tell_plan(manifest, core.progress(self._monotonic()), on_progress, metered)
                 intake = Intake(partial, present)
                 reader = MirrorReader(intake, core, on_progress, bytes_per_s=rate, monotonic=self._monotonic)
-                told = await reader.read(dict.fromkeys((*self._mirrors, *mirrors)))
+                told = await reader.read(() if at_hand else dict.fromkeys((*self._own.mirrors, *mirrors)))
                 if not core.complete:
                     at = self._link, self._device, self._dialect
                     await _Session(*at, intake, core, self._monotonic, on_progress, told).run()
@@ -319,10 +331,25 @@ class _Session:
                 self._loop.call_soon_threadsafe(self._wake.set)
 
 
-def _tell_plan(manifest: Manifest, progress: Progress, on_progress: ProgressHandler) -> None:
+def _tell_plan(manifest: Manifest, progress: Progress, on_progress: ProgressHandler, metered: int | None) -> None:
+    """Report what will be fetched.
+
+    Raises:
+        MeteredError: it is more than may be.
+    """
     missing = progress.bytes_total - progress.bytes_done
-    _log.info("transfer begins", artifact=manifest.id, bytes=missing, bytes_reused=progress.bytes_reused)
     on_progress(progress)
+    if metered is not None and missing > metered:
+        raise MeteredError(
+            f"{manifest.id} needs {missing} of its {progress.bytes_total} bytes, and this device's network is metered: "
+            f"at most {metered} bytes are fetched unasked. `phifleet deploy --transfer-now` lifts a profile's limit, "
+            "`metered_bytes` in the device's settings is its own; a stick needs neither"
+        )
+    _log.info("transfer begins", artifact=manifest.id, bytes=missing, bytes_reused=progress.bytes_reused)
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((one for one in limits if one is not None), default=None)
 
 
 def _all_there(manifest: Manifest) -> Progress:

@@ -303,7 +303,9 @@ class Order(Body):
     aliases: Annotated[list[Alias], Field(max_length=16, description="what applications may call the model by")] = list(
         DEFAULT_ALIASES
     )
-    transfer_now: Annotated[bool, Field(description="whatever the transfer windows of the profiles say")] = False
+    transfer_now: Annotated[
+        bool, Field(description="whatever the profiles say of transfer windows and of metered networks")
+    ] = False
 
 
 class Devices(Body):

@@ -68,7 +68,9 @@ UNPUBLISHED_HINT_S = 5.0
 @alias_option
 @click.option("--not-before", type=MOMENT, help="When devices may change their model, from; fetching begins at once.")
 @click.option("--not-after", type=MOMENT, help="When devices may change their model, until.")
-@click.option("--transfer-now", is_flag=True, help="Fetch at once, whatever the profile's transfer windows say.")
+@click.option(
+    "--transfer-now", is_flag=True, help="Fetch at once, whatever the profile says of windows and of metered networks."
+)
 @click.option("--force", metavar="REASON", help="Deploy although it does not fit; the reason is recorded.")
 @click.option("--wait", is_flag=True, help="Show the progress until all have ended; exit 9 unless all committed.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), help="With --wait: seconds, at most.")

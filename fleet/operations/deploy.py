@@ -42,7 +42,7 @@ class DeployOptions:
     not_after: datetime | None = None
     force: str | None = None
     aliases: tuple[str, ...] = DEFAULT_ALIASES
-    #: Chunks may be fetched at once, whatever the profile's windows say.
+    #: Chunks may be fetched at once, whatever the profile says of windows and of metered networks.
     transfer_now: bool = False
 
     def __post_init__(self) -> None:
@@ -316,6 +316,7 @@ def make_order(
             max_bytes_per_s=profile.delivery.max_bytes_per_s,
             windows=() if options.transfer_now else profile.delivery.windows,
             mirrors=profile.delivery.mirrors,
+            metered_bytes=None if options.transfer_now else profile.delivery.metered_bytes,
         ),
         probation_s=profile.probation_s if options.probation_s is None else options.probation_s,
         window=Window(not_before=options.not_before, not_after=options.not_after),

@@ -86,14 +86,13 @@ def write_stick(
     store = FolderStore(fleet.home.artifacts)
     manifests = [find(store, digest) for digest in digests]
     metadata, ends = fleet.repository.lasting(lasting, digests)
-    soonest = min([ends, *(order.expires_at for _, order in orders.values())])
-    early = sorted((order.expires_at, device) for device, (_, order) in orders.items() if order.expires_at < ends - _DAY)
+    until = {device: order.expires_at for device, (_, order) in orders.items()}
+    early = [device for device in sorted(until, key=until.__getitem__) if until[device] < ends - _DAY]
     warnings = []
     if early:
-        until, device = early[0]
         warnings.append(
-            f"{len(early)} order(s) end before the rest of the stick does, the first, of {device}, on {until:%Y-%m-%d}; "
-            "deploy again for longer"
+            f"{len(early)} order(s) end before the rest of the stick does, the first, of {early[0]}, on "
+            f"{until[early[0]]:%Y-%m-%d}; deploy again for longer"
         )
     if ends < actor.at + lasting - timedelta(minutes=1):
         warnings.append(f"a signature of the fleet ends on {ends:%Y-%m-%d}: see `phifleet trust status`")
@@ -123,7 +122,9 @@ def write_stick(
         raise StoreError(f"{folder} cannot be written: {reason(error, folder)}") from error
     details = {"devices": sorted(orders), "artifacts": [one.id for one in manifests], "expires_at": ends.isoformat()}
     fleet.registry.audit.record(actor, "stick.write", str(folder), details)
-    return Written(tuple(sorted(orders)), tuple(one.id for one in manifests), soonest, tuple(warnings))
+    return Written(
+        tuple(sorted(orders)), tuple(one.id for one in manifests), min([ends, *until.values()]), tuple(warnings)
+    )
 
 
 def read_stick(fleet: Fleet, folder: Path, actor: Actor, *, unsigned: bool = False) -> list[Read]:

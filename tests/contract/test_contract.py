@@ -122,6 +122,10 @@ EXAMPLES: dict[str, WireModel] = {
         device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
         transfer=TransferLimits(mirrors=("https://models.example/{digest}/{path}", "http://10.0.0.2:8080/{id}?f={path}")),
     ),
+    "desired_metered": Desired(
+        device="pi-1", sequence=7, deployment="d7", issued_at=AT, expires_at=LATER, artifacts=(REF,),
+        transfer=TransferLimits(metered_bytes=1_000_000),
+    ),
     "reported_mirrored": Reported(
         device="pi-1", sequence=7, deployment="d7", state=State.TRANSFERRING, desired=REF, at=AT,
         progress=Progress(chunks_total=9, chunks_done=3, bytes_total=900, bytes_done=300, bytes_mirrored=200),

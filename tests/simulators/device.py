@@ -141,6 +141,8 @@ class SimTransfer:
         on_progress: ProgressHandler,
         bytes_per_s: int | None = None,
         mirrors: Sequence[str] = (),
+        metered_bytes: int | None = None,
+        at_hand: bool = False,
     ) -> Progress:
         self.mirrors = mirrors
         if self.hang:

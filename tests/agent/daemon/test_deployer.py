@@ -18,7 +18,7 @@ from agent.contract.profile import HealthLimits
 from agent.core import deployment as core
 from agent.core.inference import ModelInfo
 from agent.daemon import steps
-from agent.errors import AgentError, ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
+from agent.errors import AgentError, MeteredError, ProbeError, RuntimeLoadError, StoreError, TransferError, TrustError
 from tests.agent.daemon.world import NEW, OLD, OTHER, Device, order, ref
 from tests.simulators.device import MemoryJournal, SimClock, SimStore, SimTransfer
 from tests.waiting import until
@@ -186,6 +186,24 @@ async def test_an_orders_mirrors_are_read_from():
         device.deployer.orders.take(order(1, NEW, transfer=TransferLimits(mirrors=mirrors)))
         assert (await device.settled(1)).committed == ref(NEW)
         assert device.transfer.mirrors == mirrors
+
+
+async def test_what_a_metered_network_may_not_carry_waits_without_a_word_until_it_is_allowed():
+    """Each question to the controller costs, too."""
+    async with Device().boot() as device:
+        device.deployer.orders.take(order(1, OLD))
+        await device.settled(1)
+        device.transfer.error = MeteredError("needs 92 of its 93 bytes, and this device's network is metered")
+        device.deployer.orders.take(order(2, NEW, transfer=TransferLimits(metered_bytes=10)))
+        waiting = await device.until(lambda now: now.state is State.WAITING_LINK)
+        assert waiting.waits_for is not None and "is metered" in waiting.waits_for.message
+        asked = device.trust.refreshed
+        await asyncio.sleep(0.3)
+        assert device.trust.refreshed == asked
+        assert device.host.serving == OLD
+        device.transfer.error = None
+        device.deployer.orders.take(order(3, NEW))
+        assert (await device.settled(3)).committed == ref(NEW)
 
 
 NIGHT = TransferLimits(windows=("daily 22:00-05:00 UTC",))

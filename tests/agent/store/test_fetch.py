@@ -7,6 +7,7 @@ import gc
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,10 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES, Chat, Manifest
 from agent.contract.messages import Progress
 from agent.core import ports
-from agent.errors import StoreError, TransferError
+from agent.errors import MeteredError, StoreError, TransferError
 from agent.link import MqttLink
 from agent.store.artifacts import ArtifactStore
-from agent.store.fetch import Fetcher
+from agent.store.fetch import Fetcher, OwnLimits
 from tests.disk import MIB, small_disk
 from tests.simulators.artifacts import make_artifact, noise
 from tests.simulators.broker import Broker, free_port, mosquitto
@@ -445,7 +446,7 @@ async def test_a_device_and_a_controller_keep_to_their_limits(
     least_s = (manifest.size - 2 * MAX_CHUNK_BYTES) / rate - BURST_S
     async with serving(embedded_broker.url, only(manifest, source)), linked(embedded_broker.url) as link:
         began = time.monotonic()
-        fetcher = Fetcher(link, ArtifactStore(home, reserve_bytes=0), "d1", bytes_per_s=rate)
+        fetcher = Fetcher(link, ArtifactStore(home, reserve_bytes=0), "d1", own=OwnLimits(bytes_per_s=rate))
         said: list[Progress] = []
         await fetcher.fetch(manifest, window_bytes=WINDOW, stall_s=60, on_progress=said.append, bytes_per_s=2 * rate)
         assert time.monotonic() - began >= least_s
@@ -461,3 +462,25 @@ async def test_a_device_and_a_controller_keep_to_their_limits(
         assert time.monotonic() - began >= least_s
         assert server.stats().bytes <= 1.2 * manifest.size, "a device that waits does not ask for all of it again"
     check(other, manifest)
+
+
+async def test_a_metered_network_carries_no_more_than_it_may_and_says_what_is_wanted(
+    embedded_broker: Broker, source: Path, home: Path
+) -> None:
+    """Nothing is asked for before somebody allows it; what the device has already does not count."""
+    manifest = artifact(source, 4)
+    store, told = ArtifactStore(home, reserve_bytes=0), list[Progress]()
+    wanted: dict[str, Any] = {"window_bytes": WINDOW, "stall_s": 9, "on_progress": told.append}
+    async with serving(embedded_broker.url, only(manifest, source)) as server, linked(embedded_broker.url) as link:
+        for own, order in ((3 * MIB, None), (None, 3 * MIB), (99 * MIB, 3 * MIB), (0, None)):
+            fetcher = Fetcher(link, store, "d1", own=OwnLimits(metered_bytes=own))
+            with pytest.raises(MeteredError, match=rf"needs \d+ of its {manifest.size} bytes, and this"):
+                await fetcher.fetch(manifest, **wanted, metered_bytes=order)
+            assert told[-1].bytes_total == manifest.size, "the plan is reported all the same"
+        assert server.stats().wants == 0
+        at_hand = Fetcher(link, store, "d1", own=OwnLimits(1024, 0, ("http://127.0.0.1:1/{digest}/{path}",)))
+        began = time.monotonic()
+        await at_hand.fetch(manifest, **wanted, metered_bytes=0, bytes_per_s=1024, at_hand=True)
+        assert time.monotonic() - began < 60, "no limit of a network holds for what is at the device"
+        again = await Fetcher(link, store, "d1", own=OwnLimits(metered_bytes=0)).fetch(manifest, **wanted)
+        assert again.bytes_received == 0, "what is there costs nothing"

@@ -1,4 +1,4 @@
-"""When bytes may be fetched, and from where, is the profile's, and an operator in a hurry says so."""
+"""When bytes may be fetched, from where and how many, is the profile's, and an operator in a hurry says so."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ def test_an_order_has_the_mirrors_of_its_profile() -> None:
         made = make_order(("pi-1", 1, "d-1"), [(ref, 10)], one, DeployOptions(), actor, 86_400)
         assert made.transfer.mirrors == given
         assert (b'"mirrors"' in made.to_json()) is bool(given), "agents of the first release see what they always saw"
+
+
+@pytest.mark.parametrize(("now", "metered"), [(False, 0), (False, 5_000_000), (True, None)])
+def test_a_metered_network_is_the_profiles_unless_it_is_for_now(now: bool, metered: int | None) -> None:
+    profile = load_profile("iot-arm64")
+    delivery = profile.delivery.model_copy(update={"metered_bytes": 5_000_000 if metered is None else metered})
+    ref = ArtifactRef(id="phi-onnx_genai-int4-cpu-0123456789ab", digest="ab" * 32)
+    actor = Actor("anna", datetime(2026, 11, 23, 12, tzinfo=UTC))
+    one = profile.model_copy(update={"delivery": delivery})
+    made = make_order(("pi-1", 1, "d-1"), [(ref, 10)], one, DeployOptions(transfer_now=now), actor, 86_400)
+    assert made.transfer.metered_bytes == metered
+    assert (b'"metered_bytes"' in made.to_json()) is (metered is not None)
