@@ -64,13 +64,29 @@ def write_atomic(path: Path, data: bytes, mode: int = PUBLIC) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(mode)
+        set_mode(Path(temporary), mode)
         Path(temporary).replace(path)
     except BaseException:
         with suppress(OSError):
             Path(temporary).unlink()
         raise
     sync_folder(path.parent)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Let others do what ``mode`` says.
+
+    FAT and exFAT have no modes, and refuse most; what others may do there is said where it is mounted.
+
+    Raises:
+        PermissionError: others may do something, where nobody else may do anything.
+        OSError: the disk refuses otherwise.
+    """
+    try:
+        path.chmod(mode)
+    except PermissionError:
+        if not mode & 0o077:
+            raise
 
 
 def remove_leftovers(folder: Path) -> None:

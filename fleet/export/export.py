@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.contract.base import MalformedMessageError
 from agent.contract.manifest import ArtifactFile, Manifest, Precision, Toolchain
-from agent.platform.files import reason, sync_folder, sync_tree
+from agent.platform.files import reason, set_mode, sync_folder, sync_tree
 from fleet.core.licenses import UNKNOWN, spdx
 from fleet.errors import StoreError, UsageError
 from fleet.export.bom import bill_of_materials
@@ -90,7 +90,7 @@ def export(store: FolderStore, manifest: Manifest, folder: Path, papers: Papers)
             sync_tree(half)
             if folder.is_dir():
                 folder.rmdir()
-            half.chmod(0o755)
+            set_mode(half, 0o755)
             half.rename(folder)
             sync_folder(folder.resolve().parent)
     except OSError as error:

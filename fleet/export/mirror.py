@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from agent.contract.manifest import Manifest
-from agent.platform.files import reason, sha256_of, sync_folder, sync_tree
+from agent.platform.files import reason, set_mode, sha256_of, sync_folder, sync_tree
 from fleet.errors import StoreError
 from fleet.export.export import beside, copied
 from fleet.store.folder import FolderStore
@@ -32,7 +32,7 @@ def mirror(
                     for file in manifest.files:
                         copied(store.files(manifest.id), file, half)
                     sync_tree(half)
-                    half.chmod(0o755)  # for the web server's user, too
+                    set_mode(half, 0o755)  # for the web server's user, too
                     if target.exists():
                         shutil.rmtree(target)
                     half.rename(target)

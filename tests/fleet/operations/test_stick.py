@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ from agent.contract.messages import ArtifactRef, Desired, Facts, Presence, Repor
 from agent.contract.profile import HealthLimits
 from agent.contract.stick import INDEX, REPORT_PREFIX, SignedReport, StickIndex, StickMessage, StickReport
 from agent.errors import AgentError
+from agent.platform.files import PRIVATE, write_atomic
 from agent.store.stick import Stick
 from agent.trust.keys import read_key, signature_of
 from fleet.errors import StoreError, UsageError
@@ -179,6 +181,30 @@ def test_an_index_names_nothing_outside(tmp_path: Path, path: str) -> None:
     (folder / INDEX).write_text(json.dumps({**index, "files": [{"path": path, "size": 3}]}))
     with pytest.raises(AgentError, match="is damaged"):
         Stick(folder)
+
+
+@pytest.fixture
+def fat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """chmod on a stick as Linux has it on FAT, mounted with umask=022: nobody loses the right to read or to run."""
+    real = Path.chmod
+
+    def chmod(self: Path, mode: int, *, follow_symlinks: bool = True) -> None:
+        if "stick" in self.parts and mode & 0o555 != 0o555:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+        real(self, mode, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+
+
+@pytest.mark.usefixtures("fat")
+def test_a_file_system_without_modes_holds_a_stick(digest: str, fleet: Fleet, tmp_path: Path) -> None:
+    order(fleet, digest, "pi-1")
+    write(fleet, tmp_path / "stick", "pi-1")
+    assert Stick(tmp_path / "stick").order("pi-1")
+    write_atomic(tmp_path / "stick" / "reports" / "pi-1.json", b"{}")  # as the device's command does
+    with pytest.raises(PermissionError):
+        write_atomic(tmp_path / "stick" / "secret", b"key", PRIVATE)
+    assert not (tmp_path / "stick" / "secret").exists(), "what nobody else may read is never readable for a moment"
 
 
 # --- reading
