@@ -174,7 +174,7 @@ def _onnx_embedding(shape: ModelShape, recipe: Recipe, floats: int) -> int:
     """
     if shape.tied and (recipe.precision is Precision.INT4 or recipe.target is Target.CPU):
         return 0
-    if recipe.target is Target.CPU:
+    if recipe.target is Target.CPU and not shape.hidden % 32:
         return _onnx_quantized(shape.embedding, 8, floats, {"block_size": 32})
     return floats * shape.embedding.weights
 

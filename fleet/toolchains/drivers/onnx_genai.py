@@ -20,7 +20,7 @@ from fleet.toolchains.drivers.onnx_window import attend_within_window
 from fleet.toolchains.drivers.options import Option, check_budget, check_calibration, check_groups, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.gptq import Grid, nearest
+from fleet.toolchains.recovery.gptq import Grid
 from fleet.toolchains.recovery.grids import Offer, Requantized, within_budget
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.recovery.sensitivity import sensitivity_bytes
@@ -125,7 +125,7 @@ class OnnxGenai:
             notes |= _requantize(job, source, graph, progress)
         if job.options and job.target is Target.CPU:
             tied = bool(json.loads((source / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
-            graph.quantize_embedding(lambda values: nearest(values, _EMBEDDING), _EMBEDDING, tied=tied)
+            graph.quantize_embedding(_EMBEDDING, tied=tied)
         graph.unstamp()
         _limit_context(job.out / "genai_config.json", job.context)
         return Converted(entry=".", kv_element_bytes=graph.kv_element_bytes(), notes=notes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fleet.errors import BuildError
+from fleet.toolchains.recovery.gptq import nearest
 from fleet.toolchains.recovery.recovery import EMBEDDING, OUTPUT
 
 if TYPE_CHECKING:
@@ -167,18 +168,22 @@ class OnnxGraph:
         kind = {1: np.float32, 10: np.float16}[place.data_type]
         return np.memmap(self._data, kind, "r", offset=where.offset, shape=tuple(place.dims))
 
-    def quantize_embedding(self, make: Callable[[Any], Quantized], grid: Grid, *, tied: bool) -> None:
-        """Look rows up in quantized weights: in the last product's where the two are one matrix, else in what ``make``
-        makes of the embedding. A no-op where it is so already."""
+    def quantize_embedding(self, grid: Grid, *, tied: bool) -> None:
+        """Look rows up in quantized weights: in the last product's where the two are one matrix, else in its own.
+
+        A no-op where it is so already, and where rows do not divide into the grid's groups.
+        """
+        import numpy as np
+        import torch
+
         values = self.embedding()
-        if values is None:
+        if values is None or (not tied and values.shape[1] % grid.group):
             return
-        if not tied:
-            self._store(self._own_embedding(make(values), grid))
+        if tied:
+            self._share(next(one for one in self.products() if one.name.startswith("/lm_head/")))
+            self._store({})
             return
-        product = next(one for one in self.products() if one.name.startswith("/lm_head/"))
-        self._share(product)
-        self._store({})
+        self._store(self._own_embedding(nearest(torch.from_numpy(np.array(values)), grid), grid))
 
     # --- nodes ---
 

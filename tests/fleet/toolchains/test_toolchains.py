@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent.contract.manifest import Precision, Target, Toolchain
-from agent.contract.profile import Recipe
+from agent.contract.profile import DeviceClass, Recipe
 from fleet.core.plan_size import ggml_type, predicted_bytes
 from fleet.errors import BuildError, ProfileError
 from fleet.home import Home
@@ -196,6 +196,23 @@ def test_a_budget_has_a_grid_for_the_embedding_and_for_the_last_product(
     assert lost.quality.kl_divergence < 0.05
     assert sum(manifest.recipe["allocated"]["grids"].values()) == 10
     assert manifest.size == pytest.approx(predicted_bytes(read_shape(untied), recipe, manifest.recipe), rel=0.05)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("precision", [P.INT4, P.INT8])
+def test_an_embedding_of_its_own_is_quantized_by_itself(untied: Path, tmp_path: Path, precision: Precision) -> None:
+    """At eight bits in any case: in FP32, as the builder leaves it, it is a tenth and more of a Phi at INT4."""
+    recipe = Recipe(toolchain=T.ONNX_GENAI, precision=precision, target=D.CPU)
+    profile = load_profile("iot-x86").model_copy(update={"device_class": DeviceClass.AI_PC})
+    manifest = build(checkpoint(untied), profile, recipe, Home(tmp_path))
+    files = tmp_path / "artifacts" / manifest.id / "files"
+    lost = quality.measure(
+        untied, files, manifest, eval_text=Path(few_texts()), cache=tmp_path / "references", threads=2, foreign=False
+    )
+    assert lost.quality.kl_divergence < (0.1 if precision is P.INT4 else 0.01)
+    assert manifest.size == pytest.approx(predicted_bytes(read_shape(untied), recipe, manifest.recipe), rel=0.05)
+    graph = OnnxGraph(files / "model.onnx")
+    assert graph.embedding() is None, "no FP32 is left"
 
 
 @pytest.mark.toolchain
