@@ -15,7 +15,7 @@ import structlog
 
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError
-from agent.contract.messages import MetadataWant, State, Want, metadata_segment
+from agent.contract.messages import Desired, MetadataWant, SignedDesired, State, Want, metadata_segment
 from agent.contract.stick import REPORT_PREFIX, SignedReport, StickMessage, StickReport
 from agent.core.ports import Clock, Handler, Link, Message
 from agent.daemon.reporter import Reporter
@@ -209,6 +209,19 @@ class StickLink:
             log.error("stick given up", folder=str(stick.folder), error=why)
 
 
+def _named(stick: Stick, order: bytes) -> tuple[str, int]:
+    """Return deployment and sequence of an order that is not verified yet: what the person at the device is told.
+
+    Raises:
+        StickError: it is no order.
+    """
+    try:
+        desired = Desired.from_json(base64.b64decode(SignedDesired.from_json(order).payload, validate=True))
+    except (MalformedMessageError, ValueError) as error:
+        raise StickError(f"the order on the stick {stick.folder} is damaged: {error}; write it again") from None
+    return desired.deployment, desired.sequence
+
+
 def _batches(want: Want) -> Iterator[list[int]]:
     """At most ``credit`` numbers of the ranges, in their order, ``BATCH`` at a time."""
     numbers = (number for one in want.ranges for number in range(one.first, one.last + 1))
@@ -233,7 +246,7 @@ class Sticks:
     ) -> None:  # fmt: skip
         self._link, self._state, self._reporter, self._clock = link, state, reporter, clock
         self._certificate, self._private_key = certificate, private_key
-        self._deployment = ""
+        self._deployment, self._sequence = "", 0
 
     async def plug(self, folder: str) -> dict[str, Any]:
         """Begin with the order that the stick has for this device.
@@ -250,7 +263,7 @@ class Sticks:
                 f"the stick ended on {ends:%Y-%m-%d %H:%M} UTC, and this device's clock says "
                 f"{self._clock.now():%Y-%m-%d %H:%M}: write it again, or set the clock"
             )
-        self._deployment = stick.index.devices.get(device, "")
+        self._deployment, self._sequence = _named(stick, order)
         self._state.rejected = None  # what is rejected from now on came on this stick
         await self._link.plug(stick, order)
         return {"device": device, "deployment": self._deployment, "expires_at": ends.isoformat()}
@@ -261,15 +274,20 @@ class Sticks:
             return {"outcome": "broken", "reason": self._link.broken}
         if self._link.stick is None:
             return None
+        return {"folder": str(self._link.stick.folder), "deployment": self._deployment, **self._outcome()}
+
+    def _outcome(self) -> dict[str, str]:
+        """Return what has become of the order, and why; nothing while it is under way."""
         state, deployment = self._state, self._state.deployment
-        found: dict[str, Any] = {"folder": str(self._link.stick.folder), "deployment": self._deployment}
         if state.rejected is not None:
-            return {**found, "outcome": "rejected", "reason": state.rejected.message}
+            return {"outcome": "rejected", "reason": state.rejected.message}
         if state.paused:
-            return {**found, "outcome": "paused", "reason": "orders are held: phifleet-agent resume"}
+            return {"outcome": "paused", "reason": "orders are held: phifleet-agent resume"}
         if deployment.deployment_id == self._deployment and deployment.state in _ENDED:
-            return {**found, "outcome": deployment.state.value}
-        return found
+            return {"outcome": deployment.state.value}
+        if deployment.newest_sequence > self._sequence:
+            return {"outcome": "superseded", "reason": "a newer order has come over the network"}
+        return {}
 
     async def end(self, _: str) -> dict[str, Any]:
         """Take the stick out; returns the signed report that is to be written on it."""

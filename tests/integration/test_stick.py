@@ -131,6 +131,10 @@ def test_a_stick_of_another_fleet_is_not_believed(rig: Rig, first: Path, tiny_ar
     assert mine.returncode == 0, "the report is this device's, whoever's the stick is"
 
 
+def _overwritten(path: Path) -> None:
+    path.write_bytes(b"?" * path.stat().st_size)
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -138,8 +142,9 @@ def test_a_stick_of_another_fleet_is_not_believed(rig: Rig, first: Path, tiny_ar
         (lambda folder: (folder / "stick.json").write_bytes(b'{"version"'), "is damaged"),
         (lambda folder: os.truncate(next(folder.glob("artifacts/*/model.onnx.data")), 4096), "is not whole"),
         (lambda folder: (folder / "tuf" / "timestamp.json").unlink(), "is not whole"),
+        (lambda folder: _overwritten(folder / "orders" / "pi-1.json"), "the order on the stick"),
     ],
-    ids=["without its index", "with half an index", "with half an artifact", "without a signature"],
+    ids=["without its index", "with half an index", "with half an artifact", "without a signature", "no order"],
 )
 def test_a_stick_that_is_not_whole_is_told_before_anything_begins(rig, first, tmp_path, spoil, told) -> None:  # type: ignore[no-untyped-def]
     folder = shutil.copytree(first, tmp_path / "half")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import threading
 from collections.abc import AsyncIterator
@@ -14,14 +15,27 @@ import pytest
 
 from agent.contract import topics
 from agent.contract.manifest import Manifest
-from agent.contract.messages import ChunkRange, MetadataWant, Want
-from agent.contract.stick import INDEX, StickFile, StickIndex
+from agent.contract.messages import (
+    ArtifactRef,
+    Boot,
+    ChunkRange,
+    Desired,
+    MetadataWant,
+    Reported,
+    SignedDesired,
+    State,
+    Want,
+)
+from agent.contract.stick import INDEX, SignedReport, StickFile, StickIndex
 from agent.core.chunks import ChunkTable
 from agent.core.ports import Message
-from agent.daemon.stick import StickLink
-from agent.errors import LinkError
+from agent.daemon.reporter import Identity
+from agent.daemon.state import AgentState
+from agent.daemon.stick import StickLink, Sticks
+from agent.errors import AgentError, LinkError
 from agent.store.stick import Stick
 from tests.simulators.artifacts import make_artifact, noise
+from tests.simulators.clock import FakeClock
 
 DEVICE = "pi-1"
 NOW = datetime(2026, 11, 27, tzinfo=UTC)
@@ -189,6 +203,50 @@ async def test_while_it_is_in_the_network_hears_nothing_and_afterwards_all(tmp_p
         assert told == ["again"]
         await link.publish(topics.reported(DEVICE), b"{}")
         assert network.sent == [topics.reported(DEVICE)]
+
+
+class Reports:
+    """The part of a reporter that is asked."""
+
+    identity = Identity(DEVICE, "iot-x86", "0.2", Boot(id="0" * 16, number=1))
+
+    def newest(self) -> tuple[str, Reported]:
+        return topics.reported(DEVICE), Reported(device=DEVICE, state=State.IDLE, at=NOW)
+
+
+def signed(sequence: int) -> bytes:
+    """An order as it stands on a stick; nobody looks at its signature here."""
+    order = Desired(
+        device=DEVICE, sequence=sequence, deployment=f"d-{sequence}", issued_at=NOW, expires_at=NOW + timedelta(days=1),
+        artifacts=(ArtifactRef(id="phi-onnx_genai-int4-cpu-0123456789ab", digest="ab" * 32),),
+    )  # fmt: skip
+    payload = base64.b64encode(order.to_json()).decode()
+    return SignedDesired(payload=payload, payloadType="x", signatures=[{"keyid": "k", "sig": "s"}]).to_json()
+
+
+async def test_a_newer_order_from_the_network_ends_the_wait_for_the_sticks(tmp_path: Path, manifest: Manifest) -> None:
+    order, index = tmp_path / "stick" / "orders" / f"{DEVICE}.json", tmp_path / "stick" / INDEX
+    order.write_bytes(signed(7))
+    found = StickIndex.from_json(index.read_bytes())
+    files = tuple(
+        one.model_copy(update={"size": order.stat().st_size}) if one.path.startswith("orders/") else one
+        for one in found.files
+    )
+    index.write_bytes(found.model_copy(update={"files": files}).to_json())
+    state, clock, link = AgentState(), FakeClock(NOW), StickLink(Network(), DEVICE)
+    sticks = Sticks(link, state, Reports(), clock, certificate=None, private_key=None)  # type: ignore[arg-type]
+    assert (await sticks.plug(str(tmp_path / "stick")))["deployment"] == "d-7"
+    for sequence, outcome in ((6, None), (7, None), (8, "superseded")):
+        state.deployment = state.deployment.model_copy(update={"newest_sequence": sequence})
+        assert (sticks.status() or {}).get("outcome") == outcome
+    state.paused = True
+    assert (sticks.status() or {})["outcome"] == "paused"
+    ended = await sticks.end("")
+    assert SignedReport.model_validate(ended["report"]).certificate == "", "a device without a key signs nothing"
+    assert sticks.status() is None
+    clock.set(NOW + timedelta(days=2))
+    with pytest.raises(AgentError, match=r"the stick ended on 2026-11-28 00:00 UTC, and this device's clock says"):
+        await sticks.plug(str(tmp_path / "stick"))
 
 
 async def test_a_manifest_that_is_damaged_is_the_sticks_fault(tmp_path: Path, manifest: Manifest) -> None:
