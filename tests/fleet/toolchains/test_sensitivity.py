@@ -70,7 +70,7 @@ def test_some_rows_stand_for_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "toolchain", [Toolchain.LLAMACPP, Toolchain.ONNX_GENAI, Toolchain.OPENVINO, slow(Toolchain.MLX)]
+    "toolchain", [Toolchain.LLAMACPP, Toolchain.ONNX_GENAI, slow(Toolchain.OPENVINO), slow(Toolchain.MLX)]
 )
 def test_a_budget_loses_less_than_one_width_of_the_same_size(tiny_dir: Path, toolchain: Toolchain) -> None:
     """And its estimate is what is measured, within the noise of so small a model."""
@@ -101,7 +101,7 @@ def test_a_budget_loses_less_than_one_width_of_the_same_size(tiny_dir: Path, too
         (Toolchain.LLAMACPP, "4.50"),
         (Toolchain.MLX, "4.50"),
         (Toolchain.ONNX_GENAI, "4.56"),
-        (Toolchain.OPENVINO, "4.31"),
+        slow(Toolchain.OPENVINO, "4.31"),
     ],
     ids=str,
 )
