@@ -137,7 +137,7 @@ def test_the_loss_goes_into_the_manifest_and_names_the_best(home: Home, tiny_dir
     assert f"best for iot-x86: {least.id} (" in answer.stderr
     assert answer.stderr.count(": done\n") == 4, "the checkpoint, the one that was not there, and measuring both"
     # No terminal: a line for each phase, so that a log tells where a build of an hour stands.
-    for recipe in ("onnx_genai int4 cpu", "onnx_genai int4 cpu (recover=True, calibration=bundled)"):
+    for recipe in ("onnx_genai int4 cpu", "onnx_genai int4 cpu (budget=5.1, calibration=bundled, recover=True)"):
         assert f" measuring iot-x86 {recipe}: measuring the loss\n" in answer.stderr
 
 
