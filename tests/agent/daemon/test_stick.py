@@ -12,21 +12,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.contract import topics
+from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.contract.messages import (
     ArtifactRef,
     Boot,
     ChunkRange,
     Desired,
+    Failure,
     MetadataWant,
     Reported,
     SignedDesired,
     State,
     Want,
 )
-from agent.contract.stick import INDEX, SignedReport, StickFile, StickIndex
+from agent.contract.stick import INDEX, REPORT_PREFIX, SignedReport, StickFile, StickIndex
 from agent.core.chunks import ChunkTable
 from agent.core.ports import Message
 from agent.daemon.reporter import Identity
@@ -34,6 +38,7 @@ from agent.daemon.state import AgentState
 from agent.daemon.stick import StickLink, Sticks
 from agent.errors import AgentError, LinkError
 from agent.store.stick import Stick
+from agent.trust.keys import key_pem, new_key
 from tests.simulators.artifacts import make_artifact, noise
 from tests.simulators.clock import FakeClock
 
@@ -241,12 +246,63 @@ async def test_a_newer_order_from_the_network_ends_the_wait_for_the_sticks(tmp_p
         assert (sticks.status() or {}).get("outcome") == outcome
     state.paused = True
     assert (sticks.status() or {})["outcome"] == "paused"
+    state.paused, state.rejected = False, Failure(code=FailureCode.TRUST_REPLAY, message="older")
+    assert sticks.status() is not None and sticks.status()["reason"] == "older"
+    state.rejected = None
+    for ends in (State.COMMITTED, State.FAILED, State.ROLLED_BACK):
+        over = {"newest_sequence": 7, "deployment_id": "d-7", "state": ends}
+        state.deployment = state.deployment.model_copy(update=over)
+        assert (sticks.status() or {})["outcome"] == ends.value
+    (tmp_path / "stick").rename(tmp_path / "gone")
+    with pytest.raises(LinkError):
+        await link.publish(topics.metadata_want(DEVICE), MetadataWant(name="timestamp.json").to_json())
+    assert (sticks.status() or {})["outcome"] == "broken"
+    (tmp_path / "gone").rename(tmp_path / "stick")
     ended = await sticks.end("")
     assert SignedReport.model_validate(ended["report"]).certificate == "", "a device without a key signs nothing"
     assert sticks.status() is None
     clock.set(NOW + timedelta(days=2))
     with pytest.raises(AgentError, match=r"the stick ended on 2026-11-28 00:00 UTC, and this device's clock says"):
         await sticks.plug(str(tmp_path / "stick"))
+
+
+async def test_a_report_is_signed_by_the_devices_key(tmp_path: Path) -> None:
+    key = new_key()
+    (tmp_path / "key.pem").write_text(key_pem(key))
+    (tmp_path / "cert.pem").write_text("a certificate")
+    link = StickLink(Network(), DEVICE)
+    paths = {"certificate": tmp_path / "cert.pem", "private_key": tmp_path / "key.pem"}
+    sticks = Sticks(link, AgentState(), Reports(), FakeClock(NOW), **paths)  # type: ignore[arg-type]
+    made = SignedReport.model_validate((await sticks.end(""))["report"])
+    data = REPORT_PREFIX + base64.b64decode(made.report)
+    key.public_key().verify(base64.b64decode(made.signature), data, ec.ECDSA(hashes.SHA256()))  # type: ignore[call-arg, arg-type]
+    assert made.certificate == "a certificate"
+
+
+async def test_an_order_that_is_none_is_told(tmp_path: Path, manifest: Manifest) -> None:
+    sticks = Sticks(
+        StickLink(Network(), DEVICE),
+        AgentState(),
+        Reports(),
+        FakeClock(NOW),
+        certificate=None,
+        private_key=None,  # type: ignore[arg-type]
+    )
+    with pytest.raises(AgentError, match="the order on the stick .* is damaged"):
+        await sticks.plug(str(tmp_path / "stick"))
+
+
+async def test_without_a_stick_it_is_the_network(tmp_path: Path) -> None:
+    network = Network()
+    link = StickLink(network, DEVICE)
+    await link.start()
+    await link.subscribe(topics.desired(DEVICE), lambda _: None)
+    await link.unsubscribe(topics.desired(DEVICE))
+    link.progressed()
+    await link.publish(topics.reported(DEVICE), b"{}")
+    assert link.connected and network.sent == [topics.reported(DEVICE)]
+    await link.close()
+    assert not link.connected
 
 
 async def test_a_manifest_that_is_damaged_is_the_sticks_fault(tmp_path: Path, manifest: Manifest) -> None:

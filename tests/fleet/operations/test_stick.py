@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +21,8 @@ from agent.contract.stick import INDEX, REPORT_PREFIX, SignedReport, StickIndex,
 from agent.errors import AgentError
 from agent.platform.files import PRIVATE, write_atomic
 from agent.store.stick import Stick
-from agent.trust.keys import read_key, signature_of
-from fleet.errors import StoreError, UsageError
+from agent.trust.keys import key_pem, read_key, request_for, signature_of
+from fleet.errors import RepositoryError, StoreError, UsageError
 from fleet.home import Home
 from fleet.operations.devices import add_device, revoke_device
 from fleet.operations.fleet import Fleet
@@ -246,6 +247,34 @@ def test_a_report_changes_what_is_known_of_its_device(fleet: Fleet, tmp_path: Pa
     row = fleet.registry.devices.get("pi-1")
     assert (row.reported or {})["state"] == "committed" and (row.facts or {})["cpu"] == "c"
     assert not row.online
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ed25519.Ed25519PrivateKey.generate(),
+        lambda: rsa.generate_private_key(65537, 2048),
+        lambda: ec.generate_private_key(ec.SECP384R1()),
+    ],
+    ids=["ed25519", "rsa", "p-384"],
+)
+def test_a_report_is_signed_by_whatever_key_a_device_has(fleet: Fleet, tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    key = make()
+    own = fleet.ca.certify("pi-1", request_for(key, "pi-1"))
+    mine = Credentials(own.certificate, key_pem(key), own.ca, own.expires)
+    put(tmp_path, "pi-1", signed(said("pi-1"), mine).to_json())
+    assert read_stick(fleet, tmp_path, ANNA)[0].refused is None
+    put(tmp_path, "pi-1", signed(said("pi-1"), mine, b"").to_json())
+    assert "the signature is wrong" in (read_stick(fleet, tmp_path, ANNA)[0].refused or "")
+
+
+def test_what_is_not_signed_cannot_be_carried(fleet: Fleet, digest: str) -> None:
+    with pytest.raises(RepositoryError, match=r"artifacts/abab.* is not published"):
+        fleet.repository.lasting(MONTH, ["ab" * 32])
+    [manifest] = (fleet.home.tuf / "targets" / "artifacts").glob(f"*{digest}.json")
+    manifest.unlink()
+    with pytest.raises(RepositoryError, match=r"is damaged: targets/artifacts/.* is missing; restore it"):
+        fleet.repository.lasting(MONTH, [digest])
 
 
 def test_a_clock_that_is_ahead_dates_nothing_in_the_future(fleet: Fleet, tmp_path: Path) -> None:
