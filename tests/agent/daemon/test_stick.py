@@ -249,8 +249,9 @@ async def test_a_newer_order_from_the_network_ends_the_wait_for_the_sticks(tmp_p
     state.paused, state.rejected = False, Failure(code=FailureCode.TRUST_REPLAY, message="older")
     assert sticks.status() is not None and sticks.status()["reason"] == "older"
     state.rejected = None
+    carried = Desired.from_json(base64.b64decode(SignedDesired.from_json(signed(7)).payload))
     for ends in (State.COMMITTED, State.FAILED, State.ROLLED_BACK):
-        over = {"newest_sequence": 7, "deployment_id": "d-7", "state": ends}
+        over = {"newest_sequence": 7, "desired": carried, "state": ends}
         state.deployment = state.deployment.model_copy(update=over)
         assert (sticks.status() or {})["outcome"] == ends.value
     (tmp_path / "stick").rename(tmp_path / "gone")
@@ -288,7 +289,7 @@ async def test_an_order_that_is_none_is_told(tmp_path: Path, manifest: Manifest)
         certificate=None,
         private_key=None,  # type: ignore[arg-type]
     )
-    with pytest.raises(AgentError, match="the order on the stick .* is damaged"):
+    with pytest.raises(AgentError, match=r"the order on the stick .* is damaged"):
         await sticks.plug(str(tmp_path / "stick"))
 
 

@@ -252,7 +252,7 @@ def test_a_report_changes_what_is_known_of_its_device(fleet: Fleet, tmp_path: Pa
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: ed25519.Ed25519PrivateKey.generate(),
+        ed25519.Ed25519PrivateKey.generate,
         lambda: rsa.generate_private_key(65537, 2048),
         lambda: ec.generate_private_key(ec.SECP384R1()),
     ],
