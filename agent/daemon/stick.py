@@ -178,8 +178,7 @@ class StickLink:
             await self._wanted.wait()
             self._wanted.clear()
             want = self._want
-            if want is None:
-                continue
+            assert want is not None  # noqa: S101 - the event is set after it
             try:
                 for numbers in _batches(want):
                     if self._wanted.is_set():

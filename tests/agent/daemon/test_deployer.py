@@ -233,6 +233,14 @@ async def test_bytes_wait_for_their_window_with_no_deadline_and_say_when_it_open
 
 
 @pytest.mark.usefixtures("looks_often")
+async def test_no_window_of_a_network_holds_for_what_is_at_the_device():
+    async with Device(at_hand=True).boot() as device:
+        device.clock.set(NOON)
+        device.deployer.orders.take(order(1, NEW, transfer=NIGHT))
+        assert (await device.settled(1)).committed == ref(NEW)
+
+
+@pytest.mark.usefixtures("looks_often")
 async def test_a_transfer_that_its_window_ends_goes_on_in_the_next_one():
     async with Device().boot() as device:
         device.clock.set(datetime(2026, 11, 24, 4, 59, 59, 700_000, tzinfo=UTC))

@@ -181,8 +181,11 @@ async def test_pulled_out_it_is_a_link_that_went_away(tmp_path: Path, manifest: 
         with pytest.raises(LinkError, match="not connected"):
             await link.publish(topics.reported(DEVICE), b"{}")
         (tmp_path / "gone").rename(tmp_path / "stick")
-        stick = Stick(tmp_path / "stick")
+        stick, told = Stick(tmp_path / "stick"), list[str]()
+        link.on_connected(lambda: told.append("connected"))
         await link.plug(stick, stick.order(DEVICE))
+        assert told == ["connected"]
+        link.progressed()
         assert link.connected and link.broken is None
 
 

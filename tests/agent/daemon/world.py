@@ -73,6 +73,8 @@ class Device:
     steps: Steps = field(init=False)
     progress: list[Progress] = field(default_factory=list)
     is_linked: bool = True
+    #: Whether a stick is plugged in.
+    at_hand: bool = False
     clock: SimClock = field(init=False)
 
     def linked(self) -> bool:
@@ -86,7 +88,16 @@ class Device:
         clock = self.clock = SimClock()
         self.monitor = Monitor(self.host, clock, lambda _, prompt: prompt, lambda: 0, look_every_s=0.02)
         parts = StepParts(
-            self.trust, self.store, self.transfer, self.host, self.monitor, clock, lambda: 8 << 30, self.linked, (0.01,)
+            self.trust,
+            self.store,
+            self.transfer,
+            self.host,
+            self.monitor,
+            clock,
+            lambda: 8 << 30,
+            self.linked,
+            (0.01,),
+            at_hand=lambda: self.at_hand,
         )
         self.steps = Steps(parts, self.progress.append)
         self.state = AgentState()
