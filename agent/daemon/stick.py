@@ -262,7 +262,9 @@ class Sticks:
                 f"the stick ended on {ends:%Y-%m-%d %H:%M} UTC, and this device's clock says "
                 f"{self._clock.now():%Y-%m-%d %H:%M}: write it again, or set the clock"
             )
-        self._deployment, self._sequence = _named(stick, order)
+        self._deployment, sequence = _named(stick, order)
+        # An old stick's order is rejected, which is told; only one that comes from now on takes its place.
+        self._sequence = max(sequence, self._state.deployment.newest_sequence)
         self._state.rejected = None  # what is rejected from now on came on this stick
         await self._link.plug(stick, order)
         return {"device": device, "deployment": self._deployment, "expires_at": ends.isoformat()}

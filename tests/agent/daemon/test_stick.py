@@ -243,7 +243,10 @@ async def test_a_newer_order_from_the_network_ends_the_wait_for_the_sticks(tmp_p
     index.write_bytes(found.model_copy(update={"files": files}).to_json())
     state, clock, link = AgentState(), FakeClock(NOW), StickLink(Network(), DEVICE)
     sticks = Sticks(link, state, Reports(), clock, certificate=None, private_key=None)  # type: ignore[arg-type]
-    assert (await sticks.plug(str(tmp_path / "stick")))["deployment"] == "d-7"
+    for before, outcome in ((9, None), (0, None)):  # of an old stick nothing is known before it is rejected
+        state.deployment = state.deployment.model_copy(update={"newest_sequence": before})
+        assert (await sticks.plug(str(tmp_path / "stick")))["deployment"] == "d-7"
+        assert (sticks.status() or {}).get("outcome") == outcome
     for sequence, outcome in ((6, None), (7, None), (8, "superseded")):
         state.deployment = state.deployment.model_copy(update={"newest_sequence": sequence})
         assert (sticks.status() or {}).get("outcome") == outcome
