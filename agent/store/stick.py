@@ -59,7 +59,10 @@ class Stick:
     def chunk(self, digest: str, number: int) -> bytes | None:
         """Return a chunk of an artifact, None where the stick has no such one."""
         if digest not in self._manifests:
-            self._manifests[digest] = self._manifest(digest)
+            found = self._manifest(digest)
+            if found is None:
+                return None
+            self._manifests[digest] = found
         manifest, table = self._manifests[digest]
         if number >= len(table):
             return None
@@ -72,12 +75,12 @@ class Stick:
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def _manifest(self, digest: str) -> tuple[Manifest, ChunkTable]:
+    def _manifest(self, digest: str) -> tuple[Manifest, ChunkTable] | None:
         """Of what the stick says itself; the device compares each chunk with the manifest that is signed."""
         name = next((name for name in self._names if name.endswith(f".{digest}.json")), "")
         data = self._read(name)
         if data is None:
-            raise StickError(f"the stick has no manifest of artifact {digest[:12]}; write it again")
+            return None
         try:
             manifest = Manifest.from_json(data)
         except MalformedMessageError as error:

@@ -156,6 +156,9 @@ async def test_it_sends_what_is_wanted_and_no_more_and_the_newest_wish_counts(
         beyond = Want(artifact=manifest.digest, ranges=(ChunkRange(first=10_000, last=10_001),), credit=9)
         await link.publish(topics.want(DEVICE), beyond.to_json())
         await asyncio.sleep(0.05)
+        another = Want(artifact="ab" * 32, ranges=(ChunkRange(first=0, last=1),), credit=9)
+        await link.publish(topics.want(DEVICE), another.to_json())
+        await asyncio.sleep(0.05)
         assert link.broken is None, "a wish for what there is not is no fault of the stick"
 
 
