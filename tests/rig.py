@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import Any, Self
 import psutil
 
 from agent.contract.bundle import Bundle
+from agent.contract.chunk_index import INDEX_FILE, with_index
 from agent.contract.manifest import ArtifactFile, Manifest, artifact_digest
 from agent.contract.messages import ArtifactRef, Desired, Reported, State
 from agent.contract.profile import HealthLimits, QualityGate
@@ -33,6 +35,7 @@ from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor, open_registry
 from fleet.settings import load
+from fleet.store import FolderStore
 from fleet.trust.ca import DeviceCA
 from fleet.trust.repository import Repository
 from tests.models import Built
@@ -131,15 +134,20 @@ class Rig:
         os.kill(process.pid, signal.SIGKILL)
         process.stop()
 
-    def take_over(self, manifest: Manifest, files: Path) -> None:
+    def take_over(self, manifest: Manifest, files: Path, index: bytes | None = None) -> None:
         """Put an artifact that was built elsewhere into this home."""
         folder = self.home.artifacts / manifest.id
         folder.mkdir(parents=True)
         (folder / "files").symlink_to(files)
+        if index is not None:
+            (folder / INDEX_FILE).write_bytes(index)
         (folder / "manifest.json").write_bytes(manifest.to_json())
 
-    def variant(self, built: Built, name: str, folder: Path) -> Manifest:
-        """The same model with one file more: another digest, nearly all chunks the same."""
+    def variant(self, built: Built, name: str, folder: Path, *, indexed: bool = False) -> Manifest:
+        """The same model with one file more: another digest, nearly all chunks the same.
+
+        ``indexed``: with an index, as if it were large.
+        """
         files = folder / name
         shutil.copytree(built.files, files, copy_function=os.link)
         note = files / f"{name}.txt"
@@ -154,15 +162,15 @@ class Rig:
             "digest": artifact_digest(own, all_files),
             "size": built.manifest.size + size,
         }
-        manifest = built.manifest.model_copy(update=change)
-        self.take_over(manifest, files)
+        manifest, index = with_index(built.manifest.model_copy(update=change), 0 if indexed else sys.maxsize)
+        self.take_over(manifest, files, index)
         return manifest
 
     def order(self, *manifests: Manifest, **changes: Any) -> None:
         """Publish and order, with anything of ``Desired`` as wished."""
         repository = Repository(self.home)
         for manifest in manifests:
-            repository.publish(manifest)
+            repository.publish(manifest, FolderStore(self.home.artifacts).index(manifest))
         now = datetime.now(UTC)
         fields: dict[str, Any] = {
             "issued_at": now,

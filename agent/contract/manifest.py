@@ -24,6 +24,12 @@ from agent.contract.base import (
 
 #: AWS IoT Core's payload limit; no chunk and no metadata segment is larger.
 MAX_CHUNK_BYTES = 128 * 1024
+#: Of an index: the chunk's size as 4 bytes, big-endian, and its SHA-256.
+INDEX_RECORD_BYTES = 36
+#: Whole records, and at most a chunk; the last piece may be shorter.
+INDEX_PIECE_BYTES = MAX_CHUNK_BYTES // INDEX_RECORD_BYTES * INDEX_RECORD_BYTES
+#: Enough for 480 GB in chunks of 64 KiB.
+MAX_INDEX_BYTES = 256 * 1024 * 1024
 
 
 class Toolchain(StrEnum):
@@ -70,7 +76,10 @@ class Target(StrEnum):
 
 
 class ArtifactFile(WireModel):
-    """A file of the artifact. On the wire ``chunks`` is a list of ``[size, sha256]`` pairs, in order."""
+    """A file of the artifact. On the wire ``chunks`` is a list of ``[size, sha256]`` pairs, in order.
+
+    It is empty where the manifest has an index.
+    """
 
     path: RelativePath
     size: Bytes
@@ -79,8 +88,22 @@ class ArtifactFile(WireModel):
 
     @model_validator(mode="after")
     def _chunks_cover_the_file(self) -> Self:
-        if sum(size for size, _ in self.chunks) != self.size:
+        if self.chunks and sum(size for size, _ in self.chunks) != self.size:
             raise ValueError(f"{self.path}: the chunks' sizes do not add up to {self.size} bytes")
+        return self
+
+
+class ArtifactIndex(WireModel):
+    """The list of all chunks, as bytes that are fetched as chunks are: see ``agent.contract.chunk_index``."""
+
+    sha256: Annotated[Digest, Field(description="of the whole index, and its name on the wire")]
+    size: Annotated[int, Field(gt=0, le=MAX_INDEX_BYTES, multiple_of=INDEX_RECORD_BYTES, description="bytes")]
+    pieces: Annotated[tuple[Digest, ...], Field(description=f"of each {INDEX_PIECE_BYTES} bytes")]
+
+    @model_validator(mode="after")
+    def _pieces_cover_it(self) -> Self:
+        if len(self.pieces) != -(-self.size // INDEX_PIECE_BYTES):
+            raise ValueError(f"{len(self.pieces)} pieces of {INDEX_PIECE_BYTES} bytes are not {self.size} bytes")
         return self
 
 
@@ -195,8 +218,14 @@ class Manifest(GrownModel):
     foreign: Annotated[Quality | None, Field(description="the loss on plain text that no model wrote")] = None
     speed: BuildSpeed | None = None
     files: Annotated[tuple[ArtifactFile, ...], Field(min_length=1)]
+    index: Annotated[ArtifactIndex | None, Field(description="of a large artifact, whose files list no chunks")] = None
 
-    _later: ClassVar[frozenset[str]] = frozenset({"sampling", "foreign"})
+    _later: ClassVar[frozenset[str]] = frozenset({"sampling", "foreign", "index"})
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks all files have together."""
+        return self.index.size // INDEX_RECORD_BYTES if self.index else sum(len(file.chunks) for file in self.files)
 
     @property
     def sampling_defaults(self) -> dict[str, float | int]:
@@ -214,6 +243,15 @@ class Manifest(GrownModel):
             raise ValueError("size is not the sum of the files' sizes")
         return self
 
+    @model_validator(mode="after")
+    def _chunks_are_listed_once(self) -> Self:
+        for file in self.files:
+            if self.index is not None and file.chunks:
+                raise ValueError(f"{file.path} lists chunks, and so does the index")
+            if self.index is None and file.size and not file.chunks:
+                raise ValueError(f"{file.path} has {file.size} bytes and lists no chunks, nor is there an index")
+        return self
+
 
 def artifact_digest(name: str, files: tuple[ArtifactFile, ...]) -> str:
     """Return SHA-256 over the canonical ``[id, [[path, size, sha256], ...]]``, sorted by path.
@@ -226,5 +264,10 @@ def artifact_digest(name: str, files: tuple[ArtifactFile, ...]) -> str:
 
 
 def manifest_target(digest: str) -> str:
-    """Return the TUF target path under which the manifest of an artifact is published."""
+    """Return the TUF target path of an artifact's manifest that lists every chunk itself: agents 0.1 know no other."""
     return f"artifacts/{digest}.json"
+
+
+def indexed_target(digest: str) -> str:
+    """Return the TUF target path of an artifact's manifest that has an index, where there is one."""
+    return f"indexed/{digest}.json"

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from agent.contract.manifest import Manifest
+from agent.contract.chunk_index import Content
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -65,7 +65,7 @@ Mirrors = Annotated[
 ]
 
 
-def mirror_url(template: str, manifest: Manifest, path: str) -> str:
+def mirror_url(template: str, content: Content, path: str) -> str:
     """Return the address of one file of the artifact; ``path`` is relative to it."""
-    values = {"digest": manifest.digest, "id": manifest.id, "path": path}
+    values = {"digest": content.digest, "id": content.id, "path": path}
     return _FIELD.sub(lambda found: quote(values[found[1]], safe="/"), template)

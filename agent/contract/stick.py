@@ -4,6 +4,7 @@
     tuf/NAME                   metadata, as a device asks a controller for it
     orders/DEVICE.json         a ``SignedDesired``
     artifacts/DIGEST/PATH      the files of an artifact
+    indexes/SHA256             the list of an artifact's chunks, where its manifest refers to one
     reports/DEVICE.json        a ``SignedReport``, written at the device
 
 Nothing here is trusted by a device: metadata, orders and chunks are verified as if they came over the network. The
@@ -19,6 +20,7 @@ from pydantic import Field
 from agent.contract.base import Bytes, Count, DeviceId, Name, RelativePath, Timestamp, WireModel
 
 INDEX, METADATA, ORDERS, ARTIFACTS, REPORTS = "stick.json", "tuf", "orders", "artifacts", "reports"
+INDEXES = "indexes"
 #: Of a report's file; what a device says of itself is a few kilobytes.
 MAX_REPORT_BYTES = 1024 * 1024
 #: What a device's key signs begins with this, so that it is a signature of nothing else.

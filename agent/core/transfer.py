@@ -10,6 +10,8 @@ The server keeps no state a device, so everything that makes a transfer robust i
 * in silence one chunk is asked for again, ever more seldom, and the rest only once that was answered: so neither a
   slow link nor a server that comes back is met with a whole window a second time;
 * a device that the shared topic overruns, or that it only repeats itself to, stops following it;
+* what all devices want in the same moment, such as an index, is listened for before it is asked for, and asked for
+  again on the shared topic: one publication then serves all that came within ``gather_s``;
 * with a limit of bytes a second no more is asked for than may come, and the shared topic, on which others have the
   say, is not followed at all.
 """
@@ -47,6 +49,8 @@ SCAN_S = 0.2
 #: Without any answer for this long, or twice the longest recent gap, one chunk is asked for again.
 SILENCE_S = 0.3
 LONGEST_RETRY_S = 60.0
+#: How often what all devices want at once is asked for again on the shared topic, before it is asked for alone.
+SHARED_ATTEMPTS = 3
 #: Losses on the shared topic, each within a minute of the last, after which it is plainly too fast for this device.
 LOSSES_TO_LEAVE_SHARED = 6
 LOSSES_FORGOTTEN_S = 60.0
@@ -118,6 +122,7 @@ class TransferCore:
     """Decides the requests of one transfer. Times are monotonic seconds; ``jitter`` gives numbers in [0, 1).
 
     ``present`` are the first occurrences that the disk holds already. ``bytes_per_s`` None: as fast as they come.
+    ``gather_s``: seconds to listen on the shared topic before anything is asked for.
     """
 
     def __init__(
@@ -130,8 +135,10 @@ class TransferCore:
         now: float,
         jitter: Callable[[], float],
         bytes_per_s: float | None = None,
+        gather_s: float = 0.0,
     ) -> None:
         self._table = table
+        self._gathers = gather_s > 0
         self._jitter = jitter
         self._stall_s = stall_s
         self._started = self._last_good = self._last_answer = self._last_event = now
@@ -152,7 +159,8 @@ class TransferCore:
         self._probes = self._refusals = 0
         self._joining = True
         self._longest_gap = 0.0
-        self._quiet_until = self._scanned_at = now
+        self._scanned_at = now
+        self._quiet_until = now + gather_s
         self._duplicate_bytes = self._unasked_cursor = 0
         self._losses, self._lost_at = 0, now
         self.following = bytes_per_s is None
@@ -343,8 +351,13 @@ class TransferCore:
         index, asked = min(self._asked.items(), key=lambda item: item[1].order)
         self._bandwidth.take(self._table.sizes[index])
         self._order += 1
-        self._asked[index] = _Asked(self._order, now, shared=False, before=asked.before or asked)
-        return Request(((index, index),), 1, shared=False)
+        shared = self._again_shared(self._probes)
+        self._asked[index] = _Asked(self._order, now, shared=shared, before=asked.before or asked)
+        return Request(((index, index),), 1, shared=shared)
+
+    def _again_shared(self, attempts: int) -> bool:
+        """Others miss it as well where all came at once; what stays away in spite of that is asked for alone."""
+        return self._gathers and self.following and attempts <= SHARED_ATTEMPTS
 
     def _has_room(self) -> bool:
         # A want for each chunk would be as many messages back as forth.
@@ -352,15 +365,16 @@ class TransferCore:
 
     def _ask_again(self, now: float) -> Request | None:
         chosen: list[int] = []
+        shared = bool(self._retries) and self._again_shared(self._attempts.get(self._retries[0][1], 0))
         while self._retries and self._retries[0][0] <= now and len(chosen) < MAX_RANGES and self._may_ask(now):
             index = self._retries[0][1]
             if self._state[index] == _RETRY:
                 if not self._fits(index):
                     break
-                self._ask(index, now, shared=False)
+                self._ask(index, now, shared=shared)
                 chosen.append(index)
             heappop(self._retries)
-        return _request(sorted(chosen), shared=False)
+        return _request(sorted(chosen), shared=shared)
 
     def _ask_next(self, now: float) -> Request | None:
         self._cursor = max(self._cursor, self._unasked_cursor)

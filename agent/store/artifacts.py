@@ -1,7 +1,10 @@
 """Artifacts on disk, by the digest of their content.
 
-artifacts/<digest>/manifest.json, files/...     complete: appears by one rename
-partial/<digest>/manifest.json, files/...       on its way, or left over
+artifacts/<digest>/manifest.json, index, files/...     complete: appears by one rename
+partial/<digest>/manifest.json, index, files/...       on its way, or left over
+partial/<digest>/index-part/files/index                the index on its way, which is first
+
+Where a manifest lists its chunks itself, there is no index.
 
 What a transfer brought is thrown away for three reasons only: its artifact is complete, another artifact needs the
 room, or there are more left-over folders than KEPT_PARTIALS. The oldest go first. A link that fails, a deadline, a new
@@ -21,9 +24,11 @@ from pathlib import Path
 import structlog
 
 from agent.contract.base import MalformedMessageError
+from agent.contract.chunk_index import INDEX_FILE, Layout, index_content, packed_chunks
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import ArtifactFile, Manifest
-from agent.errors import StoreError
+from agent.core.chunks import ChunkTable
+from agent.errors import StoreError, TrustError
 from agent.platform.concurrency import Stop
 from agent.platform.files import free_bytes, mebibytes, sync_folder
 from agent.store.files import explained, store_errors, write_atomically
@@ -33,6 +38,7 @@ from agent.store.partial import FILES, MANIFEST, Donor, Partial
 RESERVE_BYTES = 16 * 1024 * 1024
 #: Left-over folders that a collection leaves, beside those that are spared by name.
 KEPT_PARTIALS = 4
+_INDEX_PART = "index-part"
 _BLOCK = 1024 * 1024
 
 _log = structlog.get_logger(component=__name__)
@@ -86,11 +92,22 @@ class ArtifactStore:
         Raises:
             agent.errors.StoreError: the disk refuses; the old one is still there.
         """
-        path = self._complete / manifest.digest / MANIFEST
+        folder = self._complete / manifest.digest
+        path = folder / MANIFEST
         with store_errors("read", path):
-            same = path.read_bytes() == manifest.to_json()
-        if not same:
+            before = path.read_bytes()
+        if before != manifest.to_json():
+            with store_errors("read", path):
+                self._keep_index(folder, manifest)
             write_atomically(path, manifest.to_json())
+
+    def _keep_index(self, folder: Path, manifest: Manifest) -> None:
+        """What the manifest before listed may be the index of this one: without it the artifact is no donor."""
+        if manifest.index is None or _packed(folder, manifest) is not None or (old := _load_manifest(folder)) is None:
+            return
+        packed = packed_chunks(old.files) if old.index is None else b""
+        if hashlib.sha256(packed).hexdigest() == manifest.index.sha256:
+            write_atomically(folder / INDEX_FILE, packed)
 
     def verify(self, digest: str, stop: Stop = lambda: False) -> None:
         """Read every file again and compare with the manifest; blocking. Ends early when ``stop()`` turns true.
@@ -151,12 +168,53 @@ class ArtifactStore:
             found = [folder for folder in _folders(self._partial) if folder.name not in self._transferring]
             return sorted(found, key=_last_begun)
 
+    def begin_index(self, manifest: Manifest) -> Partial | None:
+        """Open the artifact's index for writing, after a look at the disk for all of the artifact; blocking.
+
+        None: it is here, or the artifact has none. End with ``commit_index`` or ``abandon``.
+
+        Raises:
+            agent.errors.StoreError: as ``begin``.
+        """
+        content = index_content(manifest)
+        with store_errors("read the index in", self._partial / manifest.digest):
+            here = content is None or _packed(self._partial / manifest.digest, manifest) is not None
+        if content is None or here:
+            return None
+        with self._opening(manifest) as folder:
+            part = folder / _INDEX_PART
+            return Partial(part, content, ChunkTable(content), artifact=manifest.digest)
+
+    def commit_index(self, manifest: Manifest, partial: Partial) -> None:
+        """Every piece of the index is there: make it durable; blocking. ``abandon`` it then, and ``begin``.
+
+        Raises:
+            agent.errors.StoreError: the disk refuses.
+        """
+        partial.sync()
+        with store_errors("close", partial.folder):
+            partial.close()
+        folder = self._partial / manifest.digest
+        with store_errors("complete", folder / INDEX_FILE):
+            (partial.folder / FILES / INDEX_FILE).replace(folder / INDEX_FILE)
+            shutil.rmtree(partial.folder)
+            sync_folder(folder)
+
     def begin(self, manifest: Manifest) -> Partial:
         """Open an artifact for writing, after a look at the disk; blocking. End with ``commit`` or ``abandon``.
 
+        The index of one that has an index must be here: see ``begin_index``.
+
         Raises:
             agent.errors.StoreError: not enough room, with the figures (STORE_DISK_FULL), or the disk refuses.
+            agent.errors.TrustError: what is signed is no index of the artifact.
         """
+        with self._opening(manifest) as folder:
+            return Partial(folder, manifest, _table(folder, manifest), artifact=manifest.digest)
+
+    @contextlib.contextmanager
+    def _opening(self, manifest: Manifest) -> Iterator[Path]:
+        """The artifact's folder, which is this transfer's until it is abandoned, and has room and the manifest."""
         folder = self._partial / manifest.digest
         self._claim(manifest)
         try:
@@ -165,7 +223,7 @@ class ArtifactStore:
                 self._complete.mkdir(parents=True, exist_ok=True)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / MANIFEST).write_bytes(manifest.to_json())  # synced with the rest, before it counts
-            return Partial(folder, manifest)
+            yield folder
         except BaseException:
             self._transferring.discard(manifest.digest)
             raise
@@ -182,7 +240,7 @@ class ArtifactStore:
         Raises:
             agent.errors.StoreError: the disk refuses; the artifact stays partial.
         """
-        digest = partial.manifest.digest
+        digest = partial.artifact
         partial.sync()
         with store_errors("close", partial.folder):
             partial.close()
@@ -200,9 +258,9 @@ class ArtifactStore:
         try:
             partial.close()
         except OSError as error:  # of what came last something may be lost; the next attempt reads it all again
-            _log.warning("partial not closed", digest=partial.manifest.digest, error=str(error))
+            _log.warning("partial not closed", digest=partial.artifact, error=str(error))
         finally:
-            self._transferring.discard(partial.manifest.digest)
+            self._transferring.discard(partial.artifact)
 
     def free_bytes(self) -> int:
         """Return how many bytes are free where artifacts are kept; blocking.
@@ -218,13 +276,17 @@ class ArtifactStore:
         with store_errors("look into", self._complete.parent):
             folders = [*sorted(_folders(self._complete)), *sorted(_folders(self._partial))]
         for folder in folders:
-            with contextlib.suppress(OSError):
+            # An index that is not here, or is none, makes no donor either.
+            with contextlib.suppress(OSError, ValueError):
                 if folder.name != digest and (manifest := _load_manifest(folder)) is not None:
-                    yield Donor(folder, manifest)
+                    packed = _packed(folder, manifest)
+                    if manifest.index is None or packed is not None:
+                        yield Donor(folder, manifest, Layout(manifest.files, packed))
 
     def _make_room(self, manifest: Manifest, folder: Path) -> None:
         """Delete what was left over, the oldest first, until the artifact fits; nothing where that is not enough."""
-        needed = max(manifest.size - _allocated(folder), 0)
+        index_bytes = manifest.index.size if manifest.index else 0
+        needed = max(manifest.size + index_bytes - _allocated(folder), 0)
         free = free_bytes(self._partial)
         leftovers = [(old, _allocated(old)) for old in self._leftovers()]
         most = free + sum(size for _, size in leftovers)
@@ -266,6 +328,34 @@ def _load_manifest(folder: Path) -> Manifest | None:
             raise
         return None
     return manifest if manifest.digest == folder.name else None
+
+
+def _packed(folder: Path, manifest: Manifest) -> bytes | None:
+    """Return the artifact's index; None where it is not here, is damaged, or the artifact has none.
+
+    Raises:
+        OSError: the disk does not read for another reason.
+    """
+    if manifest.index is None:
+        return None
+    try:
+        packed = (folder / INDEX_FILE).read_bytes()
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        return None
+    return packed if hashlib.sha256(packed).hexdigest() == manifest.index.sha256 else None
+
+
+def _table(folder: Path, manifest: Manifest) -> ChunkTable:
+    with store_errors("read the index in", folder):
+        packed = _packed(folder, manifest)
+    if manifest.index is not None and packed is None:
+        raise StoreError(f"the index of {manifest.id} is not in {folder}; it is fetched again", _CORRUPT)
+    try:
+        return ChunkTable(manifest, packed)
+    except ValueError as error:
+        raise TrustError(f"the signed index of {manifest.id} is none: {error}; it must be published again") from error
 
 
 def _verify_file(path: Path, file: ArtifactFile, stop: Stop) -> None:

@@ -10,17 +10,18 @@ import asyncio
 import contextlib
 import random
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from agent.contract import topics
+from agent.contract.chunk_index import Content
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.contract.messages import ChunkRange, Progress, Want, WantV1
-from agent.core.chunks import ChunkTable
 from agent.core.dialect import Dialect
 from agent.core.ports import Link, Message, ProgressHandler
 from agent.core.transfer import Outcome, Request, TransferCore
@@ -35,6 +36,8 @@ TICK_S = 0.25
 PROGRESS_S = 0.5
 #: A link that is away longer is waited for by the deployment, whose clock then stands still.
 LINK_PATIENCE_S = 30.0
+#: An order reaches many devices in the same moment, and all of them want the index first.
+GATHER_S = 1.0
 
 
 _log = structlog.get_logger(component=__name__)
@@ -50,6 +53,18 @@ class OwnLimits:
     bytes_per_s: int | None = None
     metered_bytes: int | None = None
     mirrors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What holds for one transfer, from its order and the device's own settings."""
+
+    window_bytes: int
+    stall_s: float
+    bytes_per_s: int | None
+    metered_bytes: int | None
+    mirrors: tuple[str, ...]
+    gather_s: float = 0.0
 
 
 class Fetcher:
@@ -100,41 +115,82 @@ class Fetcher:
         if self._store.path(manifest.digest) is not None:
             await in_thread(lambda _stop: self._store.renew(manifest))
             return _all_there(manifest)
+        limits = _Limits(
+            window_bytes,
+            stall_s,
+            None if at_hand else _least(bytes_per_s, self._own.bytes_per_s),
+            None if at_hand else _least(metered_bytes, self._own.metered_bytes),
+            () if at_hand else tuple(dict.fromkeys((*self._own.mirrors, *mirrors))),
+        )
+        before = await self._fetch_index(manifest, limits, on_progress, at_hand=at_hand)
         partial = await in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
         try:
             present = await in_thread(lambda stop: self._find(partial, stop))
-            rate = None if at_hand else _least(bytes_per_s, self._own.bytes_per_s)
-            metered = None if at_hand else _least(metered_bytes, self._own.metered_bytes)
-            core = TransferCore(
-                partial.table,
-                present,
-                window_bytes=window_bytes,
-                stall_s=stall_s,
-                now=self._monotonic(),
-                jitter=self._jitter,
-                bytes_per_s=rate,
-            )
-            if not core.complete:
-                _tell_plan(manifest, core.progress(self._monotonic()), on_progress, metered)
-                intake = Intake(partial, present)
-                reader = MirrorReader(intake, core, on_progress, bytes_per_s=rate, monotonic=self._monotonic)
-                told = await reader.read(() if at_hand else dict.fromkeys((*self._own.mirrors, *mirrors)))
-                if not core.complete:
-                    at = self._link, self._device, self._dialect
-                    await _Session(*at, intake, core, self._monotonic, on_progress, told).run()
+            progress = await self._bring(partial, present, limits, lambda one: on_progress(_sum(one, before)))
             await in_thread(lambda _stop: self._store.commit(partial))
         finally:
             self._store.abandon(partial)
-        progress = core.progress(self._monotonic())
-        on_progress(progress)
+        on_progress(_sum(progress, before))
+        return _sum(progress, before)
+
+    async def _fetch_index(
+        self, manifest: Manifest, limits: _Limits, on_progress: ProgressHandler, *, at_hand: bool
+    ) -> Progress:
+        """The list of the artifact's chunks, where the manifest does not have it; returns what that took."""
+        partial = await in_thread(lambda _stop: self._store.begin_index(manifest), undo=self._undo_index)
+        if partial is None:
+            return Progress()
+
+        def tell(progress: Progress) -> None:
+            taken = {"bytes_received", "chunks_rejected", "seconds"}
+            on_progress(Progress(bytes_total=manifest.size, **progress.model_dump(include=taken)))
+
+        try:
+            present = await in_thread(lambda stop: array("I", partial.present(stop)))
+            # Web servers have the artifact's files alone.
+            alone = replace(limits, mirrors=(), gather_s=0.0 if at_hand else GATHER_S)
+            progress = await self._bring(partial, present, alone, tell)
+            await in_thread(lambda _stop: self._store.commit_index(manifest, partial))
+        finally:
+            self._store.abandon(partial)
         return progress
 
-    def _find(self, partial: Partial, stop: Stop) -> set[int]:
+    def _undo_index(self, partial: Partial | None) -> None:
+        if partial is not None:
+            self._store.abandon(partial)
+
+    async def _bring(
+        self, partial: Partial, present: Sequence[int], limits: _Limits, on_progress: ProgressHandler
+    ) -> Progress:
+        core = TransferCore(
+            partial.table,
+            present,
+            window_bytes=limits.window_bytes,
+            stall_s=limits.stall_s,
+            now=self._monotonic(),
+            jitter=self._jitter,
+            bytes_per_s=limits.bytes_per_s,
+            gather_s=limits.gather_s,
+        )
+        if not core.complete:
+            _tell_plan(partial.content, core.progress(self._monotonic()), on_progress, limits.metered_bytes)
+            intake = Intake(partial, present)
+            reader = MirrorReader(intake, core, on_progress, bytes_per_s=limits.bytes_per_s, monotonic=self._monotonic)
+            told = await reader.read(limits.mirrors)
+            if not core.complete:
+                at = self._link, self._device, self._dialect
+                await _Session(*at, intake, core, self._monotonic, on_progress, told).run()
+        return core.progress(self._monotonic())
+
+    def _find(self, partial: Partial, stop: Stop) -> array[int]:
         """Chunks that need not be sent: those that came before, and those of other artifacts."""
-        present = set(partial.present(stop))
-        missing = [first for first in partial.table.unique() if first not in present]
+        present = array("I", partial.present(stop))
+        here = bytearray(len(partial.table))
+        for first in present:
+            here[first] = 1
+        missing = array("I", (first for first in partial.table.unique() if not here[first]))
         if missing:
-            present.update(partial.reuse(self._store.donors(partial.manifest.digest), missing, stop))
+            present.extend(partial.reuse(self._store.donors(partial.artifact), missing, stop))
         return present
 
 
@@ -158,7 +214,7 @@ class _Session:
         self._device = device
         self._dialect = dialect
         self._partial = intake.partial
-        self._digest = self._partial.manifest.digest
+        self._digest = self._partial.content.digest
         self._core = core
         self._intake = intake
         self._monotonic = monotonic
@@ -292,7 +348,7 @@ class _Session:
         if not away and not self._core.stalled(now):
             return
         progress = self._core.progress(now)
-        where = f"artifact {self._partial.manifest.id} at {progress.bytes_done} of {progress.bytes_total} bytes"
+        where = f"artifact {self._partial.content.id} at {progress.bytes_done} of {progress.bytes_total} bytes"
         mirrors = "".join(f"; mirror {told}" for told in self._mirrors)
         if not self._linked:
             raise TransferError(f"the broker is not connected; {where}, which are kept{mirrors}")
@@ -331,7 +387,7 @@ class _Session:
                 self._loop.call_soon_threadsafe(self._wake.set)
 
 
-def _tell_plan(manifest: Manifest, progress: Progress, on_progress: ProgressHandler, metered: int | None) -> None:
+def _tell_plan(content: Content, progress: Progress, on_progress: ProgressHandler, metered: int | None) -> None:
     """Report what will be fetched.
 
     Raises:
@@ -341,19 +397,25 @@ def _tell_plan(manifest: Manifest, progress: Progress, on_progress: ProgressHand
     on_progress(progress)
     if metered is not None and missing > metered:
         raise MeteredError(
-            f"{manifest.id} needs {missing} of its {progress.bytes_total} bytes, and this device's network is metered: "
+            f"{content.id} needs {missing} of its {progress.bytes_total} bytes, and this device's network is metered: "
             f"at most {metered} bytes are fetched unasked. `phifleet deploy --transfer-now` lifts a profile's limit, "
             "`metered_bytes` in the device's settings is its own; a stick needs neither"
         )
-    _log.info("transfer begins", artifact=manifest.id, bytes=missing, bytes_reused=progress.bytes_reused)
+    _log.info("transfer begins", artifact=content.id, bytes=missing, bytes_reused=progress.bytes_reused)
 
 
 def _least(*limits: int | None) -> int | None:
     return min((one for one in limits if one is not None), default=None)
 
 
+def _sum(progress: Progress, before: Progress) -> Progress:
+    """Of the artifact, with what its index took."""
+    names = ("bytes_received", "chunks_rejected", "seconds")
+    return progress.model_copy(update={name: getattr(progress, name) + getattr(before, name) for name in names})
+
+
 def _all_there(manifest: Manifest) -> Progress:
-    chunks = len(ChunkTable(manifest))
+    chunks = manifest.chunk_count
     return Progress(
         chunks_total=chunks,
         chunks_done=chunks,

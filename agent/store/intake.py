@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 from agent.core.transfer import Outcome
@@ -31,7 +30,7 @@ class Intake:
         """Write them if they are the right ones and not there yet. From any thread, by one at a time."""
         if self._received[first] or self.error is not None:
             return Outcome.DUPLICATE
-        if hashlib.sha256(data).hexdigest() != self.partial.table.digests[first]:
+        if not self.partial.table.holds(first, data):
             return Outcome.BAD
         try:
             if not self.partial.write(first, data):

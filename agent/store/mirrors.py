@@ -135,7 +135,7 @@ class MirrorReader:
                     told.append(str(error))
                     progress = self._core.progress(self._monotonic())
                     missing = progress.bytes_total - progress.bytes_done
-                    artifact = self._intake.partial.manifest.id
+                    artifact = self._intake.partial.content.id
                     _log.warning("mirror given up", artifact=artifact, error=str(error), bytes_missing=missing)
                 if self._intake.error is not None:
                     raise self._intake.error
@@ -151,8 +151,8 @@ class MirrorReader:
         """
         self._wrong, self._came, self._began = 0, 0, self._monotonic()
         partial, has = self._intake.partial, self._intake.has
-        for number, file in enumerate(partial.manifest.files):
-            url = mirror_url(template, partial.manifest, file.path)
+        for number, file in enumerate(partial.content.files):
+            url = mirror_url(template, partial.content, file.path)
             todo = deque(_missing(_Run(0, tuple(partial.table.of_file(number))), has))
             failures = 0
             while todo:

@@ -6,15 +6,14 @@ after a power cut, the SHA-256 of the bytes cannot.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.contract.manifest import Manifest
-from agent.core.chunks import ChunkTable, Place
+from agent.contract.chunk_index import INDEX_FILE, Content, Layout, Place
+from agent.core.chunks import ChunkTable
 from agent.errors import StoreError
 from agent.platform.concurrency import Stop
 from agent.platform.files import is_hole, reserve, sync_file, sync_folder, write_at
@@ -29,25 +28,29 @@ class Donor:
     """An artifact on disk, complete or not, whose chunks may be the ones wanted; each is checked when read."""
 
     folder: Path
-    manifest: Manifest
+    content: Content
+    layout: Layout
 
 
 class Partial:
-    """Writes one artifact. ``write`` may be called from another thread than the rest.
+    """Writes one artifact, or its index; ``artifact`` is the artifact's digest in either case.
+
+    ``write`` may be called from another thread than the rest.
 
     Raises:
         agent.errors.StoreError: the files cannot be made, for want of room (STORE_DISK_FULL) or otherwise.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, content: Content, table: ChunkTable, *, artifact: str) -> None:
+        self.artifact = artifact
         self.folder = folder
-        self.manifest = manifest
-        self.table = ChunkTable(manifest)
+        self.content = content
+        self.table = table
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
         self._empty: list[bool] = []
         try:
-            for file in manifest.files:
+            for file in content.files:
                 path = folder / FILES / file.path
                 with store_errors("make room for", path):
                     self._open(path, file.size)
@@ -108,29 +111,29 @@ class Partial:
         Raises:
             agent.errors.StoreError: the disk refuses.
         """
-        wanted = {self.table.digests[first]: first for first in missing}
+        wanted = bytearray(len(self.table))
+        for first in missing:
+            wanted[first] = 1
         for donor in donors:
-            if stop() or not wanted:
+            if stop() or not any(wanted):
                 return
             yield from self._reuse_from(donor, wanted, stop)
 
-    def _reuse_from(self, donor: Donor, wanted: dict[str, int], stop: Stop) -> Iterator[int]:
-        for file in donor.manifest.files:
-            if not any(digest in wanted for _, digest in file.chunks):
+    def _reuse_from(self, donor: Donor, wanted: bytearray, stop: Stop) -> Iterator[int]:
+        for file in range(len(donor.content.files)):
+            matches = [(number, self.table.find(donor.layout.digest(number))) for number in donor.layout.of_file(file)]
+            offered = [(number, first) for number, first in matches if first is not None and wanted[first]]
+            if not offered:
                 continue
             try:
-                with (donor.folder / FILES / file.path).open("rb") as source:
-                    offset = 0
-                    for size, digest in file.chunks:
+                with (donor.folder / FILES / donor.content.files[file].path).open("rb") as source:
+                    for number, first in offered:
                         if stop():
                             return
-                        first = wanted.get(digest)
-                        if first is not None:
-                            data = _read_at(source.fileno(), size, offset)
-                            if hashlib.sha256(data).hexdigest() == digest and self.write(first, data):
-                                del wanted[digest]
-                                yield first
-                        offset += size
+                        data = _read_at(source.fileno(), self.table.sizes[first], donor.layout.place(number).offset)
+                        if wanted[first] and self.table.holds(first, data) and self.write(first, data):
+                            wanted[first] = 0
+                            yield first
             except OSError:
                 continue  # a donor that does not read is none; the chunks come over the link
 
@@ -141,7 +144,7 @@ class Partial:
             agent.errors.StoreError: the disk refuses.
         """
         sync = getattr(os, "fdatasync", os.fsync)
-        for descriptor, file in zip(self._descriptors, self.manifest.files, strict=False):
+        for descriptor, file in zip(self._descriptors, self.content.files, strict=False):
             with store_errors("write", self.folder / FILES / file.path):
                 sync(descriptor)
 
@@ -151,11 +154,13 @@ class Partial:
         Raises:
             agent.errors.StoreError: the disk refuses.
         """
-        for descriptor, file in zip(self._descriptors, self.manifest.files, strict=True):
+        for descriptor, file in zip(self._descriptors, self.content.files, strict=True):
             with store_errors("sync", self.folder / FILES / file.path):
                 os.fsync(descriptor)
         with store_errors("sync", self.folder):
-            sync_file(self.folder / MANIFEST)
+            for name in (MANIFEST, INDEX_FILE):
+                if (self.folder / name).exists():
+                    sync_file(self.folder / name)
             for folder in sorted(path for path in self.folder.rglob("*") if path.is_dir()):
                 sync_folder(folder)
             sync_folder(self.folder)
@@ -185,7 +190,7 @@ class Partial:
             data = self._read(place, size)
         except (OSError, StoreError):
             return False
-        return hashlib.sha256(data).hexdigest() == self.table.digests[first]
+        return self.table.holds(first, data)
 
     def _read(self, place: Place, size: int) -> bytes:
         try:
@@ -194,7 +199,7 @@ class Partial:
             raise explained(error, "read", self._path(place)) from error
 
     def _path(self, place: Place) -> Path:
-        return self.folder / FILES / self.manifest.files[place.file].path
+        return self.folder / FILES / self.content.files[place.file].path
 
 
 def _read_at(descriptor: int, size: int, offset: int) -> bytes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.contract.base import MalformedMessageError
+from agent.contract.chunk_index import Layout, index_content
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
-from agent.contract.stick import ARTIFACTS, INDEX, METADATA, ORDERS, StickIndex
-from agent.core.chunks import ChunkTable
+from agent.contract.stick import ARTIFACTS, INDEX, INDEXES, METADATA, ORDERS, StickIndex
 from agent.errors import AgentError
 from agent.platform.files import reason
 
@@ -24,7 +24,7 @@ class Stick:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._manifests: dict[str, tuple[Manifest, ChunkTable]] = {}
+        self._contents: dict[str, tuple[list[Path], Layout]] = {}
         try:
             data = (folder / INDEX).read_bytes()
         except FileNotFoundError:
@@ -57,35 +57,56 @@ class Stick:
         return self._read(f"{METADATA}/{name}")
 
     def chunk(self, digest: str, number: int) -> bytes | None:
-        """Return a chunk of an artifact, None where the stick has no such one."""
-        if digest not in self._manifests:
-            found = self._manifest(digest)
+        """Return a chunk of an artifact or an index, None where the stick has no such one."""
+        if digest not in self._contents:
+            found = self._artifact(digest) or self._index(digest)
             if found is None:
                 return None
-            self._manifests[digest] = found
-        manifest, table = self._manifests[digest]
-        if number >= len(table):
+            self._contents[digest] = found
+        paths, layout = self._contents[digest]
+        if number >= len(layout):
             return None
-        place = table.places(table.first[number])[0]
-        path = self.folder / ARTIFACTS / digest / manifest.files[place.file].path
+        place = layout.place(number)
         try:
-            with path.open("rb") as source:
+            with paths[place.file].open("rb") as source:
                 source.seek(place.offset)
-                return source.read(table.sizes[number])
+                return source.read(layout.sizes[number])
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def _manifest(self, digest: str) -> tuple[Manifest, ChunkTable] | None:
+    def _artifact(self, digest: str) -> tuple[list[Path], Layout] | None:
+        manifest = self._manifest(digest)
+        if manifest is None:
+            return None
+        packed = self._read(f"{INDEXES}/{manifest.index.sha256}") if manifest.index else None
+        try:
+            layout = Layout(manifest.files, packed)
+        except ValueError as error:
+            raise StickError(f"the stick's index of artifact {digest[:12]} is damaged: {error}") from None
+        return [self.folder / ARTIFACTS / digest / file.path for file in manifest.files], layout
+
+    def _index(self, digest: str) -> tuple[list[Path], Layout] | None:
+        for name in self._names:
+            manifest = self._manifest_in(name) if name.startswith(f"{METADATA}/targets/indexed/") else None
+            content = index_content(manifest) if manifest is not None else None
+            if content is not None and content.digest == digest:
+                return [self.folder / INDEXES / digest], Layout(content.files)
+        return None
+
+    def _manifest(self, digest: str) -> Manifest | None:
+        name = next((name for name in sorted(self._names, reverse=True) if name.endswith(f".{digest}.json")), "")
+        return self._manifest_in(name)
+
+    def _manifest_in(self, name: str) -> Manifest | None:
         """Of what the stick says itself; the device compares each chunk with the manifest that is signed."""
-        name = next((name for name in self._names if name.endswith(f".{digest}.json")), "")
         data = self._read(name)
         if data is None:
             return None
         try:
-            manifest = Manifest.from_json(data)
+            return Manifest.from_json(data)
         except MalformedMessageError as error:
+            digest = name.split(".")[-2]
             raise StickError(f"the stick's manifest of artifact {digest[:12]} is damaged: {error}") from None
-        return manifest, ChunkTable(manifest)
 
     def _compare(self) -> None:
         """Whether every file is there in its full size: a copy that was cut short is the usual fault."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from agent.contract.base import MalformedMessageError
 from agent.contract.director import DirectorKeys
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import Manifest, manifest_target
+from agent.contract.manifest import Manifest, indexed_target, manifest_target
 from agent.contract.messages import ArtifactRef, Desired, SignedDesired
 from agent.core.dialect import Dialect
 from agent.core.ports import Clock, Link
@@ -86,7 +86,7 @@ class TrustClient:
         Raises:
             TrustError: the code says which attack or fault.
         """
-        await self._in_thread(lambda fetcher: self._refresh(fetcher, None))
+        await self._in_thread(self._refresh)
 
     async def manifest(self, ref: ArtifactRef) -> Manifest:
         """Return the verified manifest of an artifact; refreshes first, and then looks at the order again.
@@ -94,7 +94,9 @@ class TrustClient:
         Raises:
             TrustError: not found, not signed, not what was asked for, or the order turns out to be too old.
         """
-        data = await self._in_thread(lambda fetcher: self._refresh(fetcher, manifest_target(ref.digest)))
+        data = await self._in_thread(
+            lambda fetcher: self._refresh(fetcher, indexed_target(ref.digest), manifest_target(ref.digest))
+        )
         self._check_order_again(ref)
         try:
             manifest = await in_thread(lambda _stop: Manifest.from_json(data))  # megabytes, on a small core
@@ -107,13 +109,14 @@ class TrustClient:
             )
         return manifest
 
-    def _refresh(self, fetcher: LinkFetcher, target: str | None) -> bytes:
+    def _refresh(self, fetcher: LinkFetcher, *targets: str) -> bytes:
+        """Bring everything up to date; returns the first of the targets that is signed."""
         updates = self._updates()
         try:
             updater = updates.refresh(fetcher)
         finally:
             self._director = updates.director()
-        return updates.target(updater, target) if target else b""
+        return updates.target(updater, *targets) if targets else b""
 
     async def _in_thread(self, work: Callable[[LinkFetcher], _Result]) -> _Result:
         async with self._lock:

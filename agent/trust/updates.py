@@ -25,7 +25,7 @@ from agent.trust.disk import disk_error
 from agent.trust.fetcher import METADATA_URL, TARGETS_URL, LinkFetcher
 from agent.trust.time import VerifiedClock
 
-#: A manifest names each 64 KiB of an artifact in about 75 bytes: this is enough for 50 GB.
+#: A manifest without an index names each 64 KiB of an artifact in about 75 bytes: this is enough for 50 GB.
 MAX_TARGET_BYTES = 64 * 1024 * 1024
 
 #: Manifests kept, so that a restart does not fetch them again.
@@ -58,14 +58,15 @@ class Updates:
         self.target(updater, DIRECTOR_TARGET)
         return updater
 
-    def target(self, updater: Updater, path: str) -> bytes:
-        """Return a target's bytes, from disk where they are those that are signed now.
+    def target(self, updater: Updater, *paths: str) -> bytes:
+        """Return the bytes of the first of these targets that is signed, from disk where they are those signed now.
 
         Raises:
-            TrustError: not in the signed targets, or its bytes do not come as signed.
+            TrustError: none is in the signed targets, or its bytes do not come as signed.
         """
         with self._mapped():
-            info = updater.get_targetinfo(path)
+            infos = ((path, updater.get_targetinfo(path)) for path in paths)
+            path, info = next((found for found in infos if found[1] is not None), (paths[-1], None))
             if info is None:
                 raise TrustError(f"{path} is not among the signed targets", FailureCode.TRUST_NOT_FOUND)
             if info.length > MAX_TARGET_BYTES:

@@ -19,7 +19,7 @@ import structlog
 from agent.contract import topics
 from agent.contract.bandwidth import Bandwidth
 from agent.contract.base import MalformedMessageError
-from agent.contract.manifest import Manifest
+from agent.contract.chunk_index import Content, Layout
 from agent.contract.messages import ChunkRange, Want, WantV1
 from agent.link import BulkSource, Handler, Message
 from fleet.delivery.admission import Admission, everybody
@@ -35,15 +35,19 @@ _log = structlog.get_logger(component=__name__)
 
 
 class Artifact(Protocol):
-    """The bytes of one artifact; ``fleet.store.ArtifactReader`` has it."""
+    """The bytes of one artifact, or of its index; ``fleet.store.ArtifactReader`` has it."""
 
     @property
-    def manifest(self) -> Manifest:
+    def content(self) -> Content:
         """What the bytes are."""
         ...
 
+    def layout(self) -> Layout:
+        """Where its chunks are; raises OSError."""
+        ...
+
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset`` of the manifest's file number ``file``; raises OSError."""
+        """``size`` bytes from ``offset`` of the content's file number ``file``; raises OSError."""
         ...
 
     def close(self) -> None:
@@ -52,7 +56,7 @@ class Artifact(Protocol):
 
 
 Artifacts = Callable[[str], Artifact | None]
-"""Opens an artifact by its digest, None where there is none. Called on the link's thread, seldom."""
+"""Opens an artifact or an index by its digest, None where there is none. Called on the link's thread, seldom."""
 
 
 class BulkLink(Protocol):
@@ -264,7 +268,7 @@ class ChunkServer:
     def _opened(self, digest: str) -> _OpenArtifact | None:
         try:
             return self._artifact(digest)
-        except StoreError as error:
+        except (OSError, StoreError) as error:
             self._complain("artifact unreadable", digest, str(error))
             return None
 
@@ -314,26 +318,22 @@ class _OpenArtifact:
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
-        self._chunks: list[tuple[int, int, int]] = []
-        for number, file in enumerate(artifact.manifest.files):
-            offset = 0
-            for size, _digest in file.chunks:
-                self._chunks.append((number, offset, size))
-                offset += size
+        self._layout = artifact.layout()
 
     @property
     def count(self) -> int:
-        return len(self._chunks)
+        return len(self._layout)
 
     @property
     def size(self) -> int:
-        return self._artifact.manifest.size
+        return self._artifact.content.size
 
     def size_of(self, index: int) -> int:
-        return self._chunks[index][2]
+        return self._layout.sizes[index]
 
     def read(self, index: int) -> bytes:
-        return self._artifact.read(*self._chunks[index])
+        place = self._layout.place(index)
+        return self._artifact.read(place.file, place.offset, self._layout.sizes[index])
 
     def close(self) -> None:
         self._artifact.close()

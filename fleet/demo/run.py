@@ -113,10 +113,9 @@ class _Demo:
         recipe = profile.recipes[0]
         with self._progress.step("build") as step:
             manifest = build(checkpoint, profile, recipe, self._fleet.home, progress=step.progress)
-            chunks = sum(len(file.chunks) for file in manifest.files)
             step.done(
-                f"{recipe.toolchain} {recipe.precision} for {profile.name}: {manifest.size / 1e6:.1f} MB in {chunks} "
-                f"chunks, {manifest.id}"
+                f"{recipe.toolchain} {recipe.precision} for {profile.name}: {manifest.size / 1e6:.1f} MB in "
+                f"{manifest.chunk_count} chunks, {manifest.id}"
             )
         return manifest
 

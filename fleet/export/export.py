@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agent.contract.base import MalformedMessageError
+from agent.contract.chunk_index import INDEX_FILE, with_index, without_index
 from agent.contract.manifest import ArtifactFile, Manifest, Precision, Toolchain
 from agent.platform.files import reason, set_mode, sync_folder, sync_tree
 from fleet.core.licenses import UNKNOWN, spdx
@@ -103,7 +104,9 @@ def _write(
 ) -> tuple[tuple[str, ...], str | None, str | None]:
     model = half / MODEL
     layers = [copied(store.files(manifest.id), file, model) for file in manifest.files]
-    documents = {MANIFEST: manifest.to_json()}
+    index = store.index(manifest)
+    # Whole by itself: who reads an export needs no other file to know its chunks.
+    documents = {MANIFEST: (without_index(manifest, index) if index else manifest).to_json()}
     if papers.bom:
         documents[BOM] = bill_of_materials(manifest)
     if papers.card:
@@ -138,6 +141,9 @@ def import_artifact(store: FolderStore, source: Path, tag: str | None = None) ->
             made = half / "artifact"
             for file in manifest.files:
                 copied(folder, file, made / "files")
+            manifest, index = with_index(manifest)
+            if index is not None:
+                (made / INDEX_FILE).write_bytes(index)
             (made / "manifest.json").write_bytes(manifest.to_json())
             sync_tree(made)
             made.rename(store.folder(manifest.id))

@@ -54,6 +54,22 @@ def refuse_withdrawn(fleet: Fleet, artifacts: Sequence[Manifest]) -> None:
             )
 
 
+def publish(fleet: Fleet, artifacts: Sequence[Manifest], actor: Actor, forced: str | None = None) -> None:
+    """Sign artifacts for devices, all of them or none; ``forced`` says why in spite of what does not fit.
+
+    Raises:
+        StoreError: an artifact's files are not what was built.
+        RepositoryError: it cannot be signed.
+    """
+    published = fleet.repository.published()
+    for manifest in artifacts:
+        if manifest.digest not in published:
+            fleet.artifacts.verify(manifest)
+    for manifest in artifacts:
+        fleet.repository.publish(manifest, fleet.artifacts.index(manifest))
+        fleet.registry.artifacts.record(manifest, actor, forced=forced)
+
+
 def _one(digest: str, known: Iterable[str]) -> str:
     found = [each for each in sorted(known) if each.startswith(digest)]
     if len(found) != 1:

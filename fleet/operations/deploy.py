@@ -18,7 +18,7 @@ from fleet.core.deployments import TABLE, Stage, usual_deadline_s
 from fleet.core.fit import gate_incompatibilities, incompatibilities
 from fleet.core.rollout_spec import DEFAULT_ALIASES
 from fleet.errors import ConflictError, UsageError
-from fleet.operations.artifacts import refuse_withdrawn
+from fleet.operations.artifacts import publish, refuse_withdrawn
 from fleet.operations.fleet import Fleet
 from fleet.profiles_loader import load_profile
 from fleet.registry import Actor, Registry
@@ -276,14 +276,7 @@ def _to_publish(artifacts: Sequence[Manifest], fit: _Fit) -> list[Manifest]:
 
 
 def _publish(fleet: Fleet, artifacts: Sequence[Manifest], fit: _Fit, options: DeployOptions, actor: Actor) -> None:
-    published = fleet.repository.published()
-    for manifest in artifacts:
-        if manifest.digest not in published:
-            fleet.artifacts.verify(manifest)
-    forced = options.force if fit.incompatibilities else None
-    for manifest in artifacts:
-        fleet.repository.publish(manifest)
-        fleet.registry.artifacts.record(manifest, actor, forced=forced)
+    publish(fleet, artifacts, actor, options.force if fit.incompatibilities else None)
     if fit.incompatibilities:
         details = {"reason": options.force, "incompatibilities": list(fit.incompatibilities)}
         fleet.registry.audit.record(actor, "deployment.force", artifacts[0].id, details)

@@ -21,7 +21,7 @@ from fleet.core.rollout_spec import RolloutSpec, Wave
 from fleet.core.rollouts import STATES, Rollout, State, plan
 from fleet.core.selectors import parse
 from fleet.errors import FleetError, UsageError
-from fleet.operations.artifacts import refuse_withdrawn
+from fleet.operations.artifacts import publish, refuse_withdrawn
 from fleet.operations.deploy import DeployOptions, make_order, profiles_of, refuse_unless_one_model
 from fleet.operations.fleet import Fleet
 from fleet.operations.names import check_name, selector_text, variants
@@ -127,11 +127,7 @@ def start_rollout(fleet: Fleet, name: str, spec: RolloutSpec, actor: Actor) -> R
     if not found.devices:
         others = f"; {len(found.taken)} are in another rollout" if found.taken else ""
         raise UsageError(f"no device is meant by {spec.selector!r}{others}")
-    for manifest in manifests:
-        if manifest.digest not in fleet.repository.published():
-            fleet.artifacts.verify(manifest)
-        fleet.repository.publish(manifest)
-        fleet.registry.artifacts.record(manifest, actor)
+    publish(fleet, manifests, actor)
     fleet.registry.rollouts.create(plan(name, spec, actor.at), actor)
     started, _ = fleet.registry.rollouts.apply(name, Started(), actor)
     return started

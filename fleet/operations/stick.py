@@ -20,6 +20,7 @@ from agent.contract.messages import Desired, Reported
 from agent.contract.stick import (
     ARTIFACTS,
     INDEX,
+    INDEXES,
     MAX_REPORT_BYTES,
     METADATA,
     ORDERS,
@@ -98,10 +99,13 @@ def write_stick(
         warnings.append(f"a signature of the fleet ends on {ends:%Y-%m-%d}: see `phifleet trust status`")
     files = {f"{METADATA}/{name}": data for name, data in metadata.items()}
     files |= {f"{ORDERS}/{device}.json": envelope for device, (envelope, _) in orders.items()}
+    for manifest in manifests:
+        if manifest.index is not None and (packed := store.index(manifest)) is not None:
+            files[f"{INDEXES}/{manifest.index.sha256}"] = packed
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX).unlink(missing_ok=True)  # until it is whole again
-        for part in (METADATA, ORDERS):
+        for part in (METADATA, ORDERS, INDEXES):
             shutil.rmtree(folder / part, ignore_errors=True)
         mirror(store, manifests, folder / ARTIFACTS, on_done)
         for name, data in files.items():

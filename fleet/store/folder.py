@@ -1,11 +1,16 @@
-"""Artifacts in a folder of this machine: ``<folder>/<id>/manifest.json``, and ``files/`` beside it."""
+"""Artifacts in a folder of this machine: ``<folder>/<id>/manifest.json``, and ``files/`` beside it.
+
+Where the manifest refers to an index, that is the file ``index`` beside it.
+"""
 
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from agent.contract.base import MalformedMessageError
+from agent.contract.base import MalformedMessageError, sha256_hex
+from agent.contract.chunk_index import INDEX_FILE, Content, index_content
 from agent.contract.manifest import ArtifactFile, Manifest
 from agent.platform.files import reason, sha256_of, write_atomic
 from fleet.errors import StoreError
@@ -26,7 +31,7 @@ class FolderStore:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder
-        self._by_digest: dict[str, Manifest] = {}
+        self._by_digest: dict[str, tuple[Content, Path]] = {}
         self._changed_ns = -1
         self._all_readable = True
 
@@ -94,13 +99,29 @@ class FolderStore:
             StoreError: a file is missing, cannot be read, or has other bytes than were built.
         """
         self._check_lengths(manifest)
-        for entry in manifest.files:
-            path = self.files(manifest.id) / entry.path
+        for path, entry in self._entries(manifest):
             if _digest(path) != entry.sha256:
                 raise StoreError(f"{path} is not what was built; {_again(path, manifest)}")
 
+    def index(self, manifest: Manifest) -> bytes | None:
+        """Return the artifact's index, None where its manifest lists the chunks itself.
+
+        Raises:
+            StoreError: it cannot be read, or is not the one that was built.
+        """
+        if manifest.index is None:
+            return None
+        path = self.folder(manifest.id) / INDEX_FILE
+        try:
+            packed = path.read_bytes()
+        except OSError as error:
+            raise _UnreadableError(_unreadable(path, error)) from None
+        if sha256_hex(packed) != manifest.index.sha256:
+            raise StoreError(f"{path} is not what was built; {_again(path, manifest)}")
+        return packed
+
     def open(self, digest: str) -> LocalArtifact | None:
-        """Return a reader of the artifact with this digest, or None.
+        """Return a reader of the artifact with this digest, or of the index with this digest, or None.
 
         The folder is listed when it has changed, and again for what is not found while the disk has not answered for
         every manifest.
@@ -111,10 +132,16 @@ class FolderStore:
         changed_ns = self._folder_changed_ns()
         if changed_ns != self._changed_ns or (digest not in self._by_digest and not self._all_readable):
             listing, self._all_readable = self._scan()
-            self._by_digest = {manifest.digest: manifest for manifest in listing.manifests}
+            self._by_digest = dict(self._contents(listing.manifests))
             self._changed_ns = changed_ns
-        manifest = self._by_digest.get(digest)
-        return LocalArtifact(manifest, self.files(manifest.id)) if manifest else None
+        found = self._by_digest.get(digest)
+        return LocalArtifact(*found) if found else None
+
+    def _contents(self, manifests: Iterable[Manifest]) -> Iterator[tuple[str, tuple[Content, Path]]]:
+        for manifest in manifests:
+            yield manifest.digest, (manifest, self.files(manifest.id))
+            if (content := index_content(manifest)) is not None:
+                yield content.digest, (content, self.folder(manifest.id))
 
     def _folders(self) -> builtins.list[Path]:
         try:
@@ -137,19 +164,26 @@ class FolderStore:
         return StoreError(f"the artifacts in {self.root} cannot be read: {error.strerror or error}")
 
     def _check_lengths(self, manifest: Manifest) -> None:
-        for entry in manifest.files:
-            self._check_length(manifest, entry)
+        for path, entry in self._entries(manifest):
+            _check_length(manifest, path, entry)
 
-    def _check_length(self, manifest: Manifest, entry: ArtifactFile) -> None:
-        path = self.files(manifest.id) / entry.path
-        try:
-            size = path.stat().st_size if path.is_file() else None
-        except OSError as error:
-            raise _UnreadableError(_unreadable(path, error)) from None
-        if size is None:
-            raise StoreError(f"{path} is missing; {_again(path, manifest)}")
-        if size != entry.size:
-            raise StoreError(f"{path} has {size} bytes, its manifest says {entry.size}; {_again(path, manifest)}")
+    def _entries(self, manifest: Manifest) -> Iterator[tuple[Path, ArtifactFile]]:
+        """Yield every file of the artifact, and its index, where it has one."""
+        for entry in manifest.files:
+            yield self.files(manifest.id) / entry.path, entry
+        if (content := index_content(manifest)) is not None:
+            yield self.folder(manifest.id) / INDEX_FILE, content.files[0]
+
+
+def _check_length(manifest: Manifest, path: Path, entry: ArtifactFile) -> None:
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        raise _UnreadableError(_unreadable(path, error)) from None
+    if size is None:
+        raise StoreError(f"{path} is missing; {_again(path, manifest)}")
+    if size != entry.size:
+        raise StoreError(f"{path} has {size} bytes, its manifest says {entry.size}; {_again(path, manifest)}")
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -5,21 +5,38 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from agent.contract.chunk_index import INDEX_FILE, Content, Layout
 from agent.contract.manifest import Manifest
 
 
 class LocalArtifact:
-    """An ``ArtifactReader`` over a folder; the manifest's paths are relative to it."""
+    """An ``ArtifactReader`` over a folder; the content's paths are relative to it, and its index lies beside it."""
 
-    def __init__(self, manifest: Manifest, folder: Path) -> None:
-        self._manifest = manifest
-        self._paths = [folder / file.path for file in manifest.files]
+    def __init__(self, content: Content, folder: Path) -> None:
+        self._content = content
+        self._folder = folder
+        self._paths = [folder / file.path for file in content.files]
         self._descriptors: dict[int, int] = {}
 
     @property
-    def manifest(self) -> Manifest:
+    def content(self) -> Content:
         """What the bytes are."""
-        return self._manifest
+        return self._content
+
+    def layout(self) -> Layout:
+        """Where its chunks are.
+
+        Raises:
+            OSError: the index cannot be read, or is none of these files.
+        """
+        content = self._content
+        if not isinstance(content, Manifest) or content.index is None:
+            return Layout(content.files)
+        path = self._folder.parent / INDEX_FILE
+        try:
+            return Layout(content.files, path.read_bytes())
+        except ValueError as error:
+            raise OSError(f"{path} is not the index of {content.id}: {error}") from None
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset`` of the manifest's file number ``file``.

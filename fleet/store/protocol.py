@@ -9,6 +9,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Protocol
 
+from agent.contract.chunk_index import Content, Layout
 from agent.contract.manifest import Manifest
 from fleet.errors import MissingError, UsageError
 
@@ -25,15 +26,23 @@ class Listing:
 
 
 class ArtifactReader(Protocol):
-    """The bytes of one artifact. One caller at a time."""
+    """The bytes of one artifact, or of the index of one. One caller at a time."""
 
     @property
-    def manifest(self) -> Manifest:
+    def content(self) -> Content:
         """What the bytes are."""
         ...
 
+    def layout(self) -> Layout:
+        """Where its chunks are.
+
+        Raises:
+            OSError: the index cannot be read, or is none of these files.
+        """
+        ...
+
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset`` of the manifest's file number ``file``.
+        """``size`` bytes from ``offset`` of the content's file number ``file``.
 
         Raises:
             OSError: the bytes cannot be read, or there are fewer.
@@ -80,8 +89,16 @@ class ArtifactStore(Protocol):
         """
         ...
 
+    def index(self, manifest: Manifest) -> bytes | None:
+        """Return the artifact's index, None where its manifest lists the chunks itself.
+
+        Raises:
+            StoreError: it cannot be read, or is not the one that was built.
+        """
+        ...
+
     def open(self, digest: str) -> ArtifactReader | None:
-        """Return a reader of the artifact with this digest, or None.
+        """Return a reader of the artifact with this digest, or of the index with this digest, or None.
 
         Cheap when called often for a digest that is not there.
 

@@ -250,7 +250,7 @@ class Release:
 
     def clean(self) -> None:
         """Delete what a killed process had begun to write."""
-        for folder in (self.metadata, self.targets, self.targets / "artifacts"):
+        for folder in (self.metadata, self.targets, self.targets / "artifacts", self.targets / "indexed"):
             remove_leftovers(folder)
 
     def _prune(self, state: Signatures) -> None:

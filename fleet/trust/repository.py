@@ -25,8 +25,9 @@ from securesystemslib.signer import Key
 from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
 
 from agent.contract.base import canonical_json
+from agent.contract.chunk_index import without_index
 from agent.contract.director import DIRECTOR_TARGET, DirectorKeys
-from agent.contract.manifest import Manifest, manifest_target
+from agent.contract.manifest import Manifest, indexed_target, manifest_target
 from agent.contract.messages import DESIRED_PAYLOAD_TYPE, Desired
 from agent.platform.files import explained, remove_leftovers, sync_folder
 from fleet.errors import FleetError, RepositoryError
@@ -42,7 +43,7 @@ ROLES = (Root.type, Targets.type, *ONLINE_ROLES, DIRECTOR)
 #: Every name that a device may ask for; nothing else reaches the disk.
 _SERVED = re.compile(
     r"(?P<metadata>timestamp\.json|[1-9]\d{0,9}\.(?:root|snapshot|targets)\.json)"
-    r"|targets/(?P<target>(?:artifacts/)?[0-9a-f]{64}\.[a-z0-9]{1,64}\.json)"
+    r"|targets/(?P<target>(?:(?:artifacts|indexed)/)?[0-9a-f]{64}\.[a-z0-9]{1,64}\.json)"
 )
 
 LOCK_TIMEOUT_S = 30.0
@@ -139,25 +140,40 @@ class Repository:
         self._set_director(files, state, DirectorKeys(keys={key.keyid: key.to_dict() for key in keys[DIRECTOR]}))
         files.write(state, since=Targets.type)
 
-    def publish(self, manifest: Manifest) -> int:
+    def publish(self, manifest: Manifest, index: bytes | None = None) -> int:
         """Sign an artifact's manifest into the targets; returns the targets' version. Twice is the same as once.
+
+        ``index``: the one that the manifest refers to. Agents 0.1 know none, so a manifest that lists every chunk is
+        signed beside.
 
         Raises:
             RepositoryError: no repository, a key that cannot be opened, or the disk refuses.
         """
-        data = manifest.to_json()
-        target = _target(manifest_target(manifest.digest), data, _custom(manifest))
+        whole = without_index(manifest, index or b"")
+        documents = {manifest_target(manifest.digest): whole}
+        if manifest.index is not None:
+            documents[indexed_target(manifest.digest)] = manifest
         with self._writing() as state:
-            if state.targets.signed.targets.get(target.path) != target:
-                self._files.write_target(target, data)
-                state.targets.signed.targets[target.path] = target
+            signed = state.targets.signed
+            # What an earlier release of the artifact had must not win over this one.
+            changed = manifest.index is None and signed.targets.pop(indexed_target(manifest.digest), None) is not None
+            for path, document in documents.items():
+                data = document.to_json()
+                target = _target(path, data, _custom(manifest))
+                if signed.targets.get(path) != target:
+                    self._files.write_target(target, data)
+                    signed.targets[path] = target
+                    changed = True
+            if changed:
                 self._files.write(state, since=Targets.type)
-            return state.targets.signed.version
+            return signed.version
 
     def withdraw(self, digest: str) -> bool:
         """Return no device will take this artifact any more; False if it was not published."""
         with self._writing() as state:
-            if state.targets.signed.targets.pop(manifest_target(digest), None) is None:
+            paths = (manifest_target(digest), indexed_target(digest))
+            taken = [state.targets.signed.targets.pop(path, None) for path in paths]
+            if not any(taken):
                 return False
             self._files.write(state, since=Targets.type)
             return True
@@ -165,7 +181,7 @@ class Repository:
     def published(self) -> tuple[str, ...]:
         """Digests of all artifacts that devices may be sent."""
         paths = self._load().targets.signed.targets
-        return tuple(sorted(path[len("artifacts/") : -len(".json")] for path in paths if path != DIRECTOR_TARGET))
+        return tuple(sorted(path[len("artifacts/") : -len(".json")] for path in paths if path.startswith("artifacts/")))
 
     def refresh_online(self) -> bool:
         """Sign snapshot and timestamp again where half of their time is over; True if anything was signed.
@@ -262,7 +278,13 @@ class Repository:
         targets = state.targets.signed
         names = [f"{version}.root.json" for version in range(1, state.root.signed.version + 1)]
         names.append(f"{targets.version}.targets.json")
-        for path in (DIRECTOR_TARGET, *map(manifest_target, digests)):
+        indexed = (indexed_target(digest) for digest in digests)
+        # A device with an index needs no manifest of megabytes.
+        manifests = [
+            path if path in targets.targets else manifest_target(digest)
+            for path, digest in zip(indexed, digests, strict=True)
+        ]
+        for path in (DIRECTOR_TARGET, *manifests):
             if path not in targets.targets:
                 raise RepositoryError(f"{path} is not published")
             names.append(f"targets/{targets.targets[path].get_prefixed_paths()[0]}")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from agent.contract import topics
 from agent.contract.base import MalformedMessageError, WireModel, canonical_json, sha256_hex, shown
+from agent.contract.chunk_index import with_index
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import (
     ArtifactFile,
@@ -154,6 +155,7 @@ EXAMPLES: dict[str, WireModel] = {
             )
         }
     ),
+    "manifest_index": with_index(MANIFEST, 0)[0],
     "manifest_special": MANIFEST.model_copy(
         update={"chat": Chat(template="{{ messages }}", stop=("<|end|>",), special=("<|end|>", "<|user|>"))}
     ),

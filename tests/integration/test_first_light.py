@@ -81,6 +81,25 @@ def test_one_model_goes_through_all_four_runtimes_and_speaks(mosquitto_rig: Rig,
         assert "Paris" in answer
 
 
+def test_an_artifact_with_an_index_is_delivered_and_updated_to(
+    mosquitto_rig: Rig, tiny_artifact: Built, tmp_path: Path
+):
+    """Over real programs: the index first, then the bytes; the update of it needs what is new alone."""
+    rig = mosquitto_rig
+    one, other = (rig.variant(tiny_artifact, name, tmp_path, indexed=True) for name in ("one", "other"))
+    rig.start_controller()
+    rig.start_agent()
+    rig.until(rig.online, "presence")
+    rig.order(one)
+    reported = rig.settled(1)
+    assert reported.state is State.COMMITTED, rig.logs()
+    rig.order(other)
+    reported = rig.settled(2)
+    assert reported.state is State.COMMITTED, rig.logs()
+    assert reported.progress and reported.progress.bytes_reused > 0.9 * other.size
+    assert reported.progress.chunks_total == other.chunk_count
+
+
 STATES = ["resolving", "transferring", "verifying", "proving", "activating", "probation"]
 
 

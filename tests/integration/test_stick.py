@@ -105,7 +105,7 @@ def test_the_same_stick_again_changes_nothing(rig: Rig, first: Path) -> None:
 
 
 def test_an_older_stick_is_a_replay(rig: Rig, first: Path, tiny_artifact: Built, tmp_path: Path) -> None:
-    other = rig.variant(tiny_artifact, "newer", tmp_path)
+    other = rig.variant(tiny_artifact, "newer", tmp_path, indexed=True)
     rig.order(other)
     newer = written(rig, tmp_path / "newer-stick")
     assert plugged(rig, newer).returncode == 0

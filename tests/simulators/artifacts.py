@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from agent.contract.chunk_index import INDEX_FILE, with_index
 from agent.contract.manifest import (
     ArtifactFile,
     Chat,
@@ -58,3 +59,11 @@ def manifest_of(files: tuple[ArtifactFile, ...], name: str = "sample") -> Manife
         chat=Chat(template="{{ messages }}"),
         files=files,
     )
+
+
+def make_indexed(folder: Path, files: Mapping[str, bytes], name: str = "sample") -> tuple[Manifest, Manifest]:
+    """As ``make_artifact``, with an index beside ``folder``; returns its manifest, and that which lists the chunks."""
+    whole = make_artifact(folder, files, name)
+    manifest, packed = with_index(whole, 0)
+    (folder.parent / INDEX_FILE).write_bytes(packed or b"")
+    return manifest, whole

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from agent.contract.chunk_index import Content, index_content
 from agent.contract.manifest import Manifest
 from agent.contract.messages import Progress
 from agent.core.backoff import BackoffPolicy
@@ -44,7 +45,7 @@ async def linked(url: str, name: str = "device") -> AsyncIterator[MqttLink]:
 @asynccontextmanager
 async def serving(
     url: str,
-    artifacts: dict[str, tuple[Manifest, Path]],
+    artifacts: dict[str, tuple[Content, Path]],
     admission: Admission = everybody,
     bytes_per_s: int | None = None,
 ) -> AsyncIterator[ChunkServer]:
@@ -61,8 +62,12 @@ async def serving(
         await server.stop()
 
 
-def only(manifest: Manifest, source: Path) -> dict[str, tuple[Manifest, Path]]:
-    return {manifest.digest: (manifest, source)}
+def only(manifest: Manifest, source: Path) -> dict[str, tuple[Content, Path]]:
+    """The artifact whose files are in ``source``, and its index, which lies beside it."""
+    contents: dict[str, tuple[Content, Path]] = {manifest.digest: (manifest, source)}
+    if (index := index_content(manifest)) is not None:
+        contents[index.digest] = (index, source.parent)
+    return contents
 
 
 async def fetch(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.contract.base import canonical_json, sha256_hex
+from agent.contract.chunk_index import INDEX_FILE, with_index
 from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, artifact_digest
 from agent.contract.profile import DeviceProfile, Recipe
 from agent.platform.files import reason, sync_folder, sync_tree, write_atomic
@@ -163,7 +164,9 @@ def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallb
     shutil.rmtree(scratch, ignore_errors=True)
     asked = made / BESIDE if (made / BESIDE).is_dir() else files
     probes = _probe(plan, asked, converted, log, progress, threads)
-    manifest = _manifest(plan, _chunked(files, progress), converted, probes)
+    manifest, index = with_index(_manifest(plan, _chunked(files, progress), converted, probes))
+    if index is not None:
+        write_atomic(made / INDEX_FILE, index)
     write_atomic(made / "manifest.json", manifest.to_json())
     sync_tree(made)
     return _put_in_place(made, home, manifest)

@@ -52,7 +52,7 @@ def manifest(source: Path) -> Manifest:
 
 def chunk(source: Path, partial: Partial, first: int) -> bytes:
     place = partial.table.places(first)[0]
-    data = (source / partial.manifest.files[place.file].path).read_bytes()
+    data = (source / partial.content.files[place.file].path).read_bytes()
     return data[place.offset : place.offset + partial.table.sizes[first]]
 
 
@@ -177,8 +177,8 @@ def test_partial_artifacts_give_chunks_too(store: ArtifactStore, source: Path, t
     old = make_artifact(source, {"model.bin": weights})
     store.abandon(fill(store, source, old, share=0.5))
     partial = store.begin(make_artifact(tmp_path / "new", {"model.bin": weights + b"tail"}))
-    reused = list(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), never))
-    assert 0.3 < sum(partial.table.sizes[first] for first in reused) / partial.manifest.size < 0.6
+    reused = list(partial.reuse(store.donors(partial.content.digest), partial.table.unique(), never))
+    assert 0.3 < sum(partial.table.sizes[first] for first in reused) / partial.content.size < 0.6
     store.abandon(partial)
 
 
@@ -187,8 +187,8 @@ def test_damaged_donor_gives_only_what_is_right(store: ArtifactStore, source: Pa
     old = complete(store, source, make_artifact(source, {"model.bin": weights}))
     (old / "model.bin").write_bytes(weights[:MIB] + bytes(MIB))
     partial = store.begin(make_artifact(tmp_path / "new", {"model.bin": weights + b"tail"}))
-    reused = set(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), never))
-    assert 0.3 < sum(partial.table.sizes[first] for first in reused) / partial.manifest.size < 0.6
+    reused = set(partial.reuse(store.donors(partial.content.digest), partial.table.unique(), never))
+    assert 0.3 < sum(partial.table.sizes[first] for first in reused) / partial.content.size < 0.6
     assert set(partial.present(never)) == reused
     store.abandon(partial)
 
@@ -248,14 +248,14 @@ def test_collect_deletes_what_is_complete_and_not_kept(store: ArtifactStore, tmp
     freed = store.collect([made[0].digest])
     assert freed > 100_000
     assert store.digests() == [made[0].digest]
-    assert {donor.manifest.digest for donor in store.donors("")} == {each.digest for each in (made[0], *made[2:])}
+    assert {donor.content.digest for donor in store.donors("")} == {each.digest for each in (made[0], *made[2:])}
     store.commit(transferring)
     assert store.collect([]) > 200_000
     assert store.digests() == []
 
 
 def partial_names(store: ArtifactStore, made: Iterable[Manifest]) -> list[str]:
-    there = {donor.manifest.digest for donor in store.donors("")} - set(store.digests())
+    there = {donor.content.digest for donor in store.donors("")} - set(store.digests())
     return [manifest.model.name for manifest in made if manifest.digest in there]
 
 
@@ -528,10 +528,10 @@ def test_looking_for_chunks_ends_early_when_nobody_waits(store: ArtifactStore, s
     complete(store, source, old)
     partial = store.begin(make_artifact(tmp_path / "new", {"model.bin": weights + b"tail"}))
     assert list(partial.present(lambda: True)) == []
-    assert list(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), lambda: True)) == []
+    assert list(partial.reuse(store.donors(partial.content.digest), partial.table.unique(), lambda: True)) == []
     asked = iter([False, False, True])
-    some = list(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), lambda: next(asked, True)))
+    some = list(partial.reuse(store.donors(partial.content.digest), partial.table.unique(), lambda: next(asked, True)))
     assert len(some) <= 1
     (source.parent / "device" / "artifacts" / old.digest / "files" / "model.bin").unlink()
-    assert list(partial.reuse(store.donors(partial.manifest.digest), partial.table.unique(), never)) == []
+    assert list(partial.reuse(store.donors(partial.content.digest), partial.table.unique(), never)) == []
     store.abandon(partial)

@@ -35,8 +35,9 @@ def table_of(sizes: list[int], repeats: int = 0) -> ChunkTable:
 
 def core_of(table: ChunkTable, present: tuple[int, ...] = (), window: int = 1 << 20, **more: float) -> TransferCore:
     return TransferCore(
-        table, present, window_bytes=window, stall_s=more.get("stall_s", 900.0), now=0.0, jitter=lambda: 0.5
-    )
+        table, present, window_bytes=window, stall_s=more.get("stall_s", 900.0), now=more.get("now", 0.0),
+        jitter=lambda: 0.5, gather_s=more.get("gather_s", 0.0),
+    )  # fmt: skip
 
 
 @dataclass
@@ -175,6 +176,7 @@ SHARE = st.sampled_from([0.0, 0.05, 0.3])
     corrupt=SHARE,
     delay_s=st.sampled_from([0.0, 0.05, 1.5]),
     joins=st.lists(st.floats(0, 20), min_size=1, max_size=4),
+    gather_s=st.sampled_from([0.0, 1.0]),
     data=st.data(),
 )
 def test_every_device_completes_whatever_the_network_does(
@@ -188,13 +190,14 @@ def test_every_device_completes_whatever_the_network_does(
     corrupt: float,
     delay_s: float,
     joins: list[float],
+    gather_s: float,
     data: st.DataObject,
 ) -> None:
     table = table_of(sizes, min(repeats, len(sizes)))
     network = Network(seed, loss, duplication, reordering, delay_s)
     unique = list(table.unique())
     present = tuple(data.draw(st.lists(st.sampled_from(unique), unique=True)))
-    devices = [Device(f"d{n}", core_of(table, present, window), at) for n, at in enumerate(joins)]
+    devices = [Device(f"d{n}", core_of(table, present, window, gather_s=gather_s), at) for n, at in enumerate(joins)]
     seconds, _ = run(table, devices, network, corrupt=corrupt, window=window)
     for device in devices:
         progress = device.core.progress(seconds)
@@ -223,6 +226,27 @@ def test_equal_devices_cost_the_server_one_artifact() -> None:
     devices = [Device(f"d{n}", core_of(table, window=1 << 20), 0.0) for n in range(20)]
     _, published = run(table, devices, Network(0, 0, 0, 0, 0.05), per_step=20, window=1 << 20)
     assert published <= 1.02 * 1000
+
+
+@pytest.mark.parametrize(("spread_s", "publications"), [(0.9, 1), (10.0, 12)])
+def test_an_index_is_published_for_all_that_came_and_not_for_each(spread_s: float, publications: int) -> None:
+    """A thousand devices that an order reached at once, or one after the other."""
+    table = table_of([64 * KIB] * 30)
+    joins = [spread_s * n / 1000 for n in range(1000)]
+    devices = [Device(f"d{n}", core_of(table, now=at, gather_s=1.0), at) for n, at in enumerate(joins)]
+    seconds, published = run(table, devices, Network(0, 0, 0, 0, 0.05), per_step=30, window=1 << 20)
+    assert published <= 30 * publications
+    assert seconds < spread_s + 5
+
+
+def test_who_is_alone_waits_no_longer_than_it_listens() -> None:
+    core = core_of(table_of([64 * KIB] * 3), gather_s=1.0)
+    assert core.tick(0.9) == []
+    assert core.tick(1.0) == [Request(((0, 2),), 3, shared=True)]
+    shared = []
+    for now in (5.0, 20.0, 60.0, 200.0):
+        shared += [request.shared for request in core.tick(now)]
+    assert shared == [True, True, True, False], "what stays away is asked for alone"
 
 
 def test_complete_from_the_start_wants_nothing() -> None:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from tuf.api.metadata import Metadata, Root
 
 from agent.contract.base import sha256_hex
+from agent.contract.chunk_index import with_index
 from agent.contract.director import DirectorKeys
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile, Manifest
+from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile, Manifest, manifest_target
 from agent.contract.messages import MetadataAnswer, MetadataStatus, MetadataWant, SignedDesired
 from agent.core.ports import Trust
 from agent.errors import TrustError
@@ -90,6 +91,35 @@ async def test_a_manifest_of_many_segments_over_a_link_that_loses_repeats_and_re
     assert len(manifest.to_json()) > 3 * MAX_CHUNK_BYTES
     world.repository.publish(manifest)
     assert await world.client.manifest(ref(manifest)) == manifest
+
+
+async def test_the_manifest_with_an_index_is_fetched_and_not_the_long_one(world: World) -> None:
+    whole = large_manifest()
+    manifest, index = with_index(whole)
+    assert index is not None
+    world.repository.publish(manifest, index)
+    before = len(world.broker.published)
+    assert await world.client.manifest(ref(manifest)) == manifest
+    # Five files of a segment each, with the root that is not there: a request and an answer.
+    assert len(world.broker.published) - before == 12
+    # What an agent 0.1 asks for is signed as well, and lists every chunk.
+    targets = world.release.load().targets.signed.targets
+    data = world.repository.read(f"targets/{targets[manifest_target(whole.digest)].get_prefixed_paths()[0]}")
+    assert data == whole.to_json()
+
+
+async def test_a_controller_that_knows_no_index_is_understood(world: World) -> None:
+    whole = large_manifest()
+    world.repository.publish(whole)
+    assert await world.client.manifest(ref(whole)) == whole
+    manifest, index = with_index(whole)
+    world.repository.publish(manifest, index)
+    assert await world.client.manifest(ref(whole)) == manifest
+    world.repository.publish(whole)  # a controller of the release before, after a downgrade
+    assert await world.client.manifest(ref(whole)) == whole
+    assert world.repository.withdraw(whole.digest)
+    with pytest.raises(TrustError, match="is not among the signed targets"):
+        await world.client.manifest(ref(whole))
 
 
 async def test_a_manifest_is_fetched_once(world: World) -> None:

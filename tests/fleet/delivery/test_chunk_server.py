@@ -11,9 +11,10 @@ import pytest
 import structlog
 
 from agent.contract import topics
+from agent.contract.chunk_index import INDEX_FILE
 from agent.contract.messages import ChunkRange, Want, WantV1
 from agent.link import Message, MqttLink
-from tests.simulators.artifacts import make_artifact, noise
+from tests.simulators.artifacts import make_artifact, make_indexed, noise
 from tests.simulators.broker import Broker
 from tests.simulators.transfer import fetch, linked, only, serving
 from tests.waiting import until
@@ -75,6 +76,25 @@ async def test_sends_what_was_asked_for_in_order_and_no_more_than_the_credit(bro
             start = sum(sizes[: int(message.topic.rsplit("/", 1)[1])])
             assert message.payload == data[start : start + len(message.payload)]
         assert server.stats().chunks == 5
+
+
+async def test_an_index_is_served_as_its_artifact_is(broker: Broker, tmp_path: Path) -> None:
+    source = tmp_path / "artifact" / "files"
+    manifest, _ = make_indexed(source, {"a": noise(700_000, 13)})
+    assert manifest.index is not None
+    async with serving(broker.url, only(manifest, source)) as server, linked(broker.url) as link:
+        index = await client(link, manifest.index.sha256)
+        await index.ask((0, 100))
+        await until(lambda: len(index.got) == 1)
+        assert index.got[0].payload == (source.parent / INDEX_FILE).read_bytes()
+        artifact = await client(link, manifest.digest)
+        await artifact.ask((0, 10_000))
+        await until(lambda: len(artifact.got) == manifest.chunk_count)
+        assert b"".join(message.payload for message in artifact.got) == (source / "a").read_bytes()
+        server.forget(manifest.digest)
+        (source.parent / INDEX_FILE).unlink()  # what is open is still answered, what is not is told
+        await artifact.ask((0, 0))
+        await until(lambda: server.stats().wants_unknown == 1)
 
 
 async def test_numbers_that_the_artifact_has_not_are_skipped(broker: Broker, source: Path) -> None:

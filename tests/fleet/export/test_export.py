@@ -20,7 +20,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from agent.contract.manifest import BuildSpeed, Manifest, ModelFacts, Quality
+from agent.contract.base import sha256_hex
+from agent.contract.chunk_index import INDEX_FILE, MAX_LISTED_CHUNKS, with_index
+from agent.contract.manifest import ArtifactFile, BuildSpeed, Manifest, ModelFacts, Quality
 from fleet.errors import StoreError, UsageError
 from fleet.export.bom import bill_of_materials
 from fleet.export.card import model_card
@@ -85,6 +87,27 @@ def test_two_exports_have_the_same_bytes_but_for_the_signature(home: Home, store
     manifest = measured(home)
     one, other = (export(store, manifest, tmp_path / name, Papers(True, True, None, True)) for name in ("1", "2"))
     assert one.digest == other.digest
+
+
+def test_a_large_artifact_is_exported_with_its_chunks_and_imported_with_its_index(
+    home: Home, store: FolderStore, tmp_path: Path
+) -> None:
+    content = bytes(n % 251 for n in range(MAX_LISTED_CHUNKS + 1))
+    chunks = tuple((1, sha256_hex(bytes([byte]))) for byte in content)
+    file = ArtifactFile(path="model.bin", size=len(content), sha256=sha256_hex(content), chunks=chunks)
+    whole = put_artifact(home, content, files=(file,))
+    manifest, index = with_index(whole)
+    assert index is not None
+    (store.folder(manifest.id) / INDEX_FILE).write_bytes(index)
+    store.save_manifest(manifest)
+    export(store, manifest, tmp_path / "out", Papers())
+    assert Manifest.from_json((tmp_path / "out" / MODEL / MANIFEST).read_bytes()) == whole
+    other = FolderStore(Home(tmp_path / "other").artifacts)
+    other.root.mkdir(parents=True)
+    assert import_artifact(other, tmp_path / "out") == (manifest, False)
+    other.verify(manifest)
+    assert other.index(manifest) == index
+    assert import_artifact(other, tmp_path / "out") == (manifest, True)
 
 
 @pytest.mark.parametrize(

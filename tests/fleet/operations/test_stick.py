@@ -15,9 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.contract import topics
+from agent.contract.chunk_index import INDEX_FILE, index_content, with_index
+from agent.contract.manifest import Manifest
 from agent.contract.messages import ArtifactRef, Desired, Facts, Presence, Reported, State
 from agent.contract.profile import HealthLimits
-from agent.contract.stick import INDEX, REPORT_PREFIX, SignedReport, StickIndex, StickMessage, StickReport
+from agent.contract.stick import INDEX, INDEXES, REPORT_PREFIX, SignedReport, StickIndex, StickMessage, StickReport
+from agent.core.chunks import ChunkTable
 from agent.errors import AgentError
 from agent.platform.files import PRIVATE, write_atomic
 from agent.store.stick import Stick
@@ -99,6 +102,44 @@ def test_everything_that_a_device_asks_for_is_there(fleet: Fleet, digest: str, t
     assert stick.chunk(digest, 0) is not None and stick.chunk(digest, 10_000) is None
     with pytest.raises(AgentError, match="no order for pi-3; it has some for pi-1, pi-2"):
         stick.order("pi-3")
+
+
+@pytest.fixture
+def indexed(fleet: Fleet, digest: str) -> Manifest:
+    """The artifact with an index, as if it were large."""
+    store = FolderStore(fleet.home.artifacts)
+    manifest, index = with_index(find(store, digest), 0)
+    (store.folder(manifest.id) / INDEX_FILE).write_bytes(index or b"")
+    store.save_manifest(manifest)
+    fleet.repository.publish(manifest, index)
+    return manifest
+
+
+def test_an_index_is_carried_beside_its_artifact(fleet: Fleet, indexed: Manifest, tmp_path: Path) -> None:
+    order(fleet, indexed.digest, "pi-1")
+    write(fleet, tmp_path / "stick", "pi-1")
+    stick, content = Stick(tmp_path / "stick"), index_content(indexed)
+    assert content is not None
+    packed = stick.chunk(content.digest, 0)
+    assert packed == FolderStore(fleet.home.artifacts).index(indexed)
+    assert stick.chunk(content.digest, 1) is None and stick.chunk("0" * 64, 0) is None
+    table = ChunkTable(indexed, packed)
+    for number in range(len(table)):
+        assert table.holds(number, stick.chunk(indexed.digest, number) or b"")
+    names = [file.path for file in stick.index.files]
+    assert not any(name.startswith("tuf/targets/artifacts/") for name in names), "the long manifest stays at home"
+
+
+def test_an_index_that_is_damaged_on_the_stick_is_told(fleet: Fleet, indexed: Manifest, tmp_path: Path) -> None:
+    order(fleet, indexed.digest, "pi-1")
+    write(fleet, tmp_path / "stick", "pi-1")
+    [path] = (tmp_path / "stick" / INDEXES).iterdir()
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(AgentError, match=r"the stick's index of artifact .* is damaged: chunk 0 has 4294967295 bytes"):
+        Stick(tmp_path / "stick").chunk(indexed.digest, 0)
+    path.unlink()
+    with pytest.raises(AgentError, match=r"the stick is not whole: indexes/.* has 0 of"):
+        Stick(tmp_path / "stick")
 
 
 def test_who_is_online_never_sees_what_was_signed_for_a_stick(fleet: Fleet, digest: str, tmp_path: Path) -> None:

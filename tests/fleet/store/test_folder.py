@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract.base import sha256_hex
+from agent.contract.chunk_index import INDEX_FILE, with_index
 from agent.contract.manifest import ArtifactFile, Manifest
 from fleet.errors import StoreError, UsageError
 from fleet.store import FolderStore
@@ -103,6 +104,48 @@ def test_files_that_are_not_what_was_built_are_named(store: FolderStore, spoil: 
     spoil(store.files(manifest.id) / "model.bin")
     with pytest.raises(StoreError, match=words):
         store.verify(manifest)
+
+
+def put_indexed(store: FolderStore) -> tuple[Manifest, Path]:
+    manifest, index = with_index(put(store.root), 0)
+    (store.folder(manifest.id) / "manifest.json").write_bytes(manifest.to_json())
+    path = store.folder(manifest.id) / INDEX_FILE
+    path.write_bytes(index or b"")
+    return manifest, path
+
+
+def test_an_index_is_found_by_its_own_digest(store: FolderStore):
+    manifest, path = put_indexed(store)
+    store.verify(manifest)
+    assert store.get(manifest.id) == manifest
+    assert manifest.index is not None and store.index(manifest) == path.read_bytes()
+    assert store.index(make_manifest()) is None
+    reader = store.open(manifest.index.sha256)
+    assert reader is not None and reader.read(0, 0, 36) == path.read_bytes() and len(reader.layout()) == 1
+    reader.close()
+    artifact = store.open(manifest.digest)
+    assert artifact is not None and artifact.layout().digest(0).hex() == sha256_hex(b"weights")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda file: file.unlink(), "index is missing; remove .* and build it again"),
+        (lambda file: file.write_bytes(b"x" * 35), "has 35 bytes, its manifest says 36"),
+        (lambda file: file.write_bytes(b"x" * 36), "index is not what was built"),
+    ],
+)
+def test_an_index_that_is_not_what_was_built_is_named(store: FolderStore, spoil: Callable[[Path], object], words: str):
+    manifest, path = put_indexed(store)
+    spoil(path)
+    with pytest.raises(StoreError, match=words):
+        store.verify(manifest)
+    with pytest.raises(StoreError, match="index"):
+        store.index(manifest)
+    artifact = store.open(manifest.digest)
+    assert artifact is not None
+    with pytest.raises(OSError, match="index"):
+        artifact.layout()
 
 
 def test_a_folder_that_is_a_file_is_told(tmp_path: Path):

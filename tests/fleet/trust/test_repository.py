@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, SecretsHandler, Signature, Signer
 
+from agent.contract.chunk_index import with_index
 from agent.contract.manifest import manifest_target
 from agent.contract.messages import Desired
 from fleet.errors import RepositoryError
@@ -81,6 +82,23 @@ def test_publish_and_withdraw(repository: Repository, verify: Verify) -> None:
     assert repository.withdraw(first.digest)
     assert not repository.withdraw(first.digest)
     assert verify() == {second.digest}
+
+
+def test_an_artifact_with_an_index_is_one_artifact(repository: Repository, verify: Verify) -> None:
+    whole = make_manifest(b"1")
+    manifest, index = with_index(whole, 0)
+    assert repository.publish(manifest, index) == 2
+    assert repository.publish(manifest, index) == 2
+    assert repository.published() == (manifest.digest,)
+    for wrong in (None, b"x" * 36):
+        with pytest.raises(ValueError, match="is not the one that its manifest names"):
+            repository.publish(manifest, wrong)
+    found, _ = repository.lasting(timedelta(days=1), [manifest.digest])
+    assert [name for name in found if name.startswith("targets/artifacts/")] == []
+    [carried] = [name for name in found if name.startswith("targets/indexed/")]
+    assert found[carried] == manifest.to_json() == repository.read(carried)
+    assert repository.withdraw(manifest.digest)
+    assert repository.published() == () and not repository.withdraw(manifest.digest)
 
 
 def test_the_same_files_for_two_contexts_are_two_artifacts(repository: Repository, verify: Verify) -> None:
