@@ -226,6 +226,10 @@ class Role:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ready(self) -> None:
         self._line()
 
@@ -241,8 +245,8 @@ class Role:
 
 
 @contextmanager
-def role(options: argparse.Namespace, name: str) -> Iterator[Role]:
-    command = [sys.executable, __file__, "--role", name, "--url", options.url, "--folder", str(options.folder)]
+def role(options: argparse.Namespace, name: str, script: str = __file__) -> Iterator[Role]:
+    command = [sys.executable, script, "--role", name, "--url", options.url, "--folder", str(options.folder)]
     command += ["--window", str(options.window)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -369,7 +373,7 @@ def fetch(options: argparse.Namespace) -> None:
                     "mib_s": manifest.size / 1048576 / seconds,
                     "mib_s_reread": manifest.size / 1048576 / again,
                     "received": progress.bytes_received,
-                    "peak_rss_mib": _peak_rss(psutil.Process()),
+                    "peak_rss_mib": peak_rss(psutil.Process()),
                 }
             )
 
@@ -378,7 +382,8 @@ def fetch(options: argparse.Namespace) -> None:
     until_told()
 
 
-def _peak_rss(process: Any) -> float:
+def peak_rss(process: Any) -> float:
+    """In MiB, since the process began."""
     status = Path("/proc/self/status")  # getrusage would count the parent's, from before exec
     if not status.exists():
         return float(process.memory_info().rss) / 1048576

@@ -7,12 +7,12 @@ the artifact's bytes are: once for all devices, each piece compared with the sig
 
 from __future__ import annotations
 
-import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from struct import Struct
 from typing import Protocol
 
 from agent.contract.manifest import (
@@ -29,6 +29,7 @@ MAX_LISTED_CHUNKS = 2048
 #: Of the index, where it is kept: beside the manifest, and as the one file of what is fetched.
 INDEX_FILE = "index"
 _SIZE_BYTES = INDEX_RECORD_BYTES - 32
+_SIZES = Struct(">I32x")
 
 
 class Content(Protocol):
@@ -88,13 +89,7 @@ class Layout:
         count, rest = divmod(len(packed), INDEX_RECORD_BYTES)
         if rest:
             raise ValueError(f"it has {len(packed)} bytes, which is no multiple of {INDEX_RECORD_BYTES}")
-        self.sizes = array("I")
-        if self.sizes.itemsize != _SIZE_BYTES:  # pragma: no cover - on no system that Python runs on today
-            raise NotImplementedError(f"unsigned int has {self.sizes.itemsize} bytes here")
-        words = memoryview(packed)
-        self.sizes.frombytes(b"".join(words[at : at + _SIZE_BYTES] for at in range(0, len(packed), INDEX_RECORD_BYTES)))
-        if sys.byteorder == "little":
-            self.sizes.byteswap()
+        self.sizes = array("I", (size for (size,) in _SIZES.iter_unpack(packed)))
         self._offsets = array("Q", bytes(8 * count))
         self._begins: list[int] = []
         index = 0
