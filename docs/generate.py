@@ -75,6 +75,7 @@ MODELS: list[type[BaseModel]] = [
     stick.StickMessage,
     manifest.Manifest,
     manifest.ArtifactFile,
+    manifest.ArtifactIndex,
     manifest.ModelFacts,
     manifest.MemoryNeed,
     manifest.Chat,
@@ -104,6 +105,10 @@ def _topic_lines() -> Iterator[str]:
     yield "Chunk n counts over the chunks of all files in the manifest's order. Controllers share what devices ask for"
     yield f"and report: `{topics.for_one_of('{secret}', 'chunks', topics.ALL_WANTS)}` and its like, where the secret is"
     yield "in their database. A device that knew it could join the group, and take its turns."
+    yield ""
+    yield "The manifest of a large artifact names an index in place of its chunks (ADR 31). The index is fetched first, as"
+    yield "chunks under its own digest: piece n has the bytes from n times 131,040 on. It has 36 bytes for each chunk of"
+    yield "the artifact: its size as 4 bytes, big-endian, and its SHA-256."
     yield ""
     yield "An agent 0.1 asks at two topics to which every device may write. A controller answers there those devices"
     yield "that have not asked at their own topic, all of them as one in the order of chunks. An agent of this release"
