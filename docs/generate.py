@@ -76,6 +76,7 @@ MODELS: list[type[BaseModel]] = [
     manifest.Manifest,
     manifest.ArtifactFile,
     manifest.ArtifactIndex,
+    manifest.Delta,
     manifest.ModelFacts,
     manifest.MemoryNeed,
     manifest.Chat,
@@ -106,9 +107,13 @@ def _topic_lines() -> Iterator[str]:
     yield f"and report: `{topics.for_one_of('{secret}', 'chunks', topics.ALL_WANTS)}` and its like, where the secret is"
     yield "in their database. A device that knew it could join the group, and take its turns."
     yield ""
-    yield "The manifest of a large artifact names an index in place of its chunks (ADR 31). The index is fetched first, as"
-    yield "chunks under its own digest: piece n has the bytes from n times 131,040 on. It has 36 bytes for each chunk of"
-    yield "the artifact: its size as 4 bytes, big-endian, and its SHA-256."
+    yield "The manifest of a large artifact names an index in place of its chunks (ADR 31). The index is fetched"
+    yield "first, as chunks under its own digest: piece n has the bytes from n times 131,040 on. It has 36 bytes for"
+    yield "each chunk of the artifact: its size as 4 bytes, big-endian, and its SHA-256."
+    yield ""
+    yield "Piece n of a delta (ADR 32), as chunk n under the delta's digest, tells chunk n of the artifact: the"
+    yield "Zstandard frame of its bytes XOR those of the base, in the file of the same path, counted from the files'"
+    yield "ends, zeros where the base has none. A piece of one zero byte tells none: that chunk is asked for whole."
     yield ""
     yield "An agent 0.1 asks at two topics to which every device may write. A controller answers there those devices"
     yield "that have not asked at their own topic, all of them as one in the order of chunks. An agent of this release"

@@ -57,8 +57,8 @@ class Content(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class IndexContent:
-    """The index of an artifact, as what is fetched: one file, whose chunks the manifest lists."""
+class OneFile:
+    """What is fetched beside an artifact, such as its index."""
 
     id: str
     digest: str
@@ -89,7 +89,7 @@ class Layout:
         count, rest = divmod(len(packed), INDEX_RECORD_BYTES)
         if rest:
             raise ValueError(f"it has {len(packed)} bytes, which is no multiple of {INDEX_RECORD_BYTES}")
-        self.sizes = array("I", (size for (size,) in _SIZES.iter_unpack(packed)))
+        self.sizes: array[int] = array("I", (size for (size,) in _SIZES.iter_unpack(packed)))
         self._offsets = array("Q", bytes(8 * count))
         self._begins: list[int] = []
         index = 0
@@ -133,7 +133,12 @@ def packed_chunks(files: Sequence[ArtifactFile]) -> bytes:
     )
 
 
-def index_content(manifest: Manifest) -> IndexContent | None:
+def packed_record(chunk: bytes) -> bytes:
+    """Return the record of one chunk."""
+    return len(chunk).to_bytes(_SIZE_BYTES) + sha256(chunk).digest()
+
+
+def index_content(manifest: Manifest) -> OneFile | None:
     """Return the artifact's index as what is fetched; None: the manifest lists the chunks itself."""
     index = manifest.index
     if index is None:
@@ -142,7 +147,7 @@ def index_content(manifest: Manifest) -> IndexContent | None:
     sizes = [*([INDEX_PIECE_BYTES] * (len(index.pieces) - 1)), last]
     chunks = tuple(zip(sizes, index.pieces, strict=True))
     file = ArtifactFile(path=INDEX_FILE, size=index.size, sha256=index.sha256, chunks=chunks)
-    return IndexContent(f"{manifest.id} (its index)", index.sha256, index.size, (file,))
+    return OneFile(f"{manifest.id} (its index)", index.sha256, index.size, (file,))
 
 
 def with_index(manifest: Manifest, listed: int = MAX_LISTED_CHUNKS) -> tuple[Manifest, bytes | None]:

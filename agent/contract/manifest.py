@@ -107,6 +107,15 @@ class ArtifactIndex(WireModel):
         return self
 
 
+class Delta(WireModel):
+    """The artifact told against another one: see ``agent.contract.delta``. Its piece n tells chunk n."""
+
+    base: Annotated[ArtifactId, Field(description="the artifact that the device must have")]
+    base_digest: Digest
+    digest: Annotated[Digest, Field(description="of the pieces one after the other, and their name on the wire")]
+    size: Annotated[Bytes, Field(description="of all pieces together")]
+
+
 class ModelFacts(WireModel):
     """The checkpoint that was quantized."""
 
@@ -219,8 +228,9 @@ class Manifest(GrownModel):
     speed: BuildSpeed | None = None
     files: Annotated[tuple[ArtifactFile, ...], Field(min_length=1)]
     index: Annotated[ArtifactIndex | None, Field(description="of a large artifact, whose files list no chunks")] = None
+    deltas: Annotated[tuple[Delta, ...], Field(max_length=16, description="fewer bytes for a device that has one")] = ()
 
-    _later: ClassVar[frozenset[str]] = frozenset({"sampling", "foreign", "index"})
+    _later: ClassVar[frozenset[str]] = frozenset({"sampling", "foreign", "index", "deltas"})
 
     @property
     def chunk_count(self) -> int:

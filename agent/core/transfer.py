@@ -11,7 +11,7 @@ The server keeps no state a device, so everything that makes a transfer robust i
   slow link nor a server that comes back is met with a whole window a second time;
 * a device that the shared topic overruns, or that it only repeats itself to, stops following it;
 * what all devices want in the same moment, such as an index, is listened for before it is asked for, and asked for
-  again on the shared topic: one publication then serves all that came within ``gather_s``;
+  again on the shared topic: one publication then serves all that came meanwhile;
 * with a limit of bytes a second no more is asked for than may come, and the shared topic, on which others have the
   say, is not followed at all.
 """
@@ -64,6 +64,8 @@ class Outcome(Enum):
     GOOD = "good"
     BAD = "bad"
     DUPLICATE = "duplicate"
+    USELESS = "useless"
+    """It is no use to ask for it again; another transfer brings the chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,18 @@ class _Asked:
     """The request that this one repeats."""
     delivered: int | None = None
     """Bytes that had come when it was asked for; None: asked for before, so which request is answered is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """What is particular to the transfer of something else than an artifact's chunks.
+
+    ``gather_s``: seconds to listen on the shared topic before anything is asked for. ``wire_bytes``: what a chunk takes
+    on the wire, where that is not its size.
+    """
+
+    gather_s: float = 0.0
+    wire_bytes: int | None = None
 
 
 class _Pace:
@@ -122,7 +136,6 @@ class TransferCore:
     """Decides the requests of one transfer. Times are monotonic seconds; ``jitter`` gives numbers in [0, 1).
 
     ``present`` are the first occurrences that the disk holds already. ``bytes_per_s`` None: as fast as they come.
-    ``gather_s``: seconds to listen on the shared topic before anything is asked for.
     """
 
     def __init__(
@@ -135,10 +148,12 @@ class TransferCore:
         now: float,
         jitter: Callable[[], float],
         bytes_per_s: float | None = None,
-        gather_s: float = 0.0,
+        variation: Variation | None = None,
     ) -> None:
+        variation = variation or Variation()
         self._table = table
-        self._gathers = gather_s > 0
+        self._wire_bytes = variation.wire_bytes
+        self._gathers = variation.gather_s > 0
         self._jitter = jitter
         self._stall_s = stall_s
         self._started = self._last_good = self._last_answer = self._last_event = now
@@ -160,7 +175,7 @@ class TransferCore:
         self._joining = True
         self._longest_gap = 0.0
         self._scanned_at = now
-        self._quiet_until = now + gather_s
+        self._quiet_until = now + variation.gather_s
         self._duplicate_bytes = self._unasked_cursor = 0
         self._losses, self._lost_at = 0, now
         self.following = bytes_per_s is None
@@ -223,7 +238,9 @@ class TransferCore:
             self._answered(answered, now)
         elif shared:
             self._seen(index)
-        if outcome is Outcome.BAD:
+        if outcome is Outcome.USELESS:
+            self._leave_out(index)
+        elif outcome is Outcome.BAD:
             self._rejected += 1
             if asked is not None:  # else nobody asked for it, and nothing is lost
                 self._retry(index, now)
@@ -294,8 +311,11 @@ class TransferCore:
     def _settle(self, index: int) -> _Asked | None:
         asked = self._asked.pop(index, None)
         if asked is not None:
-            self.in_flight_bytes -= self._table.sizes[index]
+            self.in_flight_bytes -= self._on_wire(index)
         return asked
+
+    def _on_wire(self, index: int) -> int:
+        return self._table.sizes[index] if self._wire_bytes is None else self._wire_bytes
 
     def _have(self, index: int) -> None:
         if self._state[index] == _HAVE:
@@ -305,6 +325,11 @@ class TransferCore:
         occurrences = self._table.occurrences(index)
         self._chunks_done += occurrences
         self._bytes_done += occurrences * self._table.sizes[index]
+
+    def _leave_out(self, index: int) -> None:
+        if self._state[index] != _HAVE:
+            self._state[index] = _HAVE
+            self._left -= 1
 
     def _duplicate(self, size: int, unasked: bool) -> None:
         if unasked:
@@ -349,7 +374,7 @@ class TransferCore:
     def _probe(self, now: float) -> Request:
         self._probes += 1
         index, asked = min(self._asked.items(), key=lambda item: item[1].order)
-        self._bandwidth.take(self._table.sizes[index])
+        self._bandwidth.take(self._on_wire(index))
         self._order += 1
         shared = self._again_shared(self._probes)
         self._asked[index] = _Asked(self._order, now, shared=shared, before=asked.before or asked)
@@ -398,7 +423,7 @@ class TransferCore:
         return index if index >= 0 else self._state.find(_MISSING)
 
     def _fits(self, index: int) -> bool:
-        return not self._asked or self.in_flight_bytes + self._table.sizes[index] <= self._window
+        return not self._asked or self.in_flight_bytes + self._on_wire(index) <= self._window
 
     def _may_ask(self, now: float) -> bool:
         return self._bandwidth.wait_s(now) == 0
@@ -409,8 +434,8 @@ class TransferCore:
         first_time = not self._ever_asked[index]
         self._ever_asked[index] = 1
         self._asked[index] = _Asked(self._order, now, shared, delivered=self._pace.delivered if first_time else None)
-        self.in_flight_bytes += self._table.sizes[index]
-        self._bandwidth.take(self._table.sizes[index])
+        self.in_flight_bytes += self._on_wire(index)
+        self._bandwidth.take(self._on_wire(index))
 
 
 def _request(indices: list[int], *, shared: bool) -> Request | None:

@@ -25,8 +25,9 @@ import structlog
 
 from agent.contract.base import MalformedMessageError
 from agent.contract.chunk_index import INDEX_FILE, Layout, index_content, packed_chunks
+from agent.contract.delta import BaseFiles
 from agent.contract.failures import FailureCode
-from agent.contract.manifest import ArtifactFile, Manifest
+from agent.contract.manifest import ArtifactFile, Delta, Manifest
 from agent.core.chunks import ChunkTable
 from agent.errors import StoreError, TrustError
 from agent.platform.concurrency import Stop
@@ -282,6 +283,16 @@ class ArtifactStore:
                     packed = _packed(folder, manifest)
                     if manifest.index is None or packed is not None:
                         yield Donor(folder, manifest, Layout(manifest.files, packed))
+
+    def base(self, manifest: Manifest) -> tuple[Delta, BaseFiles] | None:
+        """Return the first of the artifact's deltas whose base is complete here, and the base; None without one."""
+        for delta in manifest.deltas:
+            folder = self._complete / delta.base_digest
+            with store_errors("read the manifest in", folder):
+                base = _load_manifest(folder)
+            if base is not None:
+                return delta, BaseFiles(folder / FILES, base, manifest)
+        return None
 
     def _make_room(self, manifest: Manifest, folder: Path) -> None:
         """Delete what was left over, the oldest first, until the artifact fits; nothing where that is not enough."""

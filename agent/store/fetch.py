@@ -22,13 +22,14 @@ from agent.contract.chunk_index import Content
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import Manifest
 from agent.contract.messages import ChunkRange, Progress, Want, WantV1
+from agent.core.chunks import ChunkTable
 from agent.core.dialect import Dialect
 from agent.core.ports import Link, Message, ProgressHandler
-from agent.core.transfer import Outcome, Request, TransferCore
+from agent.core.transfer import Outcome, Request, TransferCore, Variation
 from agent.errors import LinkError, MeteredError, TransferError
 from agent.platform.concurrency import Stop, ended, in_thread
 from agent.store.artifacts import ArtifactStore
-from agent.store.intake import FLUSH_BYTES, Intake
+from agent.store.intake import FLUSH_BYTES, DeltaIntake, Intake
 from agent.store.mirrors import MirrorReader
 from agent.store.partial import Partial
 
@@ -38,6 +39,9 @@ PROGRESS_S = 0.5
 LINK_PATIENCE_S = 30.0
 #: An order reaches many devices in the same moment, and all of them want the index first.
 GATHER_S = 1.0
+#: Without a piece of a delta for this long the chunks are asked for whole: nobody serves it any more.
+DELTA_PATIENCE_S = 30.0
+_TAKEN = {"bytes_received", "chunks_rejected", "seconds"}
 
 
 _log = structlog.get_logger(component=__name__)
@@ -64,7 +68,6 @@ class _Limits:
     bytes_per_s: int | None
     metered_bytes: int | None
     mirrors: tuple[str, ...]
-    gather_s: float = 0.0
 
 
 class Fetcher:
@@ -126,6 +129,8 @@ class Fetcher:
         partial = await in_thread(lambda _stop: self._store.begin(manifest), undo=self._store.abandon)
         try:
             present = await in_thread(lambda stop: self._find(partial, stop))
+            if not at_hand:
+                present, before = await self._fetch_delta(manifest, partial, present, limits, before, on_progress)
             progress = await self._bring(partial, present, limits, lambda one: on_progress(_sum(one, before)))
             await in_thread(lambda _stop: self._store.commit(partial))
         finally:
@@ -142,45 +147,100 @@ class Fetcher:
             return Progress()
 
         def tell(progress: Progress) -> None:
-            taken = {"bytes_received", "chunks_rejected", "seconds"}
-            on_progress(Progress(bytes_total=manifest.size, **progress.model_dump(include=taken)))
+            on_progress(Progress(bytes_total=manifest.size, **progress.model_dump(include=_TAKEN)))
 
         try:
             present = await in_thread(lambda stop: array("I", partial.present(stop)))
             # Web servers have the artifact's files alone.
-            alone = replace(limits, mirrors=(), gather_s=0.0 if at_hand else GATHER_S)
-            progress = await self._bring(partial, present, alone, tell)
+            listening = Variation(gather_s=0.0 if at_hand else GATHER_S)
+            progress = await self._bring(partial, present, replace(limits, mirrors=()), tell, listening)
             await in_thread(lambda _stop: self._store.commit_index(manifest, partial))
         finally:
             self._store.abandon(partial)
-        return progress
+        return Progress(**progress.model_dump(include=_TAKEN))
+
+    async def _fetch_delta(
+        self,
+        manifest: Manifest,
+        partial: Partial,
+        present: array[int],
+        limits: _Limits,
+        before: Progress,
+        on_progress: ProgressHandler,
+    ) -> tuple[array[int], Progress]:
+        """What a delta tells, if the device has the base of one; returns what is here then, and what it all took.
+
+        Whatever a delta does not tell comes whole.
+
+        Raises:
+            agent.errors.StoreError: the disk fails.
+            agent.errors.MeteredError: the delta alone is more than a metered network may carry unasked.
+            agent.errors.TransferError: the link is gone.
+        """
+        found = await in_thread(lambda _stop: self._store.base(manifest))
+        missing = manifest.chunk_count - len(present)
+        if found is None or missing <= 0:
+            return present, before
+        delta, base = found
+        table = partial.table
+        wire_bytes = max(1, delta.size // max(1, len(table)))
+        limits = replace(limits, stall_s=min(limits.stall_s, DELTA_PATIENCE_S), mirrors=())
+        intake = DeltaIntake(partial, present, base)
+        core = self._core(table, present, limits, Variation(wire_bytes=wire_bytes))
+        _log.info("delta found", artifact=manifest.id, base=delta.base, bytes=wire_bytes * missing)
+        try:
+            if not core.complete:
+                _check_metered(manifest, wire_bytes * missing, limits.metered_bytes)
+                at = _At(self._link, self._device, self._dialect, delta.digest, f"{manifest.id} (from {delta.base})")
+                await _Session(at, intake, core, self._monotonic, lambda one: on_progress(_sum(one, before))).run()
+        except TransferError as error:
+            if not self._link.connected:
+                raise
+            _log.warning("delta given up, chunks come whole", artifact=manifest.id, base=delta.base, error=str(error))
+        finally:
+            await in_thread(lambda _stop: base.close())
+        if intake.useless:
+            _log.info("delta left chunks out", artifact=manifest.id, base=delta.base, chunks=intake.useless)
+        here = array("I", (first for first in table.unique() if intake.has(first)))
+        return here, _sum(core.progress(self._monotonic()), before)
 
     def _undo_index(self, partial: Partial | None) -> None:
         if partial is not None:
             self._store.abandon(partial)
 
     async def _bring(
-        self, partial: Partial, present: Sequence[int], limits: _Limits, on_progress: ProgressHandler
+        self,
+        partial: Partial,
+        present: Sequence[int],
+        limits: _Limits,
+        on_progress: ProgressHandler,
+        variation: Variation | None = None,
     ) -> Progress:
-        core = TransferCore(
-            partial.table,
-            present,
-            window_bytes=limits.window_bytes,
-            stall_s=limits.stall_s,
-            now=self._monotonic(),
-            jitter=self._jitter,
-            bytes_per_s=limits.bytes_per_s,
-            gather_s=limits.gather_s,
-        )
+        core = self._core(partial.table, present, limits, variation)
         if not core.complete:
             _tell_plan(partial.content, core.progress(self._monotonic()), on_progress, limits.metered_bytes)
             intake = Intake(partial, present)
             reader = MirrorReader(intake, core, on_progress, bytes_per_s=limits.bytes_per_s, monotonic=self._monotonic)
             told = await reader.read(limits.mirrors)
             if not core.complete:
-                at = self._link, self._device, self._dialect
-                await _Session(*at, intake, core, self._monotonic, on_progress, told).run()
+                content = partial.content
+                at = _At(self._link, self._device, self._dialect, content.digest, content.id)
+                await _Session(at, intake, core, self._monotonic, on_progress, told).run()
         return core.progress(self._monotonic())
+
+    def _core(
+        self, table: ChunkTable, present: Sequence[int], limits: _Limits, variation: Variation | None
+    ) -> TransferCore:
+        return TransferCore(
+            table,
+            present,
+            window_bytes=limits.window_bytes,
+            stall_s=limits.stall_s,
+            now=self._monotonic(),
+            jitter=self._jitter,
+            bytes_per_s=limits.bytes_per_s,
+            variation=variation,
+        )
 
     def _find(self, partial: Partial, stop: Stop) -> array[int]:
         """Chunks that need not be sent: those that came before, and those of other artifacts."""
@@ -194,27 +254,37 @@ class Fetcher:
         return present
 
 
+@dataclass(frozen=True, slots=True)
+class _At:
+    """Where chunks are asked for, and under which name: ``digest`` on the wire, ``name`` for people."""
+
+    link: Link
+    device: str
+    dialect: Dialect
+    digest: str
+    name: str
+
+
 class _Session:
     """From the first request to the last chunk."""
 
     def __init__(
         self,
-        link: Link,
-        device: str,
-        dialect: Dialect,
+        at: _At,
         intake: Intake,
         core: TransferCore,
         monotonic: Callable[[], float],
         on_progress: ProgressHandler,
-        mirrors: Sequence[str],
+        mirrors: Sequence[str] = (),
     ) -> None:
         """``mirrors``: what was wrong with each."""
         self._mirrors = mirrors
-        self._link = link
-        self._device = device
-        self._dialect = dialect
+        self._link = at.link
+        self._device = at.device
+        self._dialect = at.dialect
+        self._digest = at.digest
+        self._name = at.name
         self._partial = intake.partial
-        self._digest = self._partial.content.digest
         self._core = core
         self._intake = intake
         self._monotonic = monotonic
@@ -233,7 +303,7 @@ class _Session:
         self._flush: asyncio.Task[None] | None = None
         self._flush_at = FLUSH_BYTES
         self._shared_filter = topics.shared_chunks(self._digest)
-        self._own_filter = topics.own_chunks(device, self._digest)
+        self._own_filter = topics.own_chunks(self._device, self._digest)
 
     async def run(self) -> None:
         """Until nothing is missing.
@@ -348,7 +418,7 @@ class _Session:
         if not away and not self._core.stalled(now):
             return
         progress = self._core.progress(now)
-        where = f"artifact {self._partial.content.id} at {progress.bytes_done} of {progress.bytes_total} bytes"
+        where = f"artifact {self._name} at {progress.bytes_done} of {progress.bytes_total} bytes"
         mirrors = "".join(f"; mirror {told}" for told in self._mirrors)
         if not self._linked:
             raise TransferError(f"the broker is not connected; {where}, which are kept{mirrors}")
@@ -395,13 +465,17 @@ def _tell_plan(content: Content, progress: Progress, on_progress: ProgressHandle
     """
     missing = progress.bytes_total - progress.bytes_done
     on_progress(progress)
+    _check_metered(content, missing, metered)
+    _log.info("transfer begins", artifact=content.id, bytes=missing, bytes_reused=progress.bytes_reused)
+
+
+def _check_metered(content: Content, missing: int, metered: int | None) -> None:
     if metered is not None and missing > metered:
         raise MeteredError(
-            f"{content.id} needs {missing} of its {progress.bytes_total} bytes, and this device's network is metered: "
+            f"{content.id} needs {missing} of its {content.size} bytes, and this device's network is metered: "
             f"at most {metered} bytes are fetched unasked. `phifleet deploy --transfer-now` lifts a profile's limit, "
             "`metered_bytes` in the device's settings is its own; a stick needs neither"
         )
-    _log.info("transfer begins", artifact=content.id, bytes=missing, bytes_reused=progress.bytes_reused)
 
 
 def _least(*limits: int | None) -> int | None:
@@ -409,9 +483,9 @@ def _least(*limits: int | None) -> int | None:
 
 
 def _sum(progress: Progress, before: Progress) -> Progress:
-    """Of the artifact, with what its index took."""
-    names = ("bytes_received", "chunks_rejected", "seconds")
-    return progress.model_copy(update={name: getattr(progress, name) + getattr(before, name) for name in names})
+    """Of the artifact, with what its index and its delta took; what the delta told was not found on the device."""
+    sums = {name: getattr(progress, name) + getattr(before, name) for name in _TAKEN}
+    return progress.model_copy(update=sums | ({"bytes_reused": before.bytes_reused} if before.bytes_total else {}))
 
 
 def _all_there(manifest: Manifest) -> Progress:

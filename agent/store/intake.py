@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from agent.contract.delta import WHOLE, BaseFiles, chunk_from
 from agent.core.transfer import Outcome
 from agent.errors import StoreError
 from agent.store.partial import Partial
@@ -47,3 +48,29 @@ class Intake:
             self.partial.flush()
         except StoreError as error:
             self.error = error
+
+
+class DeltaIntake(Intake):
+    """Takes the pieces of a delta, and writes the chunks that they and the base tell."""
+
+    def __init__(self, partial: Partial, present: Iterable[int], base: BaseFiles) -> None:
+        super().__init__(partial, present)
+        self._base = base
+        #: Chunks that come whole: what differs is no smaller, or the base on the disk is not what it was.
+        self.useless = 0
+
+    def accept(self, first: int, data: bytes) -> Outcome:
+        """Write the chunk that the piece ``data`` tells, if it is the right one and not there yet."""
+        if self.has(first) or self.error is not None:
+            return Outcome.DUPLICATE
+        place = self.partial.table.places(first)[0]
+        try:
+            base = self._base.read(place.file, place.offset, self.partial.table.sizes[first])
+        except OSError:  # what does not read tells nothing; the artifact that it belongs to is not in use here
+            base = None
+        chunk = chunk_from(data, base) if base is not None and data != WHOLE else None
+        outcome = Outcome.BAD if chunk is None else super().accept(first, chunk)
+        if outcome is Outcome.BAD:
+            self.useless += 1
+            return Outcome.USELESS
+        return outcome

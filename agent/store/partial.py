@@ -17,6 +17,7 @@ from agent.core.chunks import ChunkTable
 from agent.errors import StoreError
 from agent.platform.concurrency import Stop
 from agent.platform.files import is_hole, reserve, sync_file, sync_folder, write_at
+from agent.platform.open_files import read_at
 from agent.store.files import explained, store_errors
 
 FILES = "files"
@@ -130,7 +131,7 @@ class Partial:
                     for number, first in offered:
                         if stop():
                             return
-                        data = _read_at(source.fileno(), self.table.sizes[first], donor.layout.place(number).offset)
+                        data = read_at(source.fileno(), self.table.sizes[first], donor.layout.place(number).offset)
                         if wanted[first] and self.table.holds(first, data) and self.write(first, data):
                             wanted[first] = 0
                             yield first
@@ -194,16 +195,9 @@ class Partial:
 
     def _read(self, place: Place, size: int) -> bytes:
         try:
-            return _read_at(self._descriptors[place.file], size, place.offset)
+            return read_at(self._descriptors[place.file], size, place.offset)
         except OSError as error:
             raise explained(error, "read", self._path(place)) from error
 
     def _path(self, place: Place) -> Path:
         return self.folder / FILES / self.content.files[place.file].path
-
-
-def _read_at(descriptor: int, size: int, offset: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(descriptor, size, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows; only ever one thread reads
-    return os.read(descriptor, size)

@@ -21,6 +21,7 @@ from fleet.home import Home
 from fleet.operations.fleet import no_fleet
 from fleet.profiles_loader import load_profile
 from fleet.store import FolderStore, Listing, find
+from fleet.store.deltas import make_delta
 
 _WIDTH = 170
 
@@ -36,7 +37,7 @@ class HasHome(Protocol):
 
 @click.group()
 def artifacts() -> None:
-    """Artifacts that were built: list, show, compare, export, mirror, import."""
+    """Artifacts that were built: list, show, compare, export, mirror, import, delta."""
 
 
 @artifacts.command("list")
@@ -73,6 +74,8 @@ def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
         click.echo(f"{'foreign text':20} {manifest.foreign.tokens} tokens of {manifest.foreign.evaluation}")
     if manifest.speed:
         click.echo(f"{'timed on':20} {manifest.speed.machine}")
+    for delta in manifest.deltas:
+        click.echo(f"{'delta from':20} {delta.base} ({delta.size / 1e6:.1f} MB)")
 
 
 @artifacts.command("compare")
@@ -164,6 +167,48 @@ def export_command(  # noqa: PLR0913, PLR0917 - a click command has as many para
     if oci:
         click.echo(f"{exported.folder} is an OCI image layout; `skopeo copy oci:{exported.folder}:{exported.tag} ...` "
                    f"copies it ({exported.digest})")  # fmt: skip
+
+
+@artifacts.command("delta")
+@click.argument("artifact", shell_complete=completion.artifacts)
+@click.option(
+    "--from",
+    "base",
+    required=True,
+    metavar="BASE",
+    shell_complete=completion.artifacts,
+    help="The artifact that devices have now.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.pass_obj
+def delta_command(obj: HasHome, artifact: str, base: str, as_json: bool) -> None:  # fmt: skip
+    """Make what tells ARTIFACT to devices that have BASE: an update after training on takes a fraction of the bytes.
+
+    Deploy ARTIFACT then. A device without BASE fetches it whole.
+    """
+    from fleet.cli.build import bar
+    from fleet.toolchains.drivers.process import cores
+    from fleet.toolchains.progress import Progress
+
+    store = FolderStore(obj.home.artifacts)
+    old = find(store, base)
+    with bar("delta") as tell:
+
+        def progress(share: float) -> None:
+            tell(Progress("comparing", share))
+
+        manifest = make_delta(store, find(store, artifact), old, threads=cores(), progress=progress)
+    delta = next(one for one in manifest.deltas if one.base_digest == old.digest)
+    if as_json:
+        click.echo(json.dumps({
+            "artifact": manifest.id, "base": delta.base, "digest": delta.digest, "bytes": delta.size,
+            "artifact_bytes": manifest.size,
+        }))  # fmt: skip
+        return
+    click.echo(
+        f"{manifest.id} from {delta.base}: {delta.size / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
+        f"({delta.size / manifest.size:.1%}); `phifleet deploy` it, also where it is deployed already"
+    )
 
 
 @artifacts.command("mirror")

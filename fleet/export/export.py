@@ -106,7 +106,8 @@ def _write(
     layers = [copied(store.files(manifest.id), file, model) for file in manifest.files]
     index = store.index(manifest)
     # Whole by itself: who reads an export needs no other file to know its chunks.
-    documents = {MANIFEST: (without_index(manifest, index) if index else manifest).to_json()}
+    whole = without_index(manifest, index) if index else manifest
+    documents = {MANIFEST: whole.model_copy(update={"deltas": ()}).to_json()}
     if papers.bom:
         documents[BOM] = bill_of_materials(manifest)
     if papers.card:

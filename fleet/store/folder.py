@@ -11,6 +11,7 @@ from pathlib import Path
 
 from agent.contract.base import MalformedMessageError, sha256_hex
 from agent.contract.chunk_index import INDEX_FILE, Content, index_content
+from agent.contract.delta import delta_content
 from agent.contract.manifest import ArtifactFile, Manifest
 from agent.platform.files import reason, sha256_of, write_atomic
 from fleet.errors import StoreError
@@ -142,6 +143,12 @@ class FolderStore:
             yield manifest.digest, (manifest, self.files(manifest.id))
             if (content := index_content(manifest)) is not None:
                 yield content.digest, (content, self.folder(manifest.id))
+            for delta in manifest.deltas:
+                yield delta.digest, (delta_content(manifest, delta), self.delta(manifest, delta.base_digest) / "files")
+
+    def delta(self, manifest: Manifest, base_digest: str) -> Path:
+        """Where the artifact's delta from a base is, whether or not it is there."""
+        return self.folder(manifest.id) / "deltas" / base_digest
 
     def _folders(self) -> builtins.list[Path]:
         try:

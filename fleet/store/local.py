@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from agent.contract.chunk_index import INDEX_FILE, Content, Layout
-from agent.contract.manifest import Manifest
+from agent.platform.open_files import OpenFiles
 
 
 class LocalArtifact:
@@ -14,9 +13,7 @@ class LocalArtifact:
 
     def __init__(self, content: Content, folder: Path) -> None:
         self._content = content
-        self._folder = folder
-        self._paths = [folder / file.path for file in content.files]
-        self._descriptors: dict[int, int] = {}
+        self._open = OpenFiles(folder)
 
     @property
     def content(self) -> Content:
@@ -30,9 +27,9 @@ class LocalArtifact:
             OSError: the index cannot be read, or is none of these files.
         """
         content = self._content
-        if not isinstance(content, Manifest) or content.index is None:
+        if any(file.chunks for file in content.files) or not content.size:
             return Layout(content.files)
-        path = self._folder.parent / INDEX_FILE
+        path = self._open.folder.parent / INDEX_FILE
         try:
             return Layout(content.files, path.read_bytes())
         except ValueError as error:
@@ -44,23 +41,12 @@ class LocalArtifact:
         Raises:
             OSError: the file cannot be read, or ends before.
         """
-        descriptor = self._descriptor(file)
-        if hasattr(os, "pread"):
-            data = os.pread(descriptor, size, offset)
-        else:  # Windows; one caller at a time, so nobody else moves the position
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            data = os.read(descriptor, size)
+        path = self._content.files[file].path
+        data = self._open.read(path, size, offset)
         if len(data) != size:
-            raise OSError(f"{self._paths[file]} ends before byte {offset + size}: it is not what was published")
+            raise OSError(f"{self._open.folder / path} ends before byte {offset + size}: it is not what was published")
         return data
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def _descriptor(self, file: int) -> int:
-        if file not in self._descriptors:
-            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-            self._descriptors[file] = os.open(self._paths[file], flags)
-        return self._descriptors[file]
+        self._open.close()

@@ -150,6 +150,8 @@ class Repository:
             RepositoryError: no repository, a key that cannot be opened, or the disk refuses.
         """
         whole = without_index(manifest, index or b"")
+        if manifest.index is not None:  # read by agents 0.1 alone, which know no delta either
+            whole = whole.model_copy(update={"deltas": ()})
         documents = {manifest_target(manifest.digest): whole}
         if manifest.index is not None:
             documents[indexed_target(manifest.digest)] = manifest

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile
 from agent.core.chunks import ChunkTable
-from agent.core.transfer import MAX_CREDIT, MAX_RANGES, SILENCE_S, Outcome, Request, TransferCore
+from agent.core.transfer import MAX_CREDIT, MAX_RANGES, SILENCE_S, Outcome, Request, TransferCore, Variation
 from fleet.delivery.send_queue import ANYBODY, COALESCE_S, DEVICE_BYTES, WASTE_HALVED_S, Chunk, SendQueue
 from tests.simulators.artifacts import manifest_of
 
@@ -36,7 +36,7 @@ def table_of(sizes: list[int], repeats: int = 0) -> ChunkTable:
 def core_of(table: ChunkTable, present: tuple[int, ...] = (), window: int = 1 << 20, **more: float) -> TransferCore:
     return TransferCore(
         table, present, window_bytes=window, stall_s=more.get("stall_s", 900.0), now=more.get("now", 0.0),
-        jitter=lambda: 0.5, gather_s=more.get("gather_s", 0.0),
+        jitter=lambda: 0.5, variation=Variation(gather_s=more.get("gather_s", 0.0)),
     )  # fmt: skip
 
 

@@ -45,7 +45,9 @@ def test_it_tells_what_was_there_already(home: Home, tiny_dir: Path, tiny_artifa
     found = json.loads(answer.stdout)
     assert (found["id"], found["reused"]) == (tiny_artifact.manifest.id, True)
     assert (found["bytes"], found["kl_divergence"]) == (tiny_artifact.manifest.size, None)
-    assert set(found) >= set(Manifest.model_fields) - {"chat", "size", "foreign", "index"}, "every figure of the manifest"
+    assert set(found) >= set(Manifest.model_fields) - {"chat", "size", "foreign", "index", "deltas"}, (
+        "every figure of the manifest"
+    )
     assert found["model"] == tiny_artifact.manifest.model.name, "as it was in 0.1"
     assert found["source"] == tiny_artifact.manifest.model.model_dump(mode="json")
     assert [set(one) for one in found["files"]] == [{"path", "size", "sha256"}] * len(tiny_artifact.manifest.files)

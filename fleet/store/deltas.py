@@ -1,0 +1,111 @@
+"""Makes deltas: an artifact told against another one that devices have. They lie beside it, and are served as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from agent.contract.chunk_index import INDEX_FILE, Layout, packed_record
+from agent.contract.delta import PIECES_FILE, WHOLE, BaseFiles, piece_of
+from agent.contract.manifest import Delta, Manifest
+from agent.platform.files import reason, sync_folder, sync_tree
+from fleet.errors import StoreError, UsageError
+from fleet.store.folder import FolderStore
+from fleet.store.half_made import half_made
+
+#: An artifact keeps the newest ones.
+KEPT_DELTAS = 4
+#: With more of the artifact's bytes a delta saves too little to be worth its room.
+MOST_SHARE = 0.9
+#: Chunks that are compressed at once, for all threads together.
+_BATCH = 64
+
+
+def make_delta(
+    store: FolderStore, manifest: Manifest, base: Manifest, *,
+    threads: int = 1, progress: Callable[[float], None] = lambda share: None,
+) -> Manifest:  # fmt: skip
+    """Tell ``manifest`` against ``base``; returns it with the delta, as it is in the store from now on.
+
+    Both are read and compared with their manifests first: a delta from other bytes would be of no use to any device.
+
+    Raises:
+        UsageError: they are the same, or the delta would save next to nothing, with the figures.
+        StoreError: the bytes of one are not what was built, or the disk refuses; nothing has changed then.
+    """
+    if manifest.digest == base.digest:
+        raise UsageError(f"{manifest.id} is the same artifact; name the one that devices have now")
+    for one in (manifest, base):
+        store.verify(one)
+    try:
+        with half_made(store.root, "delta") as half:
+            files = half / "delta" / "files"
+            files.mkdir(parents=True)
+            digest, size = hashlib.sha256(), 0
+            with (files / PIECES_FILE).open("wb") as pieces, (files.parent / INDEX_FILE).open("wb") as index:
+                for piece in _pieces(store, manifest, base, threads, progress):
+                    pieces.write(piece)
+                    index.write(packed_record(piece))
+                    digest.update(piece)
+                    size += len(piece)
+            if size > MOST_SHARE * manifest.size:
+                raise UsageError(
+                    f"{manifest.id} from {base.id} takes {size / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
+                    f"({size / manifest.size:.0%}): devices may as well fetch it whole. Deltas help where the same "
+                    "recipe quantized the same model, trained on a little"
+                )
+            sync_tree(half / "delta")
+            delta = Delta(base=base.id, base_digest=base.digest, digest=digest.hexdigest(), size=size)
+            return _put_in_place(store, manifest, delta, half / "delta")
+    except OSError as error:
+        raise StoreError(f"the delta cannot be written in {store.root}: {reason(error, store.root)}") from None
+
+
+def _put_in_place(store: FolderStore, manifest: Manifest, delta: Delta, made: Path) -> Manifest:
+    others = [one for one in manifest.deltas if one.base_digest != delta.base_digest]
+    kept = others[-(KEPT_DELTAS - 1) :]
+    target = store.delta(manifest, delta.base_digest)
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    made.rename(target)
+    sync_folder(target.parent)
+    with_delta = manifest.model_copy(update={"deltas": (*kept, delta)})
+    store.save_manifest(with_delta)
+    for gone in others[: -(KEPT_DELTAS - 1)]:
+        shutil.rmtree(store.delta(manifest, gone.base_digest), ignore_errors=True)
+    return with_delta
+
+
+def _pieces(
+    store: FolderStore, manifest: Manifest, base: Manifest, threads: int, progress: Callable[[float], None]
+) -> Iterator[bytes]:
+    layout = Layout(manifest.files, store.index(manifest))
+    new, old = store.open(manifest.digest), BaseFiles(store.files(base.id), base, manifest)
+    if new is None:
+        raise StoreError(f"{manifest.id} is not in {store.root} any more")
+    seen: set[bytes] = set()
+
+    def pairs() -> Iterator[tuple[bytes, bytes] | None]:
+        for number in range(len(layout)):
+            if layout.digest(number) in seen:  # devices ask for the first of equal chunks alone
+                yield None
+                continue
+            seen.add(layout.digest(number))
+            place, size = layout.place(number), layout.sizes[number]
+            yield new.read(place.file, place.offset, size), old.read(place.file, place.offset, size)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            source, done = pairs(), 0
+            while batch := list(islice(source, _BATCH)):
+                yield from pool.map(lambda pair: piece_of(*pair) if pair is not None else WHOLE, batch)
+                done += len(batch)
+                progress(done / len(layout))
+    finally:
+        new.close()
+        old.close()
