@@ -11,8 +11,8 @@ from bench.figures import Figure, save, table
 
 #: Each is a module of this package with ``figures() -> list[Figure]``.
 BENCHMARKS = (
-    "transfer", "large", "endpoint", "streams", "recovery", "update", "idle", "quantize", "loss", "loss_qnn", "demo",
-    "fleet", "fleet_load", "dashboard",
+    "transfer", "large", "delta", "endpoint", "streams", "recovery", "update", "idle", "quantize", "loss", "loss_qnn",
+    "demo", "fleet", "fleet_load", "dashboard",
 )  # fmt: skip
 
 

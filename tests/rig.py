@@ -143,15 +143,17 @@ class Rig:
             (folder / INDEX_FILE).write_bytes(index)
         (folder / "manifest.json").write_bytes(manifest.to_json())
 
-    def variant(self, built: Built, name: str, folder: Path, *, indexed: bool = False) -> Manifest:
+    def variant(
+        self, built: Built, name: str, folder: Path, *, indexed: bool = False, beside: bytes | None = None
+    ) -> Manifest:
         """The same model with one file more: another digest, nearly all chunks the same.
 
-        ``indexed``: with an index, as if it were large.
+        ``indexed``: with an index, as if it were large. ``beside``: what is in that file.
         """
         files = folder / name
         shutil.copytree(built.files, files, copy_function=os.link)
-        note = files / f"{name}.txt"
-        note.write_text(f"a variant by the name of {name}\n")
+        note = files / (f"{name}.txt" if beside is None else "beside.bin")
+        note.write_bytes(beside or f"a variant by the name of {name}\n".encode())
         digest, size, chunks = chunk_file(note)
         added = ArtifactFile(path=note.name, size=size, sha256=digest, chunks=chunks)
         all_files = (*built.manifest.files, added)

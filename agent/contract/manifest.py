@@ -114,6 +114,12 @@ class Delta(WireModel):
     base_digest: Digest
     digest: Annotated[Digest, Field(description="of the pieces one after the other, and their name on the wire")]
     size: Annotated[Bytes, Field(description="of all pieces together")]
+    whole_bytes: Annotated[Bytes, Field(description="of the chunks that no piece tells, and that come whole")] = 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """What a device fetches that has the base and nothing else of the artifact."""
+        return self.size + self.whole_bytes
 
 
 class ModelFacts(WireModel):

@@ -187,10 +187,11 @@ class Fetcher:
         limits = replace(limits, stall_s=min(limits.stall_s, DELTA_PATIENCE_S), mirrors=())
         intake = DeltaIntake(partial, present, base)
         core = self._core(table, present, limits, Variation(wire_bytes=wire_bytes))
-        _log.info("delta found", artifact=manifest.id, base=delta.base, bytes=wire_bytes * missing)
+        expected = wire_bytes * missing + delta.whole_bytes
+        _log.info("delta found", artifact=manifest.id, base=delta.base, bytes=expected)
         try:
             if not core.complete:
-                _check_metered(manifest, wire_bytes * missing, limits.metered_bytes)
+                _check_metered(manifest, expected, limits.metered_bytes)
                 at = _At(self._link, self._device, self._dialect, delta.digest, f"{manifest.id} (from {delta.base})")
                 await _Session(at, intake, core, self._monotonic, lambda one: on_progress(_sum(one, before))).run()
         except TransferError as error:

@@ -75,7 +75,7 @@ def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
     if manifest.speed:
         click.echo(f"{'timed on':20} {manifest.speed.machine}")
     for delta in manifest.deltas:
-        click.echo(f"{'delta from':20} {delta.base} ({delta.size / 1e6:.1f} MB)")
+        click.echo(f"{'delta from':20} {delta.base} ({delta.wire_bytes / 1e6:.1f} MB)")
 
 
 @artifacts.command("compare")
@@ -201,13 +201,13 @@ def delta_command(obj: HasHome, artifact: str, base: str, as_json: bool) -> None
     delta = next(one for one in manifest.deltas if one.base_digest == old.digest)
     if as_json:
         click.echo(json.dumps({
-            "artifact": manifest.id, "base": delta.base, "digest": delta.digest, "bytes": delta.size,
+            "artifact": manifest.id, "base": delta.base, "digest": delta.digest, "bytes": delta.wire_bytes,
             "artifact_bytes": manifest.size,
         }))  # fmt: skip
         return
     click.echo(
-        f"{manifest.id} from {delta.base}: {delta.size / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
-        f"({delta.size / manifest.size:.1%}); `phifleet deploy` it, also where it is deployed already"
+        f"{manifest.id} from {delta.base}: {delta.wire_bytes / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
+        f"({delta.wire_bytes / manifest.size:.1%}); `phifleet deploy` it, also where it is deployed already"
     )
 
 

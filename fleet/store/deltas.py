@@ -45,21 +45,24 @@ def make_delta(
         with half_made(store.root, "delta") as half:
             files = half / "delta" / "files"
             files.mkdir(parents=True)
-            digest, size = hashlib.sha256(), 0
+            digest, size, whole = hashlib.sha256(), 0, 0
             with (files / PIECES_FILE).open("wb") as pieces, (files.parent / INDEX_FILE).open("wb") as index:
-                for piece in _pieces(store, manifest, base, threads, progress):
+                for piece, chunk_bytes in _pieces(store, manifest, base, threads, progress):
                     pieces.write(piece)
                     index.write(packed_record(piece))
                     digest.update(piece)
                     size += len(piece)
-            if size > MOST_SHARE * manifest.size:
+                    whole += chunk_bytes if piece == WHOLE else 0
+            delta = Delta(
+                base=base.id, base_digest=base.digest, digest=digest.hexdigest(), size=size, whole_bytes=whole
+            )
+            if delta.wire_bytes > MOST_SHARE * manifest.size:
                 raise UsageError(
-                    f"{manifest.id} from {base.id} takes {size / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
-                    f"({size / manifest.size:.0%}): devices may as well fetch it whole. Deltas help where the same "
-                    "recipe quantized the same model, trained on a little"
+                    f"{manifest.id} from {base.id} takes {delta.wire_bytes / 1e6:.1f} MB of "
+                    f"{manifest.size / 1e6:.1f} MB ({delta.wire_bytes / manifest.size:.0%}): devices may as well fetch "
+                    "it whole. Deltas help where the same recipe quantized the same model, trained on a little"
                 )
             sync_tree(half / "delta")
-            delta = Delta(base=base.id, base_digest=base.digest, digest=digest.hexdigest(), size=size)
             return _put_in_place(store, manifest, delta, half / "delta")
     except OSError as error:
         raise StoreError(f"the delta cannot be written in {store.root}: {reason(error, store.root)}") from None
@@ -83,7 +86,8 @@ def _put_in_place(store: FolderStore, manifest: Manifest, delta: Delta, made: Pa
 
 def _pieces(
     store: FolderStore, manifest: Manifest, base: Manifest, threads: int, progress: Callable[[float], None]
-) -> Iterator[bytes]:
+) -> Iterator[tuple[bytes, int]]:
+    """Yield each chunk's piece, and the chunk's size in bytes, 0 for a repeat, which is not sent."""
     layout = Layout(manifest.files, store.index(manifest))
     new, old = store.open(manifest.digest), BaseFiles(store.files(base.id), base, manifest)
     if new is None:
@@ -103,7 +107,7 @@ def _pieces(
         with ThreadPoolExecutor(threads) as pool:
             source, done = pairs(), 0
             while batch := list(islice(source, _BATCH)):
-                yield from pool.map(lambda pair: piece_of(*pair) if pair is not None else WHOLE, batch)
+                yield from pool.map(lambda pair: (piece_of(*pair), len(pair[0])) if pair else (WHOLE, 0), batch)
                 done += len(batch)
                 progress(done / len(layout))
     finally:

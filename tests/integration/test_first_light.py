@@ -19,8 +19,12 @@ from agent.contract.messages import State, TransferLimits, Window
 from agent.store.artifacts import ArtifactStore
 from fleet.core.rules import toolchains_for
 from fleet.demo.watch import chat
+from fleet.store import FolderStore
+from fleet.store.deltas import make_delta
+from tests.agent.store.test_delta import trained
 from tests.models import Built, built
 from tests.rig import Rig
+from tests.simulators.artifacts import noise
 
 WINDOW_BYTES = 1024 * 1024
 
@@ -98,6 +102,24 @@ def test_an_artifact_with_an_index_is_delivered_and_updated_to(
     assert reported.state is State.COMMITTED, rig.logs()
     assert reported.progress and reported.progress.bytes_reused > 0.9 * other.size
     assert reported.progress.chunks_total == other.chunk_count
+
+
+def test_an_update_comes_as_what_differs(mosquitto_rig: Rig, tiny_artifact: Built, tmp_path: Path):
+    rig, weights = mosquitto_rig, noise(4_000_000)
+    old = rig.variant(tiny_artifact, "old", tmp_path, beside=weights)
+    new = rig.variant(tiny_artifact, "new", tmp_path, beside=trained(weights, 1))
+    made = make_delta(FolderStore(rig.home.artifacts), new, old, threads=2)
+    rig.start_controller()
+    rig.start_agent()
+    rig.until(rig.online, "presence")
+    rig.order(old)
+    assert rig.settled(1).state is State.COMMITTED, rig.logs()
+    rig.order(made)
+    reported = rig.settled(2)
+    assert reported.state is State.COMMITTED, rig.logs()
+    assert reported.progress
+    assert 0 < reported.progress.bytes_received < 0.2 * len(weights)
+    assert "delta found" in rig.logs()
 
 
 STATES = ["resolving", "transferring", "verifying", "proving", "activating", "probation"]
