@@ -14,6 +14,7 @@ from agent.daemon.deployer import Deployer
 from agent.daemon.monitor import Monitor
 from agent.daemon.reporter import Identity as Reporting
 from agent.daemon.reporter import Reporter
+from agent.daemon.sharing import Sharing
 from agent.daemon.state import AgentState
 from agent.daemon.steps import StepParts, Steps
 from agent.daemon.stick import StickLink, Sticks
@@ -90,6 +91,7 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
         on_finished=lambda done: _book(done, monitor),
         names=lambda: state.deployment.names(clock.now()),
     )
+    share = Sharing(store, settings.share_host, settings.share_port).run if settings.share_host else None
     return Body(
         link,
         server,
@@ -104,6 +106,7 @@ def compose(settings: AgentSettings, who: Identity) -> Body:
         health_interval_s=settings.health_interval_s,
         canary_interval_s=settings.canary_interval_s,
         renew_certificate=renewal.run,
+        share=share,
         sticks=Sticks(link, state, reporter, clock, certificate=who.certificate, private_key=who.private_key),
     )
 

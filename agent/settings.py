@@ -100,6 +100,10 @@ class AgentSettings(BaseSettings):
         int | None, Field(ge=0, description="an artifact that lacks more bytes waits; none: the network is not metered")
     ] = None
     mirrors: Annotated[Mirrors, Field(description="web servers near this device, asked before those of an order")] = ()
+    share_host: Annotated[
+        str | None, Field(description="address on which neighbours may read complete artifacts; none: they may not")
+    ] = None
+    share_port: Annotated[int, Field(ge=0, le=65535, description="TCP port for neighbours; 0 takes a free one")] = 8601
     health_interval_s: Annotated[float, Field(gt=0, description="seconds between two health reports")] = 10.0
     canary_interval_s: Annotated[float, Field(ge=0, description="seconds between two canaries; 0: none")] = 300.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="lowest level logged")] = (

@@ -37,7 +37,7 @@ TOOLCHAINS = (Toolchain.LLAMACPP, Toolchain.ONNX_GENAI, Toolchain.OPENVINO, Tool
 def figures(options: argparse.Namespace | None = None) -> list[Figure]:
     """For each toolchain's plain INT4: the delta's share of the artifact's bytes."""
     options = options or parse([])
-    with tempfile.TemporaryDirectory(prefix="phifleet-delta-", dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix="phifleet-bench-", dir=Path.cwd()) as name:
         folder = Path(name)
         make_sample(folder / "sample")
         drift = fine_tune(folder / "sample", folder / "tuned", options.steps)

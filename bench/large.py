@@ -72,7 +72,7 @@ def make(folder: Path, mib: int) -> Manifest:
 def figures(options: argparse.Namespace | None = None) -> list[Figure]:
     """Manifest, memory on both sides, and what many devices' index costs the controller."""
     options = options or parse([])
-    with tempfile.TemporaryDirectory(prefix="phifleet-large-", dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix="phifleet-bench-", dir=Path.cwd()) as name:
         options.folder = Path(name)
         whole = make(options.folder, options.mib)
         manifest, index = with_index(whole)

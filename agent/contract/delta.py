@@ -8,12 +8,10 @@ trusted: the chunk that comes out of it is compared with the signed list, as one
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from agent.contract.chunk_index import Content, OneFile
+from agent.contract.chunk_index import OneFile
 from agent.contract.manifest import MAX_CHUNK_BYTES, ArtifactFile, Delta, Manifest
-from agent.platform.open_files import OpenFiles
 
 #: In place of a piece that would be no smaller than its chunk, and of the repeats of a chunk.
 WHOLE = b"\0"
@@ -48,38 +46,6 @@ def delta_content(manifest: Manifest, delta: Delta) -> OneFile:
     """Return the pieces as what a controller serves; where each begins is in an index beside them."""
     pieces = ArtifactFile(path=PIECES_FILE, size=delta.size, sha256=delta.digest, chunks=())
     return OneFile(f"{manifest.id} (from {delta.base})", delta.digest, delta.size, (pieces,))
-
-
-class BaseFiles:
-    """Reads the base at the places of a new artifact's chunks. One caller at a time.
-
-    Files are compared from their ends, as formats keep their headers, whose lengths change, at the beginning. Where
-    the base has no such file, or ends, its bytes are zeros: the pieces are then the compressed chunks.
-    """
-
-    def __init__(self, folder: Path, base: Content, new: Content) -> None:
-        self._open = OpenFiles(folder)
-        sizes = {file.path: file.size for file in base.files}
-        #: For each file of the new artifact: its path, and how much further its bytes are in the base.
-        self._files = [(file.path, sizes[file.path] - file.size if file.path in sizes else None) for file in new.files]
-
-    def read(self, file: int, offset: int, size: int) -> bytes:
-        """Return the base's bytes for ``size`` bytes from ``offset`` of the new artifact's file number ``file``.
-
-        Raises:
-            OSError: the disk does not read.
-        """
-        path, shift = self._files[file]
-        if shift is None:
-            return bytes(size)
-        begin = offset + shift
-        before = min(max(0, -begin), size)
-        data = self._open.read(path, size - before, begin + before) if before < size else b""
-        return bytes(before) + data + bytes(size - before - len(data))
-
-    def close(self) -> None:
-        """Close what was opened; may be called twice."""
-        self._open.close()
 
 
 def _xor(one: bytes, other: bytes) -> bytes:

@@ -91,6 +91,8 @@ class Body:
     renew_certificate: Callable[[], Coroutine[Any, Any, None]] | None = None
     #: Orders that come on a stick; None where the link is no ``StickLink``.
     sticks: Sticks | None = None
+    #: Gives complete artifacts to neighbours; None where they may have none.
+    share: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
 #: Presence and state are reported again within it.
@@ -109,6 +111,7 @@ class Agent:
     def _all_jobs(self) -> tuple[Job, ...]:
         """Return the one place that says what is vital: taking decisions about the model, which includes serving it."""
         body = self._body
+        sharing = (Job("sharing", body.share),) if body.share is not None else ()
         renewal = (Job("certificate", body.renew_certificate),) if body.renew_certificate is not None else ()
         return (
             Job("deployments", body.deployer.run, vital=True),
@@ -122,6 +125,7 @@ class Agent:
             Job("control", self._answer_at_the_device),
             Job("watchdog", self._feed_watchdog),
             *renewal,
+            *sharing,
         )
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -10,7 +10,6 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
@@ -18,7 +17,7 @@ from agent.core.names import Names
 from agent.core.ports import Inference
 from agent.endpoint.app import create_app
 from agent.endpoint.http.config import EndpointConfig
-from agent.endpoint.http.connections import ConnectionGuard, GuardedConnection
+from agent.endpoint.http.connections import ConnectionGuard, guarded
 from agent.endpoint.http.context import CONTEXT
 from agent.endpoint.http.generation import OnFinished
 from agent.endpoint.http.metrics import StatsSource
@@ -73,7 +72,7 @@ class EndpointServer:
         guard = ConnectionGuard(limits, self.app[CONTEXT].metrics)
         self._runner = runner
         self._server = await asyncio.get_running_loop().create_server(
-            _factory(runner.server, guard), sock=listening, ssl=context, backlog=_BACKLOG
+            guarded(runner.server, guard), sock=listening, ssl=context, backlog=_BACKLOG
         )
 
     async def stop(self) -> None:
@@ -108,22 +107,6 @@ class EndpointServer:
         if self.config.unix_socket is not None:
             return _listen_unix(self.config.unix_socket)
         return _listen_tcp(self.config.host, self.config.port)
-
-
-def _factory(server: web.Server, guard: ConnectionGuard) -> Callable[[], asyncio.Protocol]:
-    loop = asyncio.get_running_loop()
-    limits = guard.limits
-    options: dict[str, Any] = {
-        "keepalive_timeout": limits.keepalive_timeout_s,
-        "max_line_size": limits.header_bytes,
-        "max_field_size": limits.header_bytes,
-        "max_headers": limits.headers,
-        "lingering_time": 0.5,
-        "access_log": None,
-        # A body is taken as it comes: unpacking one could make gigabytes of kilobytes.
-        "auto_decompress": False,
-    }
-    return lambda: GuardedConnection(server, guard, loop=loop, **options)
 
 
 def _listen_tcp(host: str, port: int) -> socket.socket:

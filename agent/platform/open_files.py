@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from agent.contract.chunk_index import Content
+
 
 class OpenFiles:
     """One caller at a time."""
@@ -28,6 +30,38 @@ class OpenFiles:
         """Close what was opened; may be called twice."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+class BaseFiles:
+    """Reads the base at the places of a new artifact's chunks. One caller at a time.
+
+    Files are compared from their ends, as formats keep their headers, whose lengths change, at the beginning. Where
+    the base has no such file, or ends, its bytes are zeros: the pieces are then the compressed chunks.
+    """
+
+    def __init__(self, folder: Path, base: Content, new: Content) -> None:
+        self._open = OpenFiles(folder)
+        sizes = {file.path: file.size for file in base.files}
+        #: For each file of the new artifact: its path, and how much further its bytes are in the base.
+        self._files = [(file.path, sizes[file.path] - file.size if file.path in sizes else None) for file in new.files]
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """Return the base's bytes for ``size`` bytes from ``offset`` of the new artifact's file number ``file``.
+
+        Raises:
+            OSError: the disk does not read.
+        """
+        path, shift = self._files[file]
+        if shift is None:
+            return bytes(size)
+        begin = offset + shift
+        before = min(max(0, -begin), size)
+        data = self._open.read(path, size - before, begin + before) if before < size else b""
+        return bytes(before) + data + bytes(size - before - len(data))
+
+    def close(self) -> None:
+        """Close what was opened; may be called twice."""
+        self._open.close()
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:

@@ -25,13 +25,13 @@ import structlog
 
 from agent.contract.base import MalformedMessageError
 from agent.contract.chunk_index import INDEX_FILE, Layout, index_content, packed_chunks
-from agent.contract.delta import BaseFiles
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import ArtifactFile, Delta, Manifest
 from agent.core.chunks import ChunkTable
 from agent.errors import StoreError, TrustError
 from agent.platform.concurrency import Stop
 from agent.platform.files import free_bytes, mebibytes, sync_folder
+from agent.platform.open_files import BaseFiles
 from agent.store.files import explained, store_errors, write_atomically
 from agent.store.partial import FILES, MANIFEST, Donor, Partial
 

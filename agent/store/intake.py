@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from agent.contract.delta import WHOLE, BaseFiles, chunk_from
+from agent.contract.delta import WHOLE, chunk_from
 from agent.core.transfer import Outcome
 from agent.errors import StoreError
+from agent.platform.open_files import BaseFiles
 from agent.store.partial import Partial
 
 #: Brought to the disk while more comes: a power cut then costs little, and the end does not wait for all of it.

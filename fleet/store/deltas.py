@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from agent.contract.chunk_index import INDEX_FILE, Layout, packed_record
-from agent.contract.delta import PIECES_FILE, WHOLE, BaseFiles, piece_of
+from agent.contract.delta import PIECES_FILE, WHOLE, piece_of
 from agent.contract.manifest import Delta, Manifest
 from agent.platform.files import reason, sync_folder, sync_tree
+from agent.platform.open_files import BaseFiles
 from fleet.errors import StoreError, UsageError
 from fleet.store.folder import FolderStore
 from fleet.store.half_made import half_made

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.contract.delta import WHOLE, BaseFiles, chunk_from, piece_of
+from agent.contract.delta import WHOLE, chunk_from, piece_of
 from agent.contract.manifest import MAX_CHUNK_BYTES
+from agent.platform.open_files import BaseFiles
 from tests.simulators.artifacts import make_artifact, noise
 
 zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.contract.base import sha256_hex
 from agent.contract.failures import FailureCode
 from agent.contract.manifest import MAX_CHUNK_BYTES, RUNTIME_OF, Manifest, Precision, Target, Toolchain
 from agent.contract.messages import State, TransferLimits, Window
@@ -25,6 +26,7 @@ from tests.agent.store.test_delta import trained
 from tests.models import Built, built
 from tests.rig import Rig
 from tests.simulators.artifacts import noise
+from tests.simulators.broker import free_port
 
 WINDOW_BYTES = 1024 * 1024
 
@@ -88,11 +90,14 @@ def test_one_model_goes_through_all_four_runtimes_and_speaks(mosquitto_rig: Rig,
 def test_an_artifact_with_an_index_is_delivered_and_updated_to(
     mosquitto_rig: Rig, tiny_artifact: Built, tmp_path: Path
 ):
-    """Over real programs: the index first, then the bytes; the update of it needs what is new alone."""
-    rig = mosquitto_rig
+    """Over real programs: the index first, then the bytes; the update of it needs what is new alone.
+
+    The device then has it for its neighbours.
+    """
+    rig, port = mosquitto_rig, free_port()
     one, other = (rig.variant(tiny_artifact, name, tmp_path, indexed=True) for name in ("one", "other"))
     rig.start_controller()
-    rig.start_agent()
+    rig.start_agent(PHIFLEET_AGENT_SHARE_HOST="127.0.0.1", PHIFLEET_AGENT_SHARE_PORT=str(port))
     rig.until(rig.online, "presence")
     rig.order(one)
     reported = rig.settled(1)
@@ -102,6 +107,9 @@ def test_an_artifact_with_an_index_is_delivered_and_updated_to(
     assert reported.state is State.COMMITTED, rig.logs()
     assert reported.progress and reported.progress.bytes_reused > 0.9 * other.size
     assert reported.progress.chunks_total == other.chunk_count
+    file = max(other.files, key=lambda file: file.size)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/{other.digest}/{file.path}", timeout=10) as answer:
+        assert sha256_hex(answer.read()) == file.sha256
 
 
 def test_an_update_comes_as_what_differs(mosquitto_rig: Rig, tiny_artifact: Built, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from aiohttp import web
@@ -20,7 +21,7 @@ SERVER = "phifleet"
 class ConnectionGuard:
     """Counts connections. Past the limit the one idle longest makes room; if none is idle, the new one goes."""
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, limits: Limits, metrics: Metrics | None = None) -> None:
         self.limits = limits
         self._metrics = metrics
         #: In the order in which they became idle.
@@ -30,18 +31,18 @@ class ConnectionGuard:
     def opened(self, connection: GuardedConnection) -> bool:
         """Return whether it may stay."""
         if len(self._open) >= self.limits.connections and not self._evict():
-            self._metrics.refused("limit")
+            self._refused("limit")
             return False
         self._open.add(connection)
         self._idle[connection] = None
-        self._metrics.connections.set(len(self._open))
+        self._count()
         return True
 
     def closed(self, connection: GuardedConnection) -> None:
         """It is gone."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
-        self._metrics.connections.set(len(self._open))
+        self._count()
 
     def busy(self, connection: GuardedConnection) -> None:
         """A whole request arrived on it."""
@@ -54,13 +55,21 @@ class ConnectionGuard:
 
     def slow(self) -> None:
         """One was closed for sending its headers too slowly."""
-        self._metrics.refused("slow_headers")
+        self._refused("slow_headers")
+
+    def _count(self) -> None:
+        if self._metrics is not None:
+            self._metrics.connections.set(len(self._open))
+
+    def _refused(self, reason: str) -> None:
+        if self._metrics is not None:
+            self._metrics.refused(reason)
 
     def _evict(self) -> bool:
         oldest = next(iter(self._idle), None)
         if oldest is None:
             return False
-        self._metrics.refused("evicted")
+        self._refused("evicted")
         self.closed(oldest)
         oldest.abort()
         return True
@@ -165,3 +174,20 @@ class GuardedConnection(web.RequestHandler):
         self._deadline = None
         self._guard.slow()
         self.abort()
+
+
+def guarded(server: web.Server, guard: ConnectionGuard) -> Callable[[], asyncio.Protocol]:
+    """Return what makes the connections of a server, each of which ``guard`` watches."""
+    loop = asyncio.get_running_loop()
+    limits = guard.limits
+    options: dict[str, Any] = {
+        "keepalive_timeout": limits.keepalive_timeout_s,
+        "max_line_size": limits.header_bytes,
+        "max_field_size": limits.header_bytes,
+        "max_headers": limits.headers,
+        "lingering_time": 0.5,
+        "access_log": None,
+        # A body is taken as it comes: unpacking one could make gigabytes of kilobytes.
+        "auto_decompress": False,
+    }
+    return lambda: GuardedConnection(server, guard, loop=loop, **options)

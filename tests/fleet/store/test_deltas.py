@@ -8,9 +8,10 @@ from unittest.mock import patch
 
 import pytest
 
-from agent.contract.delta import WHOLE, BaseFiles, chunk_from
+from agent.contract.delta import WHOLE, chunk_from
 from agent.contract.manifest import Manifest
 from agent.core.chunks import ChunkTable
+from agent.platform.open_files import BaseFiles
 from fleet.errors import StoreError, UsageError
 from fleet.store import FolderStore
 from fleet.store.deltas import KEPT_DELTAS, make_delta
