@@ -45,7 +45,7 @@ def chunk_from(piece: bytes, base: bytes) -> bytes | None:
 def delta_content(manifest: Manifest, delta: Delta) -> OneFile:
     """Return the pieces as what a controller serves; where each begins is in an index beside them."""
     pieces = ArtifactFile(path=PIECES_FILE, size=delta.size, sha256=delta.digest, chunks=())
-    return OneFile(f"{manifest.id} (from {delta.base})", delta.digest, delta.size, (pieces,))
+    return OneFile(f"{manifest.id} ({delta.name})", delta.digest, delta.size, (pieces,))
 
 
 def _xor(one: bytes, other: bytes) -> bytes:

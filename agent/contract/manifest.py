@@ -108,13 +108,27 @@ class ArtifactIndex(WireModel):
 
 
 class Delta(WireModel):
-    """The artifact told against another one: see ``agent.contract.delta``. Its piece n tells chunk n."""
+    """The artifact told against another one: see ``agent.contract.delta``. Its piece n tells chunk n.
 
-    base: Annotated[ArtifactId, Field(description="the artifact that the device must have")]
-    base_digest: Digest
+    Without a base it is told against zeros: the pieces are the compressed chunks, which serve any device.
+    """
+
+    base: Annotated[ArtifactId | None, Field(description="the artifact that the device must have")] = None
+    base_digest: Digest | None = None
     digest: Annotated[Digest, Field(description="of the pieces one after the other, and their name on the wire")]
     size: Annotated[Bytes, Field(description="of all pieces together")]
     whole_bytes: Annotated[Bytes, Field(description="of the chunks that no piece tells, and that come whole")] = 0
+
+    @property
+    def name(self) -> str:
+        """What it is told against, for people."""
+        return f"from {self.base}" if self.base else "compressed"
+
+    @model_validator(mode="after")
+    def _base_has_both_names(self) -> Self:
+        if (self.base is None) != (self.base_digest is None):
+            raise ValueError("base and base_digest belong together")
+        return self
 
     @property
     def wire_bytes(self) -> int:

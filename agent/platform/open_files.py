@@ -36,12 +36,12 @@ class BaseFiles:
     """Reads the base at the places of a new artifact's chunks. One caller at a time.
 
     Files are compared from their ends, as formats keep their headers, whose lengths change, at the beginning. Where
-    the base has no such file, or ends, its bytes are zeros: the pieces are then the compressed chunks.
+    the base has no such file, or ends, or is None, its bytes are zeros: the pieces are then the compressed chunks.
     """
 
-    def __init__(self, folder: Path, base: Content, new: Content) -> None:
+    def __init__(self, folder: Path, base: Content | None, new: Content) -> None:
         self._open = OpenFiles(folder)
-        sizes = {file.path: file.size for file in base.files}
+        sizes = {file.path: file.size for file in base.files} if base is not None else {}
         #: For each file of the new artifact: its path, and how much further its bytes are in the base.
         self._files = [(file.path, sizes[file.path] - file.size if file.path in sizes else None) for file in new.files]
 

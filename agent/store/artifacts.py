@@ -285,8 +285,13 @@ class ArtifactStore:
                         yield Donor(folder, manifest, Layout(manifest.files, packed))
 
     def base(self, manifest: Manifest) -> tuple[Delta, BaseFiles] | None:
-        """Return the first of the artifact's deltas whose base is complete here, and the base; None without one."""
-        for delta in manifest.deltas:
+        """Return the smallest of the artifact's deltas whose base is complete here, or that needs none; and the base.
+
+        None where there is no such delta.
+        """
+        for delta in sorted(manifest.deltas, key=lambda delta: delta.wire_bytes):
+            if delta.base_digest is None:
+                return delta, BaseFiles(self._complete, None, manifest)
             folder = self._complete / delta.base_digest
             with store_errors("read the manifest in", folder):
                 base = _load_manifest(folder)

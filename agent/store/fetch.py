@@ -182,26 +182,28 @@ class Fetcher:
         if found is None or missing <= 0:
             return present, before
         delta, base = found
+        if delta.base is None and limits.mirrors:
+            return present, before  # who names mirrors wants the bytes from there
         table = partial.table
         wire_bytes = max(1, delta.size // max(1, len(table)))
         limits = replace(limits, stall_s=min(limits.stall_s, DELTA_PATIENCE_S), mirrors=())
         intake = DeltaIntake(partial, present, base)
         core = self._core(table, present, limits, Variation(wire_bytes=wire_bytes))
         expected = wire_bytes * missing + delta.whole_bytes
-        _log.info("delta found", artifact=manifest.id, base=delta.base, bytes=expected)
+        _log.info("delta found", artifact=manifest.id, delta=delta.name, bytes=expected)
         try:
             if not core.complete:
                 _check_metered(manifest, expected, limits.metered_bytes)
-                at = _At(self._link, self._device, self._dialect, delta.digest, f"{manifest.id} (from {delta.base})")
+                at = _At(self._link, self._device, self._dialect, delta.digest, f"{manifest.id} ({delta.name})")
                 await _Session(at, intake, core, self._monotonic, lambda one: on_progress(_sum(one, before))).run()
         except TransferError as error:
             if not self._link.connected:
                 raise
-            _log.warning("delta given up, chunks come whole", artifact=manifest.id, base=delta.base, error=str(error))
+            _log.warning("delta given up, chunks come whole", artifact=manifest.id, delta=delta.name, error=str(error))
         finally:
             await in_thread(lambda _stop: base.close())
         if intake.useless:
-            _log.info("delta left chunks out", artifact=manifest.id, base=delta.base, chunks=intake.useless)
+            _log.info("delta left chunks out", artifact=manifest.id, delta=delta.name, chunks=intake.useless)
         here = array("I", (first for first in table.unique() if intake.has(first)))
         return here, _sum(core.progress(self._monotonic()), before)
 

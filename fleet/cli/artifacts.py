@@ -75,7 +75,7 @@ def show_command(obj: HasHome, artifact: str, as_json: bool) -> None:
     if manifest.speed:
         click.echo(f"{'timed on':20} {manifest.speed.machine}")
     for delta in manifest.deltas:
-        click.echo(f"{'delta from':20} {delta.base} ({delta.wire_bytes / 1e6:.1f} MB)")
+        click.echo(f"{'delta':20} {delta.name}, {delta.wire_bytes / 1e6:.1f} MB")
 
 
 @artifacts.command("compare")
@@ -174,31 +174,31 @@ def export_command(  # noqa: PLR0913, PLR0917 - a click command has as many para
 @click.option(
     "--from",
     "base",
-    required=True,
     metavar="BASE",
     shell_complete=completion.artifacts,
-    help="The artifact that devices have now.",
+    help="The artifact that devices have now. [default: none; ARTIFACT compressed]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.pass_obj
-def delta_command(obj: HasHome, artifact: str, base: str, as_json: bool) -> None:  # fmt: skip
+def delta_command(obj: HasHome, artifact: str, base: str | None, as_json: bool) -> None:
     """Make what tells ARTIFACT to devices that have BASE: an update after training on takes a fraction of the bytes.
 
-    Deploy ARTIFACT then. A device without BASE fetches it whole.
+    Without --from, ARTIFACT is compressed for devices that have none. Deploy ARTIFACT then. A device without BASE
+    fetches it whole.
     """
     from fleet.cli.build import bar
     from fleet.toolchains.drivers.process import cores
     from fleet.toolchains.progress import Progress
 
     store = FolderStore(obj.home.artifacts)
-    old = find(store, base)
+    old = find(store, base) if base is not None else None
     with bar("delta") as tell:
 
         def progress(share: float) -> None:
             tell(Progress("comparing", share))
 
         manifest = make_delta(store, find(store, artifact), old, threads=cores(), progress=progress)
-    delta = next(one for one in manifest.deltas if one.base_digest == old.digest)
+    delta = manifest.deltas[-1]
     if as_json:
         click.echo(json.dumps({
             "artifact": manifest.id, "base": delta.base, "digest": delta.digest, "bytes": delta.wire_bytes,
@@ -206,7 +206,7 @@ def delta_command(obj: HasHome, artifact: str, base: str, as_json: bool) -> None
         }))  # fmt: skip
         return
     click.echo(
-        f"{manifest.id} from {delta.base}: {delta.wire_bytes / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
+        f"{manifest.id} {delta.name}: {delta.wire_bytes / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
         f"({delta.wire_bytes / manifest.size:.1%}); `phifleet deploy` it, also where it is deployed already"
     )
 

@@ -26,6 +26,7 @@ from fleet.errors import BuildError, FleetError, ProfileError, UsageError
 from fleet.home import Home
 from fleet.profiles_loader import load_profile
 from fleet.store.folder import FolderStore
+from fleet.store.protocol import find
 from fleet.toolchains import progress as work
 from fleet.toolchains.build.build import plan_build
 from fleet.toolchains.build.jobs import Outcome, Request, build_all
@@ -105,12 +106,18 @@ def describe_sample(report: SampleReport) -> list[str]:
     "--eval-text", type=click.Path(path_type=Path, dir_okay=False), help="Measure the loss on this text instead."
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Builds side by side, at most.")
+@click.option(
+    "--after",
+    metavar="ARTIFACT",
+    shell_complete=completion.artifacts,
+    help="The artifact before a fine-tune: keep each matrix as wide as it is there, for a small `artifacts delta`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output, for each artifact.")
 @click.pass_obj
 def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as it has flags
     obj: HasHome, model: str, profiles: tuple[str, ...], toolchain: str | None, precision: str | None,
     target: str | None, number: int | None, everything: bool, best: bool, measure: bool, eval_text: Path | None,
-    jobs: int, as_json: bool,
+    jobs: int, after: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a model for one or more device profiles.
 
@@ -121,6 +128,7 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
     if best and not measure:
         raise UsageError("--best chooses by the measured loss: leave --no-measure out")
     text = evaluation.from_text(eval_text) if eval_text else evaluation.bundled()
+    before = find(FolderStore(obj.home.artifacts), after) if after is not None else None
     if number is None:
         chosen = [choose_recipes(profile, toolchain, precision, target) for profile in loaded]
     elif toolchain or precision or target or everything or best or len(loaded) > 1:
@@ -131,7 +139,7 @@ def build(  # noqa: PLR0913, PLR0917 - a click command has as many parameters as
     with bars() as lines:
         checkpoint = _told(lines("checkpoint"), lambda progress: resolve_model(model, progress=progress))
         requests = [
-            Request(profile, recipe)
+            Request(profile, recipe, before)
             for profile, recipes in zip(loaded, chosen, strict=True)
             for recipe in _legal(checkpoint, profile, recipes, everything=everything or best)
         ]

@@ -38,6 +38,24 @@ class Allocation:
         """Nats a token, as expected."""
         return sum(choice.loss for choice in self.chosen.values())
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The choice of each matrix, by name."""
+        return {matrix: choice.name for matrix, choice in self.chosen.items()}
+
+
+def grouped(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the matrices of each choice: as a manifest has them."""
+    found: dict[str, list[str]] = {}
+    for matrix, choice in sorted(names.items()):
+        found.setdefault(choice, []).append(matrix)
+    return dict(sorted(found.items()))
+
+
+def named(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the choice of each matrix, out of what ``grouped`` returned."""
+    return {matrix: choice for choice, matrices in groups.items() for matrix in matrices}
+
 
 def least_bytes(matrices: Mapping[str, Sequence[Choice]]) -> int:
     """Return what the smallest choices take."""

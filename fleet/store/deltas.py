@@ -20,27 +20,28 @@ from fleet.store.half_made import half_made
 
 #: An artifact keeps the newest ones.
 KEPT_DELTAS = 4
-#: With more of the artifact's bytes a delta saves too little to be worth its room.
-MOST_SHARE = 0.9
+#: With more of the artifact's bytes it saves too little to be worth its room, from a base and without one.
+MOST_SHARE, MOST_COMPRESSED = 0.9, 0.95
 #: Chunks that are compressed at once, for all threads together.
 _BATCH = 64
 
 
 def make_delta(
-    store: FolderStore, manifest: Manifest, base: Manifest, *,
+    store: FolderStore, manifest: Manifest, base: Manifest | None, *,
     threads: int = 1, progress: Callable[[float], None] = lambda share: None,
 ) -> Manifest:  # fmt: skip
     """Tell ``manifest`` against ``base``; returns it with the delta, as it is in the store from now on.
 
-    Both are read and compared with their manifests first: a delta from other bytes would be of no use to any device.
+    Without a base its chunks are compressed alone. Both are read and compared with their manifests first: a delta from
+    other bytes would be of no use to any device.
 
     Raises:
         UsageError: they are the same, or the delta would save next to nothing, with the figures.
         StoreError: the bytes of one are not what was built, or the disk refuses; nothing has changed then.
     """
-    if manifest.digest == base.digest:
+    if base is not None and manifest.digest == base.digest:
         raise UsageError(f"{manifest.id} is the same artifact; name the one that devices have now")
-    for one in (manifest, base):
+    for one in filter(None, (manifest, base)):
         store.verify(one)
     try:
         with half_made(store.root, "delta") as half:
@@ -55,18 +56,24 @@ def make_delta(
                     size += len(piece)
                     whole += chunk_bytes if piece == WHOLE else 0
             delta = Delta(
-                base=base.id, base_digest=base.digest, digest=digest.hexdigest(), size=size, whole_bytes=whole
-            )
-            if delta.wire_bytes > MOST_SHARE * manifest.size:
-                raise UsageError(
-                    f"{manifest.id} from {base.id} takes {delta.wire_bytes / 1e6:.1f} MB of "
-                    f"{manifest.size / 1e6:.1f} MB ({delta.wire_bytes / manifest.size:.0%}): devices may as well fetch "
-                    "it whole. Deltas help where the same recipe quantized the same model, trained on a little"
-                )
+                base=base.id if base else None, base_digest=base.digest if base else None,
+                digest=digest.hexdigest(), size=size, whole_bytes=whole,
+            )  # fmt: skip
+            _refuse_unless_it_saves(manifest, delta)
             sync_tree(half / "delta")
             return _put_in_place(store, manifest, delta, half / "delta")
     except OSError as error:
         raise StoreError(f"the delta cannot be written in {store.root}: {reason(error, store.root)}") from None
+
+
+def _refuse_unless_it_saves(manifest: Manifest, delta: Delta) -> None:
+    if delta.wire_bytes <= (MOST_COMPRESSED if delta.base is None else MOST_SHARE) * manifest.size:
+        return
+    hint = "Deltas help where the same recipe quantized the same model, trained on a little" if delta.base else ""
+    raise UsageError(
+        f"{manifest.id} {delta.name} takes {delta.wire_bytes / 1e6:.1f} MB of {manifest.size / 1e6:.1f} MB "
+        f"({delta.wire_bytes / manifest.size:.0%}): devices may as well fetch it whole. {hint}".rstrip()
+    )
 
 
 def _put_in_place(store: FolderStore, manifest: Manifest, delta: Delta, made: Path) -> Manifest:
@@ -86,11 +93,11 @@ def _put_in_place(store: FolderStore, manifest: Manifest, delta: Delta, made: Pa
 
 
 def _pieces(
-    store: FolderStore, manifest: Manifest, base: Manifest, threads: int, progress: Callable[[float], None]
+    store: FolderStore, manifest: Manifest, base: Manifest | None, threads: int, progress: Callable[[float], None]
 ) -> Iterator[tuple[bytes, int]]:
     """Yield each chunk's piece, and the chunk's size in bytes, 0 for a repeat, which is not sent."""
     layout = Layout(manifest.files, store.index(manifest))
-    new, old = store.open(manifest.digest), BaseFiles(store.files(base.id), base, manifest)
+    new, old = store.open(manifest.digest), BaseFiles(store.files((base or manifest).id), base, manifest)
     if new is None:
         raise StoreError(f"{manifest.id} is not in {store.root} any more")
     seen: set[bytes] = set()

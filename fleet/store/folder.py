@@ -146,9 +146,9 @@ class FolderStore:
             for delta in manifest.deltas:
                 yield delta.digest, (delta_content(manifest, delta), self.delta(manifest, delta.base_digest) / "files")
 
-    def delta(self, manifest: Manifest, base_digest: str) -> Path:
-        """Where the artifact's delta from a base is, whether or not it is there."""
-        return self.folder(manifest.id) / "deltas" / base_digest
+    def delta(self, manifest: Manifest, base_digest: str | None) -> Path:
+        """Where the artifact's delta from a base, or from none, is, whether or not it is there."""
+        return self.folder(manifest.id) / "deltas" / (base_digest or "compressed")
 
     def _folders(self) -> builtins.list[Path]:
         try:

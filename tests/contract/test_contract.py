@@ -18,6 +18,7 @@ from agent.contract.failures import FailureCode
 from agent.contract.manifest import (
     ArtifactFile,
     Chat,
+    Delta,
     Manifest,
     MemoryNeed,
     ModelFacts,
@@ -156,6 +157,14 @@ EXAMPLES: dict[str, WireModel] = {
         }
     ),
     "manifest_index": with_index(MANIFEST, 0)[0],
+    "manifest_deltas": MANIFEST.model_copy(
+        update={
+            "deltas": (
+                Delta(base="phi-onnx_genai-int4-cpu-old", base_digest="ef" * 32, digest="01" * 32, size=9),
+                Delta(digest="23" * 32, size=99, whole_bytes=7),
+            )
+        }
+    ),
     "manifest_special": MANIFEST.model_copy(
         update={"chat": Chat(template="{{ messages }}", stop=("<|end|>",), special=("<|end|>", "<|user|>"))}
     ),

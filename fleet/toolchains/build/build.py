@@ -12,10 +12,11 @@ from agent.contract.chunk_index import INDEX_FILE, with_index
 from agent.contract.manifest import ArtifactFile, Manifest, Probe, Target, artifact_digest
 from agent.contract.profile import DeviceProfile, Recipe
 from agent.platform.files import reason, sync_folder, sync_tree, write_atomic
+from fleet.core.allocation import named
 from fleet.core.plan_memory import memory_need
 from fleet.core.plan_size import predicted_bytes, recorded
 from fleet.delivery.chunking import chunk_file
-from fleet.errors import BuildError
+from fleet.errors import BuildError, UsageError
 from fleet.home import Home
 from fleet.store.folder import BESIDE, FolderStore
 from fleet.store.half_made import half_made
@@ -43,6 +44,7 @@ class BuildPlan:
     versions: dict[str, str]
     context: int
     calibration: tuple[str, ...] = ()
+    after: Manifest | None = None
 
     @property
     def runs_here(self) -> bool:
@@ -68,11 +70,15 @@ class BuildPlan:
         return self.recipe.model_copy(update={"options": self.options})
 
 
-def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> BuildPlan:
+def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe, after: Manifest | None = None) -> BuildPlan:
     """Return what would be built, without building.
+
+    ``after`` is the artifact of an earlier checkpoint: each matrix gets the width that it has there, and not what a
+    budget would choose now, so that a delta from it is small.
 
     Raises:
         BuildError: the toolchain is not installed.
+        UsageError: ``after`` is of another toolchain or precision, or does not say its widths.
         ProfileError: the toolchain cannot build this recipe.
     """
     driver = driver_of(recipe.toolchain)
@@ -93,14 +99,35 @@ def plan_build(model: Checkpoint, profile: DeviceProfile, recipe: Recipe) -> Bui
         "versions": versions,
         "context": context,
     }
+    if widths := _widths(after, recipe, options):
+        inputs["widths"] = widths
     key = sha256_hex(canonical_json(inputs))[:12]
     name = f"{model.name}-{recipe.toolchain}-{recipe.precision}-{recipe.target}-{key}"
-    return BuildPlan(name, model, profile, recipe, options, versions, context, texts)
+    return BuildPlan(name, model, profile, recipe, options, versions, context, texts, after)
+
+
+def _widths(after: Manifest | None, recipe: Recipe, options: dict[str, Any]) -> dict[str, str]:
+    if after is None:
+        return {}
+    if (after.toolchain, after.precision, after.target) != (recipe.toolchain, recipe.precision, recipe.target):
+        raise UsageError(
+            f"{after.id} is {after.toolchain} {after.precision} {after.target}, and the recipe "
+            f"{recipe.toolchain} {recipe.precision} {recipe.target}: choose the same one, or leave --after out"
+        )
+    if not options.get("budget"):
+        return {}
+    recorded_widths = after.recipe.get("allocated", {}).get("matrices")
+    if not recorded_widths:
+        raise UsageError(
+            f"{after.id} does not say which width each matrix has: it was built without a budget, or before this was "
+            "kept. Build it again, after removing its folder, or leave --after out"
+        )
+    return named(recorded_widths)
 
 
 def build(
     model: Checkpoint, profile: DeviceProfile, recipe: Recipe, home: Home, *,
-    progress: ProgressCallback = silent, threads: int | None = None,
+    progress: ProgressCallback = silent, threads: int | None = None, after: Manifest | None = None,
 ) -> Manifest:  # fmt: skip
     """Build an artifact, or return the one that is there already.
 
@@ -109,7 +136,7 @@ def build(
         ModelError: the toolchain found the checkpoint wrong.
         ProfileError: the toolchain cannot build this recipe.
     """
-    plan = plan_build(model, profile, recipe)
+    plan = plan_build(model, profile, recipe, after)
     if found := find_built(plan, home):
         progress(Progress("already built", 1.0))
         return found
@@ -159,6 +186,7 @@ def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallb
         scratch=scratch.resolve(), beside=(made / BESIDE).resolve(), name=plan.model.name,
         precision=plan.recipe.precision, target=plan.recipe.target,
         options=plan.options, context=plan.context, threads=threads, calibration=plan.calibration,
+        widths=_widths(plan.after, plan.recipe, plan.options),
     )  # fmt: skip
     converted = process.convert(job, log, progress)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -224,7 +252,7 @@ def _manifest(
         model=plan.model.facts,
         toolchain=plan.recipe.toolchain,
         versions=plan.versions,
-        recipe=recorded(plan.options) | converted.notes,
+        recipe=recorded(plan.options) | converted.notes | ({"after": plan.after.id} if plan.after else {}),
         precision=plan.recipe.precision,
         target=plan.recipe.target,
         profile=plan.profile.name,

@@ -27,6 +27,7 @@ class Request:
 
     profile: DeviceProfile
     recipe: Recipe
+    after: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class _Queue:
         plans: dict[str, tuple[BuildPlan, list[int]]] = {}
         for i, request in enumerate(self._requests):
             try:
-                plan = plan_build(self._model, request.profile, request.recipe)
+                plan = plan_build(self._model, request.profile, request.recipe, request.after)
             except FleetError as error:
                 self._note((i,), error=error)
             else:
@@ -129,7 +130,7 @@ class _Queue:
         try:
             manifest = build(
                 self._model, request.profile, request.recipe, self._home,
-                progress=progress, threads=threads,
+                progress=progress, threads=threads, after=request.after,
             )  # fmt: skip
         except FleetError as error:
             progress(Progress(FAILED))

@@ -29,7 +29,8 @@ class ConvertJob(_Job):
     ``beside`` does not exist: a toolchain whose artifacts do not run on a build machine makes that folder, and what it
     writes there is asked and measured in their place. It is never delivered.
 
-    ``calibration`` holds texts where the options ask for a calibration."""
+    ``calibration`` holds texts where the options ask for a calibration. ``widths``: what each matrix has, by the names
+    that an earlier build of the same recipe recorded; empty: the budget decides."""
 
     toolchain: Toolchain
     source: Path
@@ -43,6 +44,7 @@ class ConvertJob(_Job):
     context: int
     threads: int
     calibration: tuple[str, ...] = ()
+    widths: dict[str, str] = {}
 
 
 class Converted(_Job):

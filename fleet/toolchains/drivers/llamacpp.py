@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
-from fleet.core.allocation import Allocation
+from fleet.core.allocation import grouped
 from fleet.core.plan_shape import ModelShape
 from fleet.core.plan_size import block_of
 from fleet.errors import BuildError, ProfileError
@@ -22,12 +22,12 @@ from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.checkpoint.phi3_writer import write_json
 from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
-from fleet.toolchains.drivers.llamacpp_budget import choose_types
+from fleet.toolchains.drivers.llamacpp_budget import choose_types, names_of
 from fleet.toolchains.drivers.llamacpp_session import Session
 from fleet.toolchains.drivers.options import Option, check_all_used, check_budget, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.sensitivity import sensitivities, sensitivity_bytes
+from fleet.toolchains.recovery.sensitivity import check_same_matrices, sensitivities, sensitivity_bytes
 
 ENTRY = "model.gguf"
 INT4_TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL")
@@ -178,11 +178,10 @@ def _quantize(job: ConvertJob, whole: Path, progress: ProgressCallback) -> dict[
             _give_matrix(params, matrix.values, keep)
             notes["imatrix"] = {"tensors": len(matrix.values), "tokens": matrix.tokens}
             if job.options["budget"]:
-                information = sensitivities(job.source, job.calibration, threads=job.threads, progress=progress)
-                found = choose_types(whole, job.options["budget"], information, matrix.values, progress)
-                _override_types(params, _as_options(found), keep)
-                kinds = Counter(choice.name for choice in found.chosen.values())
-                notes["allocated"] = {"types": dict(sorted(kinds.items())), "expected_kl": round(found.loss, 4)}
+                kinds, loss = _kinds(job, whole, matrix.values, progress)
+                _override_types(params, _as_options(kinds), keep)
+                notes["allocated"] = {"types": dict(sorted(Counter(kinds.values()).items())), **loss,
+                                      "matrices": grouped(kinds)}  # fmt: skip
     _check_patterns(whole, job.options)
     lines: list[str] = []
     progress(Progress("quantizing", 0.0))
@@ -233,9 +232,21 @@ def _override_types(params: Any, options: dict[str, Any], keep: list[Any]) -> No
         params.tt_overrides = ctypes.cast(table, ctypes.POINTER(ctypes.c_int32)) if _untyped(params) else table
 
 
-def _as_options(found: Allocation) -> dict[str, Any]:
+def _kinds(
+    job: ConvertJob, whole: Path, importance: Mapping[str, Any], progress: ProgressCallback
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the type of each matrix, and what the manifest says of the loss where that is known."""
+    if job.widths:
+        check_same_matrices(job.widths, names_of(whole))
+        return dict(job.widths), {}
+    information = sensitivities(job.source, job.calibration, threads=job.threads, progress=progress)
+    found = choose_types(whole, job.options["budget"], information, importance, progress)
+    return found.names, {"expected_kl": round(found.loss, 4)}
+
+
+def _as_options(kinds: Mapping[str, str]) -> dict[str, Any]:
     """As a person would have written it: a pattern for each matrix, but for those that llama.cpp asks for by name."""
-    kinds = {name: choice.name for name, choice in found.chosen.items()}
+    kinds = dict(kinds)
     return {
         "embedding_type": kinds.pop("token_embd.weight"),
         "output_type": kinds.pop("output.weight", None),

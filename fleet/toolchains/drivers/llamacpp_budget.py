@@ -51,6 +51,11 @@ def choose_types(
     return spend(choices, bits, weights)
 
 
+def names_of(whole: Path) -> list[str]:
+    """Return the names of the GGUF's matrices."""
+    return [name for name, _ in _matrices(whole)]
+
+
 def _matrices(whole: Path) -> Iterator[tuple[str, Any]]:
     from gguf import GGUFReader
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from agent.contract.manifest import Precision, Target, Toolchain
 from agent.contract.profile import Recipe
+from fleet.core.allocation import grouped
 from fleet.core.plan_memory import kv_element_bytes
 from fleet.core.rules import MLX_GROUPS
 from fleet.errors import BuildError, ProfileError
@@ -29,7 +30,12 @@ from fleet.toolchains.drivers.options import (
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery.gptq import Grid, Quantized
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
-from fleet.toolchains.recovery.sensitivity import sensitivities, sensitivity_bytes
+from fleet.toolchains.recovery.sensitivity import (
+    check_same_matrices,
+    matrix_names,
+    sensitivities,
+    sensitivity_bytes,
+)
 
 #: Bits of a weight by the share of the layers that mlx-lm thinks sensitive; ``v_proj`` matches all of ``qkv_proj``.
 MIXED = (None, "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
@@ -158,12 +164,19 @@ class _Chosen:
 
 def _within_budget(job: ConvertJob, source: Path, progress: ProgressCallback) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options with the bits of each matrix, and what the manifest says of them."""
+    if job.widths:
+        widths, loss = job.widths, dict[str, Any]()
+        check_same_matrices(widths, (name.removesuffix(".weight") for name in matrix_names(source)))
+    else:
+        widths, loss = _chosen(job, source, progress)
+    notes = {"bits": dict(sorted(Counter(widths.values()).items())), **loss, "matrices": grouped(widths)}
+    return job.options | {"bits_of": {name: int(bits) for name, bits in widths.items()}}, notes
+
+
+def _chosen(job: ConvertJob, source: Path, progress: ProgressCallback) -> tuple[dict[str, str], dict[str, Any]]:
     information = sensitivities(source, job.calibration, threads=job.threads, progress=progress)
     found = choose_bits(source, job.options["budget"], job.options["group_size"], information, progress)
-    bits_of = {name: int(choice.name) for name, choice in found.chosen.items()}
-    counts = Counter(choice.name for choice in found.chosen.values())
-    notes = {"bits": dict(sorted(counts.items())), "expected_kl": round(found.loss, 4)}
-    return job.options | {"bits_of": bits_of}, notes
+    return found.names, {"expected_kl": round(found.loss, 4)}
 
 
 def _recovered(

@@ -174,6 +174,7 @@ def _requantize(job: ConvertJob, source: Path, graph: OnnxGraph, progress: Progr
         made = within_budget(
             source, job.calibration, options["budget"], _offers,
             recovered=options["recover"], threads=job.threads, progress=progress,
+            widths=job.widths,
         )  # fmt: skip
     else:
         grid = Grid(4, options["block_size"], "symmetric" if options["symmetric"] else "asymmetric")

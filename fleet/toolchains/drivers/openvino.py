@@ -195,7 +195,7 @@ def _within_budget(job: ConvertJob, whole: Path, progress: ProgressCallback) -> 
 
     made = within_budget(
         job.scratch / "source", job.calibration, job.options["budget"], _offers,
-        recovered=job.options["recover"], threads=job.threads, progress=progress,
+        recovered=job.options["recover"], threads=job.threads, progress=progress, widths=job.widths,
     )  # fmt: skip
     model = openvino.Core().read_model(whole / MODEL)
     compress(model, made.matrices, made.grids)

@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fleet.core.allocation import Choice
+from fleet.core.allocation import Choice, grouped
+from fleet.errors import BuildError
 from fleet.toolchains.progress import Progress, ProgressCallback
 from fleet.toolchains.recovery.gptq import Grid, Quantized, nearest
 from fleet.toolchains.recovery.recovery import EMBEDDING, OUTPUT, Wanted, recover
-from fleet.toolchains.recovery.sensitivity import expected_loss, sampled, sensitivities, spend
+from fleet.toolchains.recovery.sensitivity import (
+    check_same_matrices,
+    expected_loss,
+    matrix_names,
+    sampled,
+    sensitivities,
+    spend,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,9 +57,9 @@ class Requantized:
 
 def within_budget(
     source: Path, texts: Sequence[str], bits: float, offers: Callable[[int], Sequence[Offer]], *,
-    recovered: bool, threads: int, progress: ProgressCallback,
+    recovered: bool, threads: int, progress: ProgressCallback, widths: Mapping[str, str] | None = None,
 ) -> Requantized:  # fmt: skip
-    """Quantize every matrix of the checkpoint to ``bits`` a weight on average, at most.
+    """Quantize every matrix of the checkpoint to ``bits`` a weight on average, at most; or as ``widths`` has it.
 
     ``offers`` are the grids for rows of so many columns. ``recovered``: on the calibration text ``texts``, which
     tells what matters in any case.
@@ -60,10 +68,15 @@ def within_budget(
         BuildError: the budget is less than the smallest grids take, or the text is too short.
         ModelError: transformers does not read the checkpoint whole.
     """
-    information = sensitivities(source, texts, threads=threads, progress=progress)
-    chosen, expected = choose_grids(source, bits, information, offers, progress)
+    if widths:
+        chosen, loss = same_grids(source, widths, offers), {}
+    else:
+        information = sensitivities(source, texts, threads=threads, progress=progress)
+        chosen, expected = choose_grids(source, bits, information, offers, progress)
+        loss = {"expected_kl": round(expected, 4)}
     counts = Counter(f"{grid.bits} bits in groups of {grid.group}" for grid in chosen.values())
-    notes = {"allocated": {"grids": dict(sorted(counts.items())), "expected_kl": round(expected, 4)}}
+    matrices = grouped({name: repr(grid) for name, grid in chosen.items()})
+    notes = {"allocated": {"grids": dict(sorted(counts.items())), **loss, "matrices": matrices}}
     grids = _by_use(chosen)
     if not recovered:
         return Requantized(_by_use(_rounded(source, chosen, progress)), grids, notes)
@@ -96,6 +109,23 @@ def choose_grids(
         weights += values.numel()
     found = spend(choices, bits, weights)
     return {name: named[choice.name] for name, choice in found.chosen.items()}, found.loss
+
+
+def same_grids(source: Path, widths: Mapping[str, str], offers: Callable[[int], Sequence[Offer]]) -> dict[str, Grid]:
+    """Return the grid of each matrix as an earlier build recorded it.
+
+    Raises:
+        BuildError: it has other matrices, or a grid that there is not.
+    """
+    found = {}
+    names = matrix_names(source)
+    check_same_matrices(widths, names)
+    for name, values in _matrices(source, set(names)):
+        grids = {repr(offer.grid): offer.grid for offer in offers(values.shape[1])}
+        if widths[name] not in grids:
+            raise BuildError(f"the artifact to build after has {name} in {widths[name]}, which there is not here")
+        found[name] = grids[widths[name]]
+    return found
 
 
 def _rounded(source: Path, grids: Mapping[str, Grid], progress: ProgressCallback) -> dict[str, Quantized]:

@@ -11,7 +11,7 @@ diagonal measured so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,32 @@ def spend(choices: Mapping[str, Sequence[Choice]], bits: float, weights: int) ->
         least = 8 * least_bytes(choices) / weights
         raise BuildError(f"a budget of {bits:g} bits a weight is too small: the smallest widths take {least:.2f}")
     return found
+
+
+def matrix_names(source: Path) -> list[str]:
+    """Return the names of the matrices in the checkpoint's files that ``sensitivities`` has."""
+    from safetensors import safe_open
+
+    found = []
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no dict
+        found += [name for name, shape in sorted(shapes.items()) if len(shape) == 2 and shape[1] % BLOCK == 0]
+    return found
+
+
+def check_same_matrices(widths: Mapping[str, str], names: Iterable[str]) -> None:
+    """Whether an earlier build's widths are of these matrices.
+
+    Raises:
+        BuildError: they are of another model's; names one that differs.
+    """
+    if different := sorted(set(widths) ^ set(names)):
+        where = "has" if different[0] in widths else "has not"
+        raise BuildError(
+            f"the artifact to build after {where} a matrix {different[0]}, and {len(different)} differ in all: it is "
+            "of another model; leave --after out"
+        )
 
 
 def chosen_rows(information: NDArray[Any], count: int) -> Mapping[int, float]:

@@ -134,6 +134,37 @@ async def test_without_the_base_it_comes_whole(embedded_broker: Broker, scene: S
     assert progress.bytes_received == scene.new.size
 
 
+async def test_without_any_base_the_chunks_come_compressed(embedded_broker: Broker, scene: Scene) -> None:
+    """And of two deltas that would do, the smaller is fetched."""
+    rows = b"".join(n.to_bytes(4) * 16 for n in range(60_000))
+    scene.old = put(scene.store, {"weights": rows}, "tidy")
+    scene.old = make_delta(scene.store, scene.old, None)
+    assert scene.old.deltas[0].wire_bytes < 0.3 * scene.old.size
+    async with scene.serving(embedded_broker.url), linked(embedded_broker.url) as link:
+        progress = await fetch(link, scene.home, scene.old)
+    assert progress.bytes_received <= scene.old.deltas[0].wire_bytes
+    assert progress.bytes_reused == 0
+    ArtifactStore(scene.home).verify(scene.old.digest)
+    scene.new = put(scene.store, {"weights": trained(rows, 1, 1e-5)}, "tidier")
+    scene.new = make_delta(scene.store, make_delta(scene.store, scene.new, None), scene.old)
+    compressed, small = scene.new.deltas
+    assert small.wire_bytes < 0.2 * compressed.wire_bytes
+    async with scene.serving(embedded_broker.url), linked(embedded_broker.url) as link:
+        assert (await scene.fetched(link)).bytes_received <= small.wire_bytes
+
+
+async def test_who_names_mirrors_takes_what_is_compressed_from_no_broker(embedded_broker: Broker, scene: Scene) -> None:
+    manifest = make_delta(scene.store, put(scene.store, {"weights": bytes(200_000) + noise(100_000)}, "half"), None)
+    scene.new = manifest
+    async with scene.serving(embedded_broker.url) as server, linked(embedded_broker.url) as link:
+        mirrors = ("http://127.0.0.1:1/{digest}/{path}",)
+        fetcher = Fetcher(link, ArtifactStore(scene.home, reserve_bytes=0), "d1", own=OwnLimits(mirrors=mirrors))
+        await fetcher.fetch(manifest, window_bytes=MIB, stall_s=9, on_progress=lambda progress: None)
+        distinct = len({digest for _, digest in manifest.files[0].chunks})
+        assert server.stats().chunks == distinct
+        assert server.stats().bytes > 2 * 100_000, "chunks, after the mirror was given up, and no pieces"
+
+
 @pytest.mark.parametrize(
     ("spoil", "at_most"),
     [
