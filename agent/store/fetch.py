@@ -201,7 +201,7 @@ class Fetcher:
                 raise
             _log.warning("delta given up, chunks come whole", artifact=manifest.id, delta=delta.name, error=str(error))
         finally:
-            await in_thread(lambda _stop: base.close())
+            intake.close()
         if intake.useless:
             _log.info("delta left chunks out", artifact=manifest.id, delta=delta.name, chunks=intake.useless)
         here = array("I", (first for first in table.unique() if intake.has(first)))

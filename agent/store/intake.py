@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 
 from agent.contract.delta import WHOLE, chunk_from
@@ -57,21 +58,33 @@ class DeltaIntake(Intake):
     def __init__(self, partial: Partial, present: Iterable[int], base: BaseFiles) -> None:
         super().__init__(partial, present)
         self._base = base
+        self._lock = threading.Lock()
+        self._closed = False
         #: Chunks that come whole: what differs is no smaller, or the base on the disk is not what it was.
         self.useless = 0
 
     def accept(self, first: int, data: bytes) -> Outcome:
         """Write the chunk that the piece ``data`` tells, if it is the right one and not there yet."""
-        if self.has(first) or self.error is not None:
-            return Outcome.DUPLICATE
-        place = self.partial.table.places(first)[0]
-        try:
-            base = self._base.read(place.file, place.offset, self.partial.table.sizes[first])
-        except OSError:  # what does not read tells nothing; the artifact that it belongs to is not in use here
-            base = None
+        with self._lock:  # a piece may still come when the transfer has ended, and a descriptor be another file's then
+            if self._closed or self.has(first) or self.error is not None:
+                return Outcome.DUPLICATE
+            base = self._read(first)
         chunk = chunk_from(data, base) if base is not None and data != WHOLE else None
         outcome = Outcome.BAD if chunk is None else super().accept(first, chunk)
         if outcome is Outcome.BAD:
             self.useless += 1
             return Outcome.USELESS
         return outcome
+
+    def close(self) -> None:
+        """Take nothing more, and close the base; may be called twice."""
+        with self._lock:
+            self._closed = True
+            self._base.close()
+
+    def _read(self, first: int) -> bytes | None:
+        place = self.partial.table.places(first)[0]
+        try:
+            return self._base.read(place.file, place.offset, self.partial.table.sizes[first])
+        except OSError:  # what does not read tells nothing; what of that artifact is in use is verified elsewhere
+            return None

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from agent.contract.chunk_index import INDEX_FILE, index_content, with_index
-from agent.contract.delta import PIECES_FILE, delta_content
+from agent.contract.delta import PIECES_FILE, delta_content, piece_of
 from agent.contract.manifest import Manifest
 from agent.contract.messages import Progress
+from agent.core.transfer import Outcome
 from agent.errors import MeteredError, TransferError
 from agent.link import MqttLink
+from agent.platform.open_files import BaseFiles
 from agent.store import fetch as fetching
 from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher, OwnLimits
+from agent.store.intake import DeltaIntake
 from fleet.store import FolderStore
 from fleet.store.deltas import make_delta
 from tests.disk import MIB
@@ -233,6 +236,23 @@ async def test_what_came_by_the_delta_is_kept(embedded_broker: Broker, scene: Sc
         store.abandon(partial)
         progress = await scene.fetched(link)
     assert progress.bytes_reused >= partial.table.sizes[first]
+
+
+def test_a_piece_that_comes_when_all_is_over_touches_nothing(scene: Scene, tmp_path: Path) -> None:
+    store = ArtifactStore(scene.home, reserve_bytes=0)
+    base = BaseFiles(scene.store.files(scene.old.id), scene.old, scene.new)
+    partial = store.begin(scene.new)
+    intake = DeltaIntake(partial, (), base)
+    first = next(iter(partial.table.unique()))
+    place = partial.table.places(first)[0]
+    files = scene.store.files(scene.new.id) / scene.new.files[place.file].path
+    chunk = files.read_bytes()[place.offset : place.offset + partial.table.sizes[first]]
+    piece = piece_of(chunk, base.read(place.file, place.offset, len(chunk)))
+    intake.close()
+    intake.close()
+    assert intake.accept(first, piece) is Outcome.DUPLICATE
+    assert not intake.has(first) and intake.useless == 0
+    store.abandon(partial)
 
 
 async def test_on_a_metered_network_the_delta_is_what_counts(embedded_broker: Broker, scene: Scene) -> None:
