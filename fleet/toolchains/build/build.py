@@ -27,6 +27,7 @@ from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob, insta
 from fleet.toolchains.drivers.registry import driver_of
 from fleet.toolchains.progress import Progress, ProgressCallback, silent
 from fleet.toolchains.quality import calibration
+from fleet.toolchains.recovery.choices import kept
 
 PROBE_PROMPT = "What is the capital of France?"
 PROBE_ANSWER = "Paris"
@@ -165,6 +166,35 @@ def find_built(plan: BuildPlan, home: Home) -> Manifest | None:
     return found
 
 
+def choices_file(plan: BuildPlan, home: Home) -> Path | None:
+    """Where it is kept what each width costs each matrix, for this plan and others of another budget; None: none does.
+
+    Whether it is there says whether a build has measured it.
+    """
+    if not plan.options.get("budget"):
+        return None
+    inputs = {
+        "model": plan.model.facts.source_digest,
+        "toolchain": plan.recipe.toolchain,
+        "options": recorded({name: one for name, one in plan.options.items() if name not in ("budget", "recover")}),
+        "versions": plan.versions,
+    }
+    return home.root / "cache" / "choices" / f"{sha256_hex(canonical_json(inputs))[:32]}.json"
+
+
+def expected_loss(plan: BuildPlan, home: Home) -> float | None:
+    """Return what the plan's budget is expected to cost, in nats a token, where a build has measured the widths.
+
+    None where none has, the recipe has no budget, or it is less than the smallest widths take.
+    """
+    path = choices_file(plan, home)
+    found = kept(path) if path is not None else None
+    try:
+        return found.spend(plan.options["budget"]).loss if found is not None else None
+    except BuildError:
+        return None
+
+
 def _check_room(plan: BuildPlan, home: Home) -> None:
     """The least that it takes: what a toolchain writes on the way comes on top."""
     free = shutil.disk_usage(home.artifacts).free
@@ -186,7 +216,7 @@ def _build_into(half: Path, plan: BuildPlan, home: Home, progress: ProgressCallb
         scratch=scratch.resolve(), beside=(made / BESIDE).resolve(), name=plan.model.name,
         precision=plan.recipe.precision, target=plan.recipe.target,
         options=plan.options, context=plan.context, threads=threads, calibration=plan.calibration,
-        widths=_widths(plan.after, plan.recipe, plan.options),
+        widths=_widths(plan.after, plan.recipe, plan.options), choices=choices_file(plan, home),
     )  # fmt: skip
     converted = process.convert(job, log, progress)
     shutil.rmtree(scratch, ignore_errors=True)

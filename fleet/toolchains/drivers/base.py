@@ -30,7 +30,8 @@ class ConvertJob(_Job):
     writes there is asked and measured in their place. It is never delivered.
 
     ``calibration`` holds texts where the options ask for a calibration. ``widths``: what each matrix has, by the names
-    that an earlier build of the same recipe recorded; empty: the budget decides."""
+    that an earlier build of the same recipe recorded; empty: the budget decides. ``choices`` is where what each width
+    costs is kept (``recovery.choices``); None: it is not."""
 
     toolchain: Toolchain
     source: Path
@@ -45,6 +46,7 @@ class ConvertJob(_Job):
     threads: int
     calibration: tuple[str, ...] = ()
     widths: dict[str, str] = {}
+    choices: Path | None = None
 
 
 class Converted(_Job):

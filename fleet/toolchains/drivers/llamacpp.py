@@ -22,11 +22,12 @@ from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.checkpoint.phi3_writer import write_json
 from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
-from fleet.toolchains.drivers.llamacpp_budget import choose_types, names_of
+from fleet.toolchains.drivers.llamacpp_budget import measure_types, names_of
 from fleet.toolchains.drivers.llamacpp_session import Session
 from fleet.toolchains.drivers.options import Option, check_all_used, check_budget, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.choices import Choices, measured
 from fleet.toolchains.recovery.sensitivity import check_same_matrices, sensitivities, sensitivity_bytes
 
 ENTRY = "model.gguf"
@@ -239,8 +240,12 @@ def _kinds(
     if job.widths:
         check_same_matrices(job.widths, names_of(whole))
         return dict(job.widths), {}
-    information = sensitivities(job.source, job.calibration, threads=job.threads, progress=progress)
-    found = choose_types(whole, job.options["budget"], information, importance, progress)
+
+    def measure() -> Choices:
+        information = sensitivities(job.source, job.calibration, threads=job.threads, progress=progress)
+        return measure_types(whole, information, importance, progress)
+
+    found = measured(job.choices, measure).spend(job.options["budget"])
     return found.names, {"expected_kl": round(found.loss, 4)}
 
 

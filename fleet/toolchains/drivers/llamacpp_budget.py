@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleet.core.allocation import Allocation, Choice
+from fleet.core.allocation import Choice
 from fleet.core.plan_size import GGML_BLOCKS
 from fleet.errors import BuildError
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.sensitivity import expected_loss, sampled, spend
+from fleet.toolchains.recovery.choices import Choices
+from fleet.toolchains.recovery.sensitivity import expected_loss, sampled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,16 +32,13 @@ _NAMES = {
 }  # fmt: skip
 
 
-def choose_types(
-    whole: Path, bits: float, information: Mapping[str, NDArray[Any]], importance: Mapping[str, NDArray[Any]],
+def measure_types(
+    whole: Path, information: Mapping[str, NDArray[Any]], importance: Mapping[str, NDArray[Any]],
     progress: ProgressCallback,
-) -> Allocation:  # fmt: skip
-    """Return a type for each matrix of the GGUF ``whole``, of ``bits`` a weight on average, at most.
+) -> Choices:  # fmt: skip
+    """Return what each type costs each matrix of the GGUF ``whole``.
 
     ``importance`` is the importance matrix by a tensor's name, ``information`` is by names in the checkpoint.
-
-    Raises:
-        BuildError: the budget is less than the smallest types take.
     """
     matrices = dict(_matrices(whole))
     weights = sum(tensor.n_elements for tensor in matrices.values())
@@ -48,7 +46,7 @@ def choose_types(
     for done, (name, tensor) in enumerate(matrices.items()):
         progress(Progress("measuring what each width costs", done / len(matrices)))
         choices[name] = list(_choices(tensor, information[_in_checkpoint(name)], importance.get(name)))
-    return spend(choices, bits, weights)
+    return Choices(weights, choices)
 
 
 def names_of(whole: Path) -> list[str]:

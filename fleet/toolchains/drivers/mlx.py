@@ -17,7 +17,7 @@ from fleet.toolchains.checkpoint.checkpoint import Checkpoint
 from fleet.toolchains.checkpoint.phi3_writer import write_json
 from fleet.toolchains.checkpoint.source import mirror
 from fleet.toolchains.drivers.base import Converted, ConvertJob, SpeakJob
-from fleet.toolchains.drivers.mlx_budget import choose_bits
+from fleet.toolchains.drivers.mlx_budget import measure_bits
 from fleet.toolchains.drivers.mlx_weights import names, replace
 from fleet.toolchains.drivers.options import (
     Option,
@@ -28,6 +28,7 @@ from fleet.toolchains.drivers.options import (
     complete,
 )
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.choices import Choices, measured
 from fleet.toolchains.recovery.gptq import Grid, Quantized
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.recovery.sensitivity import (
@@ -174,8 +175,11 @@ def _within_budget(job: ConvertJob, source: Path, progress: ProgressCallback) ->
 
 
 def _chosen(job: ConvertJob, source: Path, progress: ProgressCallback) -> tuple[dict[str, str], dict[str, Any]]:
-    information = sensitivities(source, job.calibration, threads=job.threads, progress=progress)
-    found = choose_bits(source, job.options["budget"], job.options["group_size"], information, progress)
+    def measure() -> Choices:
+        information = sensitivities(source, job.calibration, threads=job.threads, progress=progress)
+        return measure_bits(source, job.options["group_size"], information, progress)
+
+    found = measured(job.choices, measure).spend(job.options["budget"])
     return found.names, {"expected_kl": round(found.loss, 4)}
 
 

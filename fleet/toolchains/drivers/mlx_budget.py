@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleet.core.allocation import Allocation, Choice
+from fleet.core.allocation import Choice
 from fleet.toolchains.progress import Progress, ProgressCallback
-from fleet.toolchains.recovery.sensitivity import expected_loss, sampled, spend
+from fleet.toolchains.recovery.choices import Choices
+from fleet.toolchains.recovery.sensitivity import expected_loss, sampled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,21 +18,17 @@ if TYPE_CHECKING:
 WIDTHS = (4, 5, 6, 8)
 
 
-def choose_bits(
-    source: Path, bits: float, group: int, information: Mapping[str, NDArray[Any]], progress: ProgressCallback
-) -> Allocation:
-    """Return a width, as text, for each matrix of the checkpoint: ``bits`` a weight on average with their scales.
-
-    Raises:
-        BuildError: the budget is less than four bits with their scales take.
-    """
+def measure_bits(
+    source: Path, group: int, information: Mapping[str, NDArray[Any]], progress: ProgressCallback
+) -> Choices:
+    """Return what each width, as text, costs each matrix of the checkpoint; sizes are with their scales."""
     choices: dict[str, list[Choice]] = {}
     weights = 0
     for done, (name, values) in enumerate(_matrices(source, set(information))):
         progress(Progress("measuring what each width costs", done / len(information)))
         choices[name.removesuffix(".weight")] = list(_choices(values, group, information[name]))
         weights += values.size
-    return spend(choices, bits, weights)
+    return Choices(weights, choices)
 
 
 def _matrices(source: Path, names: set[str]) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from fleet.toolchains.drivers.onnx_window import attend_within_window
 from fleet.toolchains.drivers.options import Option, check_budget, check_calibration, check_groups, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.choices import Budget
 from fleet.toolchains.recovery.gptq import Grid
 from fleet.toolchains.recovery.grids import Offer, Requantized, within_budget
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
@@ -172,9 +173,8 @@ def _requantize(job: ConvertJob, source: Path, graph: OnnxGraph, progress: Progr
     options = job.options
     if options.get("budget"):
         made = within_budget(
-            source, job.calibration, options["budget"], _offers,
+            source, job.calibration, Budget(options["budget"], job.widths, job.choices), _offers,
             recovered=options["recover"], threads=job.threads, progress=progress,
-            widths=job.widths,
         )  # fmt: skip
     else:
         grid = Grid(4, options["block_size"], "symmetric" if options["symmetric"] else "asymmetric")

@@ -19,6 +19,7 @@ from fleet.toolchains.drivers.openvino_weights import Constants, compress
 from fleet.toolchains.drivers.options import Option, check_budget, check_calibration, check_groups, complete
 from fleet.toolchains.drivers.watching import Watch, watching
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.choices import Budget
 from fleet.toolchains.recovery.gptq import Grid
 from fleet.toolchains.recovery.grids import Offer, within_budget
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
@@ -194,8 +195,8 @@ def _within_budget(job: ConvertJob, whole: Path, progress: ProgressCallback) -> 
     import openvino
 
     made = within_budget(
-        job.scratch / "source", job.calibration, job.options["budget"], _offers,
-        recovered=job.options["recover"], threads=job.threads, progress=progress, widths=job.widths,
+        job.scratch / "source", job.calibration, Budget(job.options["budget"], job.widths, job.choices), _offers,
+        recovered=job.options["recover"], threads=job.threads, progress=progress,
     )  # fmt: skip
     model = openvino.Core().read_model(whole / MODEL)
     compress(model, made.matrices, made.grids)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fleet.core.allocation import Choice, grouped
 from fleet.errors import BuildError
 from fleet.toolchains.progress import Progress, ProgressCallback
+from fleet.toolchains.recovery.choices import Budget, Choices, measured
 from fleet.toolchains.recovery.gptq import Grid, Quantized, nearest
 from fleet.toolchains.recovery.recovery import EMBEDDING, OUTPUT, Wanted, recover
 from fleet.toolchains.recovery.sensitivity import (
@@ -22,7 +23,6 @@ from fleet.toolchains.recovery.sensitivity import (
     matrix_names,
     sampled,
     sensitivities,
-    spend,
 )
 
 if TYPE_CHECKING:
@@ -56,27 +56,31 @@ class Requantized:
 
 
 def within_budget(
-    source: Path, texts: Sequence[str], bits: float, offers: Callable[[int], Sequence[Offer]], *,
-    recovered: bool, threads: int, progress: ProgressCallback, widths: Mapping[str, str] | None = None,
+    source: Path, texts: Sequence[str], budget: Budget, offers: Callable[[int], Sequence[Offer]], *,
+    recovered: bool, threads: int, progress: ProgressCallback,
 ) -> Requantized:  # fmt: skip
-    """Quantize every matrix of the checkpoint to ``bits`` a weight on average, at most; or as ``widths`` has it.
+    """Quantize every matrix of the checkpoint within the budget, or to the widths that it names.
 
     ``offers`` are the grids for rows of so many columns. ``recovered``: on the calibration text ``texts``, which
     tells what matters in any case.
 
     Raises:
-        BuildError: the budget is less than the smallest grids take, or the text is too short.
+        BuildError: the budget is less than the smallest grids take, the widths are of other matrices or grids, or the
+            text is too short.
         ModelError: transformers does not read the checkpoint whole.
     """
-    if widths:
-        chosen, loss = same_grids(source, widths, offers), {}
-    else:
+
+    def measure() -> Choices:
         information = sensitivities(source, texts, threads=threads, progress=progress)
-        chosen, expected = choose_grids(source, bits, information, offers, progress)
-        loss = {"expected_kl": round(expected, 4)}
+        return measure_grids(source, information, offers, progress)
+
+    widths, loss = budget.widths, dict[str, Any]()
+    if not widths:
+        found = measured(budget.choices, measure).spend(budget.bits)
+        widths, loss = found.names, {"expected_kl": round(found.loss, 4)}
+    chosen = _named_grids(source, widths, offers)
     counts = Counter(f"{grid.bits} bits in groups of {grid.group}" for grid in chosen.values())
-    matrices = grouped({name: repr(grid) for name, grid in chosen.items()})
-    notes = {"allocated": {"grids": dict(sorted(counts.items())), **loss, "matrices": matrices}}
+    notes = {"allocated": {"grids": dict(sorted(counts.items())), **loss, "matrices": grouped(widths)}}
     grids = _by_use(chosen)
     if not recovered:
         return Requantized(_by_use(_rounded(source, chosen, progress)), grids, notes)
@@ -84,39 +88,24 @@ def within_budget(
     return Requantized(recover(source, texts, wanted, threads=threads, progress=progress), grids, notes)
 
 
-def choose_grids(
-    source: Path, bits: float, information: Mapping[str, NDArray[Any]], offers: Callable[[int], Sequence[Offer]],
+def measure_grids(
+    source: Path, information: Mapping[str, NDArray[Any]], offers: Callable[[int], Sequence[Offer]],
     progress: ProgressCallback,
-) -> tuple[dict[str, Grid], float]:  # fmt: skip
-    """Return a grid for each matrix of the checkpoint, and what all are expected to lose, in nats a token.
-
-    ``information`` is what ``sensitivities`` gives.
-
-    Raises:
-        BuildError: the budget is less than the smallest grids take.
-    """
+) -> Choices:  # fmt: skip
+    """Return what each grid costs each matrix of the checkpoint; ``information`` is what ``sensitivities`` gives."""
     choices: dict[str, list[Choice]] = {}
-    named: dict[str, Grid] = {}
     weights = 0
     for done, (name, values) in enumerate(_matrices(source, set(information))):
         progress(Progress("measuring what each width costs", done / len(information)))
-        choices[name] = []
-        for offer in offers(values.shape[1]):
-            label = repr(offer.grid)
-            named[label] = offer.grid
-            size = int(values.numel() * offer.bits / 8)
-            choices[name].append(Choice(label, size, _loss(values, offer.grid, information[name])))
+        choices[name] = [
+            Choice(repr(offer.grid), int(values.numel() * offer.bits / 8), _loss(values, offer.grid, information[name]))
+            for offer in offers(values.shape[1])
+        ]
         weights += values.numel()
-    found = spend(choices, bits, weights)
-    return {name: named[choice.name] for name, choice in found.chosen.items()}, found.loss
+    return Choices(weights, choices)
 
 
-def same_grids(source: Path, widths: Mapping[str, str], offers: Callable[[int], Sequence[Offer]]) -> dict[str, Grid]:
-    """Return the grid of each matrix as an earlier build recorded it.
-
-    Raises:
-        BuildError: it has other matrices, or a grid that there is not.
-    """
+def _named_grids(source: Path, widths: Mapping[str, str], offers: Callable[[int], Sequence[Offer]]) -> dict[str, Grid]:
     found = {}
     names = matrix_names(source)
     check_same_matrices(widths, names)

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleet.core.allocation import Allocation, Choice, allocate, least_bytes
 from fleet.errors import BuildError
 from fleet.toolchains.checkpoint.torch_model import load_float32
 from fleet.toolchains.progress import Progress, ProgressCallback
@@ -108,19 +107,6 @@ def sampled(information: NDArray[Any], count: int = ROWS) -> tuple[NDArray[Any],
     rows = chosen_rows(information, count)
     numbers = np.array(list(rows))
     return numbers, information[numbers] * np.array(list(rows.values()))[:, None]
-
-
-def spend(choices: Mapping[str, Sequence[Choice]], bits: float, weights: int) -> Allocation:
-    """Return the allocation of ``bits`` a weight, on average and at most.
-
-    Raises:
-        BuildError: it is less than the smallest choices take.
-    """
-    found = allocate(choices, int(bits * weights / 8))
-    if found is None:
-        least = 8 * least_bytes(choices) / weights
-        raise BuildError(f"a budget of {bits:g} bits a weight is too small: the smallest widths take {least:.2f}")
-    return found
 
 
 def matrix_names(source: Path) -> list[str]:
