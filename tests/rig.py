@@ -135,10 +135,12 @@ class Rig:
         process.stop()
 
     def take_over(self, manifest: Manifest, files: Path, index: bytes | None = None) -> None:
-        """Put an artifact that was built elsewhere into this home."""
+        """Put an artifact that was built elsewhere into this home; ``index`` lies beside its files where it has one."""
         folder = self.home.artifacts / manifest.id
         folder.mkdir(parents=True)
         (folder / "files").symlink_to(files)
+        if index is None and manifest.index is not None:
+            index = (files.parent / INDEX_FILE).read_bytes()
         if index is not None:
             (folder / INDEX_FILE).write_bytes(index)
         (folder / "manifest.json").write_bytes(manifest.to_json())
