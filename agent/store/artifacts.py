@@ -211,7 +211,10 @@ class ArtifactStore:
             agent.errors.TrustError: what is signed is no index of the artifact.
         """
         with self._opening(manifest) as folder:
-            return Partial(folder, manifest, _table(folder, manifest), artifact=manifest.digest)
+            table = _table(folder, manifest)
+            # Of an index that was put in its place by a process that was killed before it could tidy up.
+            shutil.rmtree(folder / _INDEX_PART, ignore_errors=True)
+            return Partial(folder, manifest, table, artifact=manifest.digest)
 
     @contextlib.contextmanager
     def _opening(self, manifest: Manifest) -> Iterator[Path]:

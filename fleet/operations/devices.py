@@ -45,10 +45,7 @@ def add_device(
             cannot be written.
         RepositoryError: there is no root of trust yet.
     """
-    try:
-        TypeAdapter(DeviceId).validate_python(device)
-    except ValidationError:
-        raise UsageError(f"{device!r} is no device id: lower case letters, digits and dashes, at most 63") from None
+    _check_id(device)
     _ = fleet.repository  # before anything is made: without a root of trust there is no bundle
     refuse_unless_new(bundle_path)
     if fleet.registry.devices.has(device):
@@ -141,14 +138,18 @@ def import_devices(
     return added
 
 
-def _row(values: Mapping[str | None, Any], line: int) -> Row:
-    if None in values or any(value is None for value in values.values()):
-        raise UsageError("has more or fewer values than the first line has columns")
-    device = str(values["device"]).strip()
+def _check_id(device: str) -> None:
     try:
         TypeAdapter(DeviceId).validate_python(device)
     except ValidationError:
         raise UsageError(f"{device!r} is no device id: lower case letters, digits and dashes, at most 63") from None
+
+
+def _row(values: Mapping[str | None, Any], line: int) -> Row:
+    if None in values or any(value is None for value in values.values()):
+        raise UsageError("has more or fewer values than the first line has columns")
+    device = str(values["device"]).strip()
+    _check_id(device)
     given = [
         f"{str(name).removeprefix('label.')}={value}"
         for name, value in values.items()

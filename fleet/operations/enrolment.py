@@ -36,7 +36,7 @@ class TokenOptions:
     labels: Mapping[str, str] | None = None
 
 
-def profile_of(name: str, document: dict[str, Any] | None) -> DeviceProfile:
+def chosen_profile(name: str, document: dict[str, Any] | None) -> DeviceProfile:
     """Return the profile that devices get: one that comes with phifleet, or the whole of another.
 
     Raises:
@@ -65,7 +65,7 @@ def make_token(
         UsageError: the profile, a label, the number of uses or the time cannot be used.
         RepositoryError: there is no root of trust or no device CA yet.
     """
-    profile = profile_of(name, document)
+    profile = chosen_profile(name, document)
     _ = fleet.repository
     check_labels(options.labels or {})
     if not 1 <= options.uses <= MOST_USES:

@@ -16,6 +16,7 @@ from agent.contract.manifest import INDEX_PIECE_BYTES, ArtifactFile, Manifest
 from agent.contract.messages import Progress
 from agent.errors import MeteredError, StoreError, TransferError, TrustError
 from agent.platform.files import sha256_of
+from agent.store import artifacts
 from agent.store.artifacts import ArtifactStore
 from agent.store.fetch import Fetcher, OwnLimits
 from tests.disk import MIB, small_disk
@@ -240,6 +241,31 @@ def test_without_its_index_no_transfer_begins(source: Path, tmp_path: Path) -> N
     with pytest.raises(StoreError, match="being transferred already"):
         store.begin_index(manifest)
     store.abandon(partial)
+
+
+async def test_what_a_kill_leaves_of_the_index_is_tidied_up(
+    embedded_broker: Broker, source: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the rename that makes it the index and the removal of the folder that it came in."""
+    manifest, _ = artifact(source, 1)
+
+    def killed(_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    async with serving(embedded_broker.url, only(manifest, source)), linked(embedded_broker.url) as link:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(artifacts.shutil, "rmtree", killed)
+            partial = ArtifactStore(home, reserve_bytes=0).begin_index(manifest)
+            assert partial is not None
+            partial.write(0, (source.parent / INDEX_FILE).read_bytes())
+            ArtifactStore(home, reserve_bytes=0).commit_index(manifest, partial)
+        folder = home / "partial" / manifest.digest
+        assert (folder / INDEX_FILE).is_file() and (folder / "index-part").is_dir()
+        progress = await fetch(link, home, manifest)
+    assert progress.bytes_received == manifest.size, "the index was here"
+    assert sorted(path.name for path in (home / "artifacts" / manifest.digest).iterdir()) == [
+        "files", "index", "manifest.json",
+    ]  # fmt: skip
 
 
 async def test_a_metered_network_carries_no_index_that_is_too_large(
