@@ -12,6 +12,7 @@ import click
 
 from agent.contract.exit_codes import ExitCode
 from agent.contract.manifest import Manifest
+from agent.platform import logs
 from fleet.cli.context import Context, actor
 from fleet.cli.devices import DURATION
 from fleet.errors import UsageError
@@ -79,6 +80,8 @@ def write_command(
 @click.pass_obj
 def read_command(obj: Context, folder: Path, unsigned: bool, as_json: bool) -> None:
     """Take in the reports that devices have written on a stick."""
+    if obj.settings.log_level == "info":  # the recorder tells a log what is told here anyway
+        logs.configure("warning", obj.settings.log_format)
     with Fleet(obj.settings) as fleet:
         found = read_stick(fleet, folder, actor(), unsigned=unsigned)
     if as_json:

@@ -88,6 +88,7 @@ def test_an_order_comes_on_a_stick_and_the_report_goes_back(rig: Rig, first: Pat
     read = phifleet(rig, "stick", "read", str(first))
     assert read.returncode == 0, read.stderr
     assert f"{rig.device}: committed, serves {tiny_artifact.manifest.id}" in read.stdout
+    assert read.stderr == "", "nothing is told twice"
     reported = rig.reported()
     assert reported is not None
     assert (reported.state, reported.artifact) == (State.COMMITTED, tiny_artifact.manifest.id)
