@@ -8,6 +8,7 @@ trusted: the chunk that comes out of it is compared with the signed list, as one
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 from agent.contract.chunk_index import OneFile
@@ -54,8 +55,4 @@ def _xor(one: bytes, other: bytes) -> bytes:
 
 def _zstd() -> Any:  # a module of the standard library, or its backport
     """Imported when a delta is made or applied: an idle agent has no use for it."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-    return zstd
+    return import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")

@@ -17,6 +17,7 @@ from agent.contract.manifest import (
     MAX_CHUNK_BYTES,
     MAX_INDEX_BYTES,
     ArtifactFile,
+    Delta,
     Manifest,
 )
 from agent.core.chunks import ChunkTable
@@ -150,6 +151,13 @@ def test_a_manifest_whose_index_contradicts_it_is_refused(change: dict[str, obje
     manifest, _ = with_index(manifest_of(SOME), 0)
     with pytest.raises(ValidationError, match=words):
         Manifest.model_validate(manifest.model_dump() | change)
+
+
+@pytest.mark.parametrize("given", [{"base": "phi-old"}, {"base_digest": "1" * 64}])
+def test_a_delta_names_its_base_by_id_and_digest_or_has_none(given: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="base and base_digest belong together"):
+        Delta.model_validate({"digest": "0" * 64, "size": 1, **given})
+    assert Delta(digest="0" * 64, size=3, whole_bytes=4).wire_bytes == 7
 
 
 def test_an_agent_that_knows_no_index_takes_no_such_manifest_for_one_without_bytes() -> None:
