@@ -109,12 +109,7 @@ def transferred(options: argparse.Namespace) -> dict[str, float]:
         server.ready()
         with role(options, "fetch", __file__) as agent:
             found = agent.result()
-        return found | {"server_mib": psutil_peak(server.pid)}
-
-
-def psutil_peak(pid: int) -> float:
-    """Peak memory of another process, in MiB; Linux alone tells."""
-    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        return found | {"server_mib": peak_rss(psutil.Process(server.pid))}
 
 
 class IndexHereError(Exception):

@@ -384,7 +384,7 @@ def fetch(options: argparse.Namespace) -> None:
 
 def peak_rss(process: Any) -> float:
     """In MiB, since the process began."""
-    status = Path("/proc/self/status")  # getrusage would count the parent's, from before exec
+    status = Path(f"/proc/{process.pid}/status")  # getrusage would count the parent's, from before exec
     if not status.exists():
         return float(process.memory_info().rss) / 1048576
     return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024

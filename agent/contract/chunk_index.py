@@ -128,14 +128,16 @@ class Layout:
 
 def packed_chunks(files: Sequence[ArtifactFile]) -> bytes:
     """Return the records of the chunks that the files list."""
-    return b"".join(
-        size.to_bytes(_SIZE_BYTES) + bytes.fromhex(digest) for file in files for size, digest in file.chunks
-    )
+    return b"".join(_record(size, bytes.fromhex(digest)) for file in files for size, digest in file.chunks)
 
 
 def packed_record(chunk: bytes) -> bytes:
     """Return the record of one chunk."""
-    return len(chunk).to_bytes(_SIZE_BYTES) + sha256(chunk).digest()
+    return _record(len(chunk), sha256(chunk).digest())
+
+
+def _record(size: int, digest: bytes) -> bytes:
+    return size.to_bytes(_SIZE_BYTES) + digest
 
 
 def index_content(manifest: Manifest) -> OneFile | None:

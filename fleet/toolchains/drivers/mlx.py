@@ -33,7 +33,7 @@ from fleet.toolchains.recovery.gptq import Grid, Quantized
 from fleet.toolchains.recovery.recovery import Wanted, check_recovery, recover, recovery_bytes
 from fleet.toolchains.recovery.sensitivity import (
     check_same_matrices,
-    matrix_names,
+    matrix_columns,
     sensitivities,
     sensitivity_bytes,
 )
@@ -167,7 +167,7 @@ def _within_budget(job: ConvertJob, source: Path, progress: ProgressCallback) ->
     """Return the options with the bits of each matrix, and what the manifest says of them."""
     if job.widths:
         widths, loss = job.widths, dict[str, Any]()
-        check_same_matrices(widths, (name.removesuffix(".weight") for name in matrix_names(source)))
+        check_same_matrices(widths, (name.removesuffix(".weight") for name in matrix_columns(source)))
     else:
         widths, loss = _chosen(job, source, progress)
     notes = {"bits": dict(sorted(Counter(widths.values()).items())), **loss, "matrices": grouped(widths)}

@@ -20,7 +20,7 @@ from fleet.toolchains.recovery.recovery import EMBEDDING, OUTPUT, Wanted, recove
 from fleet.toolchains.recovery.sensitivity import (
     check_same_matrices,
     expected_loss,
-    matrix_names,
+    matrix_columns,
     sampled,
     sensitivities,
 )
@@ -107,10 +107,10 @@ def measure_grids(
 
 def _named_grids(source: Path, widths: Mapping[str, str], offers: Callable[[int], Sequence[Offer]]) -> dict[str, Grid]:
     found = {}
-    names = matrix_names(source)
-    check_same_matrices(widths, names)
-    for name, values in _matrices(source, set(names)):
-        grids = {repr(offer.grid): offer.grid for offer in offers(values.shape[1])}
+    matrices = matrix_columns(source)
+    check_same_matrices(widths, matrices)
+    for name, columns in matrices.items():
+        grids = {repr(offer.grid): offer.grid for offer in offers(columns)}
         if widths[name] not in grids:
             raise BuildError(f"the artifact to build after has {name} in {widths[name]}, which there is not here")
         found[name] = grids[widths[name]]

@@ -109,15 +109,15 @@ def sampled(information: NDArray[Any], count: int = ROWS) -> tuple[NDArray[Any],
     return numbers, information[numbers] * np.array(list(rows.values()))[:, None]
 
 
-def matrix_names(source: Path) -> list[str]:
-    """Return the names of the matrices in the checkpoint's files that ``sensitivities`` has."""
+def matrix_columns(source: Path) -> dict[str, int]:
+    """Return the matrices in the checkpoint's files that ``sensitivities`` has, by name, each with its columns."""
     from safetensors import safe_open
 
-    found = []
+    found: dict[str, int] = {}
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, framework="np") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no dict
-        found += [name for name, shape in sorted(shapes.items()) if len(shape) == 2 and shape[1] % BLOCK == 0]
+        found |= {name: shape[1] for name, shape in shapes.items() if len(shape) == 2 and shape[1] % BLOCK == 0}
     return found
 
 
